@@ -1,0 +1,1 @@
+"""Low-rank layers, where they go in a model, and how they start."""

@@ -1,0 +1,22 @@
+"""Initial values of A and B: they depend on the seed and the layer's name alone."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def lora_init(
+    name: str, out_features: int, in_features: int, rank: int, *, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """LoRA's start: A = 0 (m, r), B Kaiming-uniform with a = √5, that is U(±1/√n) (n, r).
+
+    Drawn on the CPU from a generator of its own, so neither ranks, stages, devices nor other layers
+    change it.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    bound = in_features**-0.5
+    b = torch.empty(in_features, rank).uniform_(-bound, bound, generator=generator)
+    return torch.zeros(out_features, rank, dtype=dtype), b.to(dtype)

@@ -1,0 +1,132 @@
+"""Putting low-rank layers into a model: which layers, and which ones cannot be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scalora_dist.adapters.init import lora_init
+from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.errors import UserError
+
+ALL_LINEAR = "all-linear"
+logger = logging.getLogger(__name__)
+
+
+def inject(
+    model: PreTrainedModel,
+    target_modules: Sequence[str],
+    *,
+    rank: int,
+    scaling: float,
+    dropout: float,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, LowRankLinear]:
+    """Freeze ``model`` and give each target layer A and B; returns {name: layer} in model order.
+
+    Args:
+        target_modules: module-name suffixes ("q_proj", "mlp.up_proj"), or ``["all-linear"]``: every
+            nn.Linear but the LM head.
+        dtype: of A and B (the engine may cast them).
+
+    Raises:
+        UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
+    """
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    if list(target_modules) == [ALL_LINEAR]:
+        targets = _all_linear(model, head)
+    else:
+        targets = _by_suffix(model, head, target_modules)
+    for name, linear in targets.items():
+        limit = min(linear.out_features, linear.in_features)
+        if not 1 <= rank <= limit:
+            raise UserError(
+                f"rank {rank} does not fit {name} ({linear.out_features} × {linear.in_features}): "
+                f"set --rank between 1 and {limit}, or leave the layer out of --target_modules"
+            )
+    return {
+        name: LowRankLinear.adapt(
+            linear,
+            *lora_init(name, linear.out_features, linear.in_features, rank, seed=seed, dtype=dtype),
+            scaling=scaling,
+            dropout=dropout,
+        )
+        for name, linear in targets.items()
+    }
+
+
+def _all_linear(model: nn.Module, head: nn.Module | None) -> dict[str, nn.Linear]:
+    targets, skipped = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D) or _fused_experts(module):
+            raise UserError(f"{_why_not(name, module)}, which all-linear would leave out silently")
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        if _why_not(name, module):
+            skipped.append(name)
+        else:
+            targets[name] = module
+    if skipped:
+        logger.warning("all-linear leaves out %d layers, e.g. %s", len(skipped), skipped[0])
+    if not targets:
+        raise UserError("the model has no nn.Linear besides its LM head: set --target_modules")
+    return targets
+
+
+def _by_suffix(
+    model: nn.Module, head: nn.Module | None, suffixes: Sequence[str]
+) -> dict[str, nn.Linear]:
+    modules = dict(model.named_modules())
+    targets = {}
+    for suffix in suffixes:
+        matches = {n: m for n, m in modules.items() if n == suffix or n.endswith(f".{suffix}")}
+        if not matches:
+            known = {n.rsplit(".")[-1] for n, m in modules.items() if _adaptable(n, m, head)}
+            raise UserError(
+                f"--target_modules {suffix}: no module of the model is called so; "
+                f"its linear layers are called {', '.join(sorted(known)) or 'nothing at all'}"
+            )
+        for name, module in matches.items():
+            if module is head:
+                raise UserError(f"--target_modules {suffix}: {name} is the LM head; leave it out")
+            if reason := _why_not(name, module):
+                raise UserError(f"--target_modules {suffix}: {reason}")
+            targets[name] = module
+    return {name: targets[name] for name in modules if name in targets}  # in model order
+
+
+def _adaptable(name: str, module: nn.Module, head: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) and module is not head and not _why_not(name, module)
+
+
+def _why_not(name: str, module: nn.Module) -> str | None:
+    """Why a module cannot carry A and B, or None. One half sentence that says what to set."""
+    if isinstance(module, Conv1D):
+        return f"{name} is a Conv1D (GPT-2's transposed layer): set --target_modules to nn.Linear layers"
+    if _fused_experts(module):
+        return f"{name} holds fused 3-D expert weights: set --target_modules to its 2-D layers (q_proj …)"
+    if not isinstance(module, nn.Linear):
+        return f"{name} is a {type(module).__name__}, not an nn.Linear: name linear layers"
+    if not module.weight.is_floating_point():
+        return f"{name} is quantized to {module.weight.dtype}: load the model unquantized"
+    if isinstance(module.weight, DTensor) and module.weight.device_mesh.ndim:
+        return f"{name} is tensor-parallel: load the model without a tp_plan"
+    if type(module) is not nn.Linear:
+        return f"{name} is a {type(module).__name__}, whose own forward A and B would bypass: leave it out"
+    return None
+
+
+def _fused_experts(module: nn.Module) -> bool:
+    # Under ZeRO-3 a parameter's own shape is empty; ds_shape is then the true one.
+    return any(
+        len(getattr(p, "ds_shape", p.shape)) == 3 and "expert" in type(module).__name__.lower()
+        for p in module.parameters(recurse=False)
+    )

@@ -1,0 +1,210 @@
+"""The options: dataclasses behind the YAML recipe and the command line (which overrides it)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Optional
+
+import yaml
+from transformers import HfArgumentParser, SchedulerType
+
+from scalora_dist.data.arguments import DataArguments
+from scalora_dist.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: Optional[str] = option(
+        None, "A folder in Hugging Face format or a hub name."
+    )
+    attn_implementation: Optional[str] = option(
+        None, "eager, sdpa or flash_attention_2 (extra: flash); transformers' choice by default."
+    )
+    trust_remote_code: bool = option(False, "Run the model's own Python code from the hub.")
+
+
+@dataclass
+class MethodArguments:
+    _argument_group_name = "method"
+
+    method: Literal["scalora", "lora"] = option("scalora", "How the factors are trained.")
+    rank: int = option(8, "Columns r of A and B.")
+    lora_alpha: float = option(16.0, "The update is scaled by s = lora_alpha / rank.")
+    lora_dropout: float = option(
+        0.0, "Dropout before B; functions are preserved in evaluation mode."
+    )
+    target_modules: list[str] = option(
+        ["all-linear"], "Module-name suffixes, or all-linear: every nn.Linear but the LM head."
+    )
+    scaling_rule: Literal["paper", "scalar", "nnls"] = option(
+        "paper",
+        "paper: Theorem 5's column scaling where it holds, else Theorem 3's scalar one; "
+        "nnls: the optimum under the bounds, always.",
+    )
+    scaling_interval: int = option(1, "Rescale at steps 0, I, 2I … (ScaLoRA-I).")
+    eta_lipschitz: float = option(
+        0.5, "The product ηL: one dimensionless number, not on a schedule."
+    )
+    scale_bounds: list[str] = option(
+        ["0.05", "5"], "Normalised column sizes stay between these two; none: the paper's letter."
+    )
+    merge_rounding: Literal["split", "nearest"] = option(
+        "split", "16-bit bases: keep the low halves of merged weights (2 bytes each), or lose them."
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"--rank {self.rank}: set at least 1")
+        if self.scaling_interval < 1:
+            raise UserError(f"--scaling_interval {self.scaling_interval}: set at least 1")
+        if not self.eta_lipschitz > 0:
+            raise UserError(f"--eta_lipschitz {self.eta_lipschitz}: set a positive number")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: set a number in [0, 1)")
+        self.bounds  # noqa: B018 - raises where the option cannot be read
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """``scale_bounds`` as (lo, hi), or None."""
+        if [str(bound).lower() for bound in self.scale_bounds] == ["none"]:
+            return None
+        try:
+            low, high = (float(bound) for bound in self.scale_bounds)
+        except ValueError:
+            low = high = 0.0
+        if not 0 < low <= 1 <= high < float("inf"):
+            raise UserError(
+                f"--scale_bounds {' '.join(map(str, self.scale_bounds))}: "
+                "set two numbers 0 < lo ≤ 1 ≤ hi, or none"
+            )
+        return low, high
+
+
+@dataclass
+class TrainArguments:
+    _argument_group_name = "training"
+
+    output_dir: Optional[str] = option(None, "Where the run's metrics, summary and model go.")
+    overwrite_output_dir: bool = option(False, "Write into an output_dir that is not empty.")
+    learning_rate: float = option(2e-4, "AdamW's peak learning rate.")
+    weight_decay: float = option(0.0, "On A and B; pulls towards a moving point: 0 is right.")
+    adam_beta1: float = option(0.9, "AdamW's β₁.")
+    adam_beta2: float = option(0.999, "AdamW's β₂.")
+    adam_epsilon: float = option(1e-8, "AdamW's ε.")
+    max_grad_norm: float = option(1.0, "Clip the transformed gradients' norm to this; 0: never.")
+    lr_scheduler_type: SchedulerType = option(SchedulerType.LINEAR, "transformers' schedules.")
+    warmup_ratio: float = option(0.0, "Share of the steps over which the learning rate rises.")
+    num_train_epochs: float = option(1.0, "Passes over the training data.")
+    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs where positive.")
+    per_device_train_batch_size: int = option(1, "Examples of one micro-batch of one rank.")
+    per_device_eval_batch_size: int = option(8, "Examples of one evaluation batch of one rank.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches of one step.")
+    eval_steps: int = option(0, "Evaluate every so many steps, besides before and after; 0: never.")
+    logging_steps: int = option(1, "TensorBoard every so many steps; metrics.jsonl has every one.")
+    seed: int = option(42, "Decides the data's order, what is held out and B's initial values.")
+    bf16: bool = option(False, "bfloat16 weights with fp32 masters of A and B.")
+    fp16: bool = option(False, "float16 weights with a loss scale (ZeRO stages 1 to 3).")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward.")
+    update_rank_layers: int = option(
+        8, "Layers whose accumulated update's rank is measured; 0: none."
+    )
+    save_model: bool = option(True, "Write the merged model to <output_dir>/model at the end.")
+    ddp_timeout: int = option(1800, "Seconds after which a collective gives up.")
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: set at least 1")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 exclude each other: set one")
+        if not self.output_dir:
+            raise UserError("--output_dir is missing: say where the run's results go")
+
+
+@dataclass
+class LaunchArguments:
+    _argument_group_name = "launch"
+
+    config: Optional[str] = option(
+        None, "A YAML file of these options; the command line overrides it."
+    )
+    ds_config: Optional[str] = option(None, "DeepSpeed's JSON, e.g. ds_configs/zero3.json.")
+    local_rank: int = option(-1, "Set by the launcher.")
+
+
+@dataclass
+class Options:
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    train: TrainArguments
+    launch: LaunchArguments
+
+
+class _Parser(HfArgumentParser):
+    source = ""  # what is being read, for messages
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.source}{message}; --help lists the options")
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Read the command line, and the YAML file its ``--config`` names, into dataclasses.
+
+    A recipe is a command line written down: its fields are parsed by the same parser, first.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown field or choice, a value that cannot be.
+    """
+    groups = [ModelArguments, DataArguments, MethodArguments, TrainArguments, LaunchArguments]
+    parser = _Parser(groups, allow_abbrev=False, description="Fine-tune with ScaLoRA on shards.")
+    known = sorted(action.dest for action in parser._actions if not action.dest.startswith("no_"))
+    recipe = parser.parse_known_args(argv)[0].config
+    words = _recipe_words(recipe, known) if recipe else []
+    parser.source = f"{recipe}: "
+    parser.parse_args(words)
+    parser.source = ""
+    for word in parser.parse_known_args(argv)[1]:
+        if word.startswith("--"):
+            raise UserError(_unknown_field(word[2:].partition("=")[0], known))
+    return Options(*parser.parse_args_into_dataclasses([*words, *argv]))
+
+
+def _recipe_words(path: str, known: Sequence[str]) -> list[str]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; see launch/recipes/") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"--config {path}{where}: {problem}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path} must hold `field: value` lines")
+    words = []
+    for name, value in recipe.items():
+        if name not in known:
+            raise UserError(f"{path}: {_unknown_field(str(name), known)}")
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def _unknown_field(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown field {name!r}: {hint}The fields are {', '.join(known)}"

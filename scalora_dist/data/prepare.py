@@ -1,0 +1,106 @@
+"""The training and evaluation data of a run, from its arguments."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from scalora_dist.data.arguments import DataArguments
+from scalora_dist.data.generated import PREFIX
+from scalora_dist.data.sources import load_examples
+from scalora_dist.data.tokenize import Tokenized, tokenize_examples
+from scalora_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenized data (columns as in `tokenize_examples`).
+
+    `truncated` and `dropped` count over both parts; an example that was cut and so lost all its
+    targets is in both counts.
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    truncated: int
+    dropped: int
+
+
+def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
+    """Load, tokenize and split; the result depends on the arguments alone.
+
+    The first call fills the `datasets` cache and later ones read it, so let rank 0 call this before
+    the others do. Raises UserError for every mistake in the arguments or the data.
+    """
+    options = _check(args)
+
+    def tokens(name: str, split: str, size: int, task_options: dict[str, Any]) -> Tokenized:
+        examples = load_examples(name, split=split, seed=seed, size=size, task_options=task_options)
+        return tokenize_examples(
+            examples, tokenizer, max_length=args.max_length, train_on_prompt=args.train_on_prompt
+        )
+
+    if args.eval_dataset is None:
+        data = tokens(args.dataset, args.dataset_split, args.dataset_size + args.eval_size, options)
+        train, evaluation = _hold_out(data.dataset, args.eval_size, seed)
+        return Prepared(train, evaluation, data.truncated, data.dropped)
+
+    data = tokens(args.dataset, args.dataset_split, args.dataset_size, options)
+    other = tokens(args.eval_dataset, args.eval_dataset_split, args.eval_size, {})
+    evaluation = other.dataset
+    if args.eval_size:
+        evaluation = evaluation.take(min(args.eval_size, len(evaluation)))
+    truncated, dropped = data.truncated + other.truncated, data.dropped + other.dropped
+    return Prepared(data.dataset, evaluation, truncated, dropped)
+
+
+def _hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Split off the end of a shuffled data set.
+
+    Generated data is shuffled too, for some tasks put their harder questions last. Its questions
+    are all different (see `generated`), so none that is held out occurs in training.
+    """
+    if size == 0:
+        return dataset, None
+    if size >= len(dataset):
+        raise UserError(
+            f"eval_size = {size} leaves nothing to train on: there are {len(dataset)} examples."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.select(order[:-size]), dataset.select(order[-size:])
+
+
+def _check(args: DataArguments) -> dict[str, Any]:
+    """Refuse bad arguments; return `dataset_options` as a dict."""
+    if not args.dataset:
+        raise UserError("Say what to train on with --dataset: a file, a folder, or a hub name.")
+    if args.max_length < 2:
+        raise UserError(f"max_length must be at least 2 to leave a target, got {args.max_length}.")
+    if args.dataset_size < 1 or args.eval_size < 0:
+        raise UserError(
+            "dataset_size must be at least 1 and eval_size at least 0, "
+            f"got {args.dataset_size} and {args.eval_size}."
+        )
+    if args.eval_dataset == args.dataset and args.dataset.startswith(PREFIX):
+        raise UserError(
+            f"{args.eval_dataset} would evaluate on the training questions: leave --eval_dataset "
+            "out and let --eval_size hold some out."
+        )
+    try:
+        options = json.loads(args.dataset_options)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"dataset_options is not JSON ({error}): {args.dataset_options!r}."
+        ) from None
+    if not isinstance(options, dict):
+        raise UserError(
+            f"dataset_options must be a JSON object such as {{}}, got {args.dataset_options!r}."
+        )
+    if options and not args.dataset.startswith(PREFIX):
+        raise UserError(f"dataset_options are for {PREFIX}<task> only, not for {args.dataset}.")
+    return options

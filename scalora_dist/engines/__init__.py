@@ -1,0 +1,1 @@
+"""Engines: each says where its shards are, and nothing else does."""

@@ -1,0 +1,261 @@
+"""DeepSpeed ZeRO 0 to 3: where its shards are.
+
+These are private attributes of DeepSpeed (read and run with 0.19.8); they are used here only, and
+``tests/distributed`` fails loudly when a release moves them.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.engines.base import Engine, LayerShards, NamedShard
+from scalora_dist.shards import FlatShard
+from scalora_dist.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+class DeepSpeedEngine(Engine):
+    """A model under ZeRO stage 0, 1, 2 or 3, with or without offload to the CPU."""
+
+    def __init__(self, world: World, config: dict[str, Any]) -> None:
+        """
+        Args:
+            config: a DeepSpeed config without "auto" (see ``engines/ds_config.py``).
+        """
+        self.world, self.config = world, config
+        deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.dtype = torch.float32
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if config.get(name, {}).get("enabled"):
+                self.dtype = dtype
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        # transformers partitions a model while loading it for as long as this object lives.
+        self._keep = HfDeepSpeedConfig(self.config)
+        yield
+
+    def attach(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, LowRankLinear],
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(trainable)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=trainable, optimizer=self.optimizer, config=self.config
+        )
+        self.module, self.model, self._layers = self.engine, model, dict(layers)
+        places = {0: _WholePlaces, 1: _FragmentPlaces, 2: _FragmentPlaces, 3: _PartitionPlaces}
+        self.places = places[self.stage](self.engine)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # DeepSpeed divides by the accumulation and by the ranks; our loss is a share of a sum.
+        self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.world.size))
+        if not last:
+            self.engine.step()
+
+    def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
+        if self.places.offloads:  # gradients may still be on their way to the CPU
+            deepspeed.accelerator.get_accelerator().synchronize()
+        layers = self.layers()
+        apply = transform(layers)
+        if not apply:
+            # The engine's own overflow path discards a step whole, at every stage that has one.
+            for layer in layers:
+                layer.grad_A.local.fill_(float("inf"))
+                layer.grad_B.local.fill_(float("inf"))
+        for layer, module in zip(layers, self._layers.values(), strict=True):
+            self.places.note_gradient_norm(module.A, layer.grad_A)
+            self.places.note_gradient_norm(module.B, layer.grad_B)
+        if not apply and not self.places.checks_overflow:
+            self.engine.zero_grad()
+            self.engine.micro_steps += 1
+            return False
+        self.engine.step()
+        if apply != self.engine.was_step_applied():
+            raise RuntimeError(
+                f"DeepSpeed {'skipped' if apply else 'applied'} a step that it should not have"
+            )
+        return apply
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.engine.loss_scale()) if self.dtype == torch.float16 else 1.0
+
+    def layers(self, *, gradients: bool = True) -> list[LayerShards]:
+        return [self._layer(name, module, gradients) for name, module in self._layers.items()]
+
+    def _layer(self, name: str, layer: LowRankLinear, gradients: bool) -> LayerShards:
+        factors: dict[str, Any] = {}
+        for key, parameter in (("A", layer.A), ("B", layer.B)):
+            master = self.places.master(parameter)
+            local = self.places.gradient(parameter).view(-1) if gradients else master.local
+            factors[key] = master
+            factors[f"grad_{key}"] = master.like(local)
+            factors[f"moments_{key}"] = tuple(
+                master.like(moment) for moment in self.places.moments(parameter)
+            )
+        return LayerShards(
+            name=name, scaling=layer.scaling, W=self.places.weight(layer.weight), **factors
+        )
+
+    def frozen(self) -> Iterator[NamedShard]:
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                yield NamedShard(name, shape, self.places.weight(parameter))
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    """Any parameter's shape as (rows, cols), for a FlatShard."""
+    return (shape[0], shape[1:].numel()) if len(shape) else (1, 1)
+
+
+class _Places(ABC):
+    """Where one ZeRO stage keeps this rank's part of a parameter, as views that writes stick to."""
+
+    checks_overflow = True  # the engine's step discards non-finite gradients by itself
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        self.engine, self.zero = engine, engine.optimizer
+        offload = engine.zero_offload_optimizer()
+        self.offloads = offload is not None and str(offload.device) not in ("none", "None")
+
+    def weight(self, p: nn.Parameter) -> FlatShard:
+        """A frozen weight; whole on every rank below stage 3."""
+        return FlatShard(p.data.view(-1), 0, _matrix(p.shape))
+
+    @abstractmethod
+    def master(self, p: nn.Parameter) -> FlatShard:
+        """The fp32 master of a trained parameter."""
+
+    @abstractmethod
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        """The reduced gradient of the master's range, from the last backward to the step."""
+
+    @abstractmethod
+    def moments(self, p: nn.Parameter) -> list[Tensor]:
+        """AdamW's m and v of the master's range; [] before they exist."""
+
+    def note_gradient_norm(self, p: nn.Parameter, gradient: FlatShard) -> None:
+        """With optimizer offload the engine clips by a norm it took during the backward."""
+        if self.offloads and gradient.local.numel():
+            norm = gradient.local.double().norm().to(torch.float32)
+            self.zero.norm_for_param_grads[self.zero.get_param_id(p)] = norm
+
+
+class _WholePlaces(_Places):
+    """Stage 0: everything whole on every rank."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        super().__init__(engine)
+        self.masters = {}
+        self.checks_overflow = hasattr(self.zero, "fp16_groups")
+        if self.checks_overflow:  # 16-bit: FP16_UnfusedOptimizer
+            for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
+                self.masters |= dict(zip(low, high, strict=True))
+            # It takes a dummy step when made, which would put Adam's bias correction one step off.
+            for state in self.zero.optimizer.state.values():
+                state["step"].zero_()
+
+    def master(self, p: nn.Parameter) -> FlatShard:
+        return FlatShard(self.masters.get(p, p).data.view(-1), 0, _matrix(p.shape))
+
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        return p.grad
+
+    def moments(self, p: nn.Parameter) -> list[Tensor]:
+        state = self.engine.basic_optimizer.state.get(self.masters.get(p, p), {})
+        return [state[key].view(-1) for key in MOMENTS if key in state]
+
+
+class _FragmentPlaces(_Places):
+    """Stages 1 and 2: pieces of one flattened buffer, beginning and ending anywhere."""
+
+    def master(self, p: nn.Parameter) -> FlatShard:
+        mapping = p._hp_mapping
+        if mapping is None:  # this rank owns nothing of it
+            return FlatShard(
+                p.new_empty(0, dtype=torch.float32), 0, _matrix(p.shape), dist.group.WORLD
+            )
+        start = mapping.lp_fragment_address.start
+        return FlatShard(mapping.hp_fragment.view(-1), start, _matrix(p.shape), dist.group.WORLD)
+
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        if p._hp_mapping is None:
+            return p.new_empty(0)
+        return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+
+    def moments(self, p: nn.Parameter) -> list[Tensor]:
+        mapping = p._hp_mapping
+        if mapping is None:
+            return []
+        flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        state = self.zero.optimizer.state.get(flat, {})
+        address = mapping.hp_fragment_address
+        return [
+            state[key].view(-1).narrow(0, address.start, address.numel)
+            for key in MOMENTS
+            if key in state
+        ]
+
+
+class _PartitionPlaces(_Places):
+    """Stage 3: ceil(numel / world) elements of every parameter, the last range padded."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        super().__init__(engine)
+        self.index = {p: i for group in self.zero.fp16_groups for i, p in enumerate(group)}
+
+    def _shard(self, p: nn.Parameter, local: Tensor) -> FlatShard:
+        size = p.ds_tensor.ds_numel
+        start = min(dist.get_rank() * size, p.ds_numel)
+        length = min(size, p.ds_numel - start)
+        return FlatShard(local.view(-1)[:length], start, _matrix(p.ds_shape), dist.group.WORLD)
+
+    def weight(self, p: nn.Parameter) -> FlatShard:
+        return self._shard(p, p.ds_tensor.data)
+
+    def _position(self, p: nn.Parameter) -> tuple[int, int, int]:
+        return self.zero.grad_position[self.zero.get_param_id(p)]
+
+    def master(self, p: nn.Parameter) -> FlatShard:
+        group, offset, numel = self._position(p)
+        return self._shard(
+            p, self.zero.fp32_partitioned_groups_flat[group].data.narrow(0, offset, numel)
+        )
+
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        group, offset, numel = self._position(p)
+        if self.offloads:
+            local = self.zero.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, numel)
+        else:
+            local = self.zero.averaged_gradients[group][self.index[p]]
+        return self._shard(p, local).local
+
+    def moments(self, p: nn.Parameter) -> list[Tensor]:
+        group, offset, numel = self._position(p)
+        state = self.zero.optimizer.state.get(self.zero.fp32_partitioned_groups_flat[group], {})
+        return [
+            self._shard(p, state[key].narrow(0, offset, numel)).local
+            for key in MOMENTS
+            if key in state
+        ]

@@ -1,0 +1,140 @@
+"""DeepSpeed's JSON: "auto" values filled in, settings that would break the rescale refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scalora_dist.config import TrainArguments
+from scalora_dist.errors import UserError
+
+
+def load_ds_config(
+    path: str, args: TrainArguments, *, world_size: int, hidden_size: int
+) -> dict[str, Any]:
+    """The DeepSpeed config at ``path`` as DeepSpeed takes it, with nothing left on "auto".
+
+    Raises:
+        UserError: no such file, bad JSON (line number), a value that contradicts the command line,
+            a setting under which merging into shards would go wrong silently.
+    """
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--ds_config {path}: {error.strerror}; see ds_configs/") from error
+    except ValueError as error:
+        raise UserError(f"--ds_config {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--ds_config {path} must hold a JSON object")
+    _fill(config, args, path, world_size, hidden_size)
+    _refuse(config, path)
+    # The optimizer is torch's AdamW on every engine, offloaded or not.
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def _fill(
+    config: dict[str, Any], args: TrainArguments, path: str, world_size: int, hidden_size: int
+) -> None:
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    decided = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * world_size,
+        "gradient_clipping": args.max_grad_norm,
+        "bf16.enabled": args.bf16,
+        "fp16.enabled": args.fp16,
+    }
+    for key, value in decided.items():
+        section, name = _section(config, key)
+        if section.get(name, "auto") not in ("auto", value):
+            raise UserError(
+                f'{path} sets {key} to {section[name]} but the command line means {value}: set "auto"'
+            )
+        section[name] = value
+    # What transformers' Trainer puts for "auto" here.
+    sized = {
+        "zero_optimization.reduce_bucket_size": hidden_size**2,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in sized.items():
+        section, name = _section(config, key)
+        if section.get(name) == "auto":
+            section[name] = value
+    if left := [key for key, value in _leaves(config) if value == "auto"]:
+        raise UserError(f'{path}: nothing decides {left[0]}: write a value instead of "auto"')
+
+
+def _refuse(config: dict[str, Any], path: str) -> None:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage {stage}: set 0, 1, 2 or 3")
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise UserError(
+                f"{path}: remove the {name!r} block: --learning_rate, --weight_decay, "
+                "--lr_scheduler_type and --warmup_ratio decide, alike on every engine"
+            )
+    bf16 = config["bf16"]["enabled"]
+    accumulate = config.get("data_types", {}).get("grad_accum_dtype")
+    reasons = {
+        "fp16 unscales gradients wrongly at stage 0: set stage 1, 2 or 3": (
+            config["fp16"]["enabled"] and stage == 0
+        ),
+        "round_robin_gradients moves gradients away from their parameters: set it to false": (
+            zero.get("round_robin_gradients")
+        ),
+        "zero_quantized_nontrainable_weights rounds every merge away: set it to false": (
+            zero.get("zero_quantized_nontrainable_weights")
+        ),
+        "zero_hpz_partition_size above 1 trains on stale copies of merged weights: set it to 1": (
+            zero.get("zero_hpz_partition_size", 1) > 1
+        ),
+        "mics_shard_size is not supported: remove it": zero.get("mics_shard_size", -1) > 0,
+        "zenflow is not supported: remove it": "zenflow" in zero,
+        "NVMe offload is not supported: set offload device to cpu": any(
+            zero.get(part, {}).get("device") == "nvme"
+            for part in ("offload_param", "offload_optimizer")
+        ),
+        "tensor parallelism is not supported: remove 'tensor_parallel'": (
+            config.get("tensor_parallel", {}).get("autotp_size", 0) > 1
+        ),
+        "fp32 gradient accumulation with bf16 needs stage 2 or 3": (
+            bf16 and stage < 2 and accumulate in ("fp32", "float32")
+        ),
+        "check_grad_overflow must stay on, so that a non-finite step is skipped": (
+            bf16 and config["bf16"].get("check_grad_overflow", True) is False
+        ),
+        "compute_grad_norm must stay on, so that a non-finite step is skipped": (
+            zero.get("compute_grad_norm", True) is False
+        ),
+        "16-bit master weights would lose the rescale: remove *_master_weights_and_grads": (
+            config["bf16"].get("bf16_master_weights_and_grads")
+            or config["fp16"].get("fp16_master_weights_and_grads")
+        ),
+    }
+    for reason, broken in reasons.items():
+        if broken:
+            raise UserError(f"{path}: {reason}")
+
+
+def _section(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The (nested) object that holds a dotted key, made where it is missing, and the last name."""
+    *path, name = key.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    return config, name
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            leaves += _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves.append((prefix + key, value))
+    return leaves

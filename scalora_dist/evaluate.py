@@ -1,0 +1,59 @@
+"""Loss and exact match on held-out examples, shared out over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scalora_dist.data import Collator, PaddedExamples, eval_batches
+from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.loss import target_logits
+from scalora_dist.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # mean over the target tokens of all examples
+    exact_match: float  # share of examples whose every target greedy decoding would produce
+    examples: int
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module, dataset: Dataset, collate: Collator, world: World, batch_size: int
+) -> Evaluation:
+    """Evaluate ``module`` on all of ``dataset``, ``batch_size`` examples per rank at a time.
+
+    Needs no generation: greedy decoding gives an example's targets exactly when, teacher-forced,
+    the argmax at each target position is the target. Two scalars per batch stay on the device; one
+    all-reduce at the end.
+    """
+    examples = PaddedExamples(dataset)
+    batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
+    totals = torch.zeros(3, dtype=torch.float64)  # loss, targets, exact matches
+    training = module.training
+    module.eval()
+    for batch in tqdm(batches, "evaluating", disable=not world.is_main, leave=False):
+        tensors = collate([examples[i] for i in batch])
+        labels = tensors.pop("labels").to(world.device)
+        inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}
+        logits = module(**inputs, use_cache=False).logits
+        totals += _totals(logits, labels).cpu()
+    module.train(training)
+    loss, targets, matches = world.sum(*totals.tolist())
+    return Evaluation(loss / targets, matches / len(dataset), len(dataset))
+
+
+def _totals(logits: Tensor, labels: Tensor) -> Tensor:
+    predicted, wanted = target_logits(logits, labels)
+    loss = F.cross_entropy(predicted, wanted, reduction="sum")
+    counts = labels[:, 1:] != IGNORE
+    right = torch.ones_like(counts)
+    right[counts] = predicted.argmax(-1) == wanted
+    matches = (right.all(1) & counts.any(1)).sum()
+    return torch.stack([loss.double(), counts.sum().double(), matches.double()])

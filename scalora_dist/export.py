@@ -1,0 +1,137 @@
+"""The merged model in Hugging Face format, written tensor by tensor from shards.
+
+No rank ever holds the model: each tensor is gathered by itself, and rank 0 streams it into its
+place in a safetensors file (whose library can only write tensors that are all in memory).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scalora_dist.engines.base import Engine, NamedShard
+from scalora_dist.merge import merged_weight
+from scalora_dist.shards import Layout
+
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+@torch.no_grad()
+def export_model(
+    folder: Path,
+    engine: Engine,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    low: Mapping[str, Tensor],
+) -> None:
+    """Write ``W + s·A Bᵀ`` of every adapted layer and all else as it is, in the model's dtype.
+
+    Called on every rank; only rank 0 writes. Written aside, then renamed, so that ``folder`` never
+    holds half a model.
+
+    Args:
+        low: {layer: int16 remainders of its 16-bit W} (``Rescaler.low``).
+    """
+    merged = _Merged(engine, low)
+    index = {p.name: i for i, p in enumerate(merged)}
+    entries = {p.name: (p.shape, p.shard.local.dtype) for p in merged}
+    # The plan needs sizes only: meta tensors.
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(shape, dtype=d, device="meta") for name, (shape, d) in entries.items()}
+    )
+    aside = folder.with_name(f"{folder.name}.partial")
+    is_main = engine.world.is_main
+    if is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    progress = tqdm(total=len(entries), desc="writing the model", disable=not is_main, leave=False)
+    for filename, names in plan.filename_to_tensors.items():
+        with open(aside / filename if is_main else os.devnull, "wb") as file:
+            writer = SafetensorsWriter(file, {name: entries[name] for name in names})
+            for name in names:
+                tensor = merged.whole(index[name])
+                if is_main:
+                    writer.write(tensor)
+                progress.update()
+    progress.close()
+    if not is_main:
+        return
+    if plan.is_sharded:
+        files = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(files, indent=2))
+    model.config.save_pretrained(aside)
+    if model.can_generate():
+        model.generation_config.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+class _Merged:
+    """Gathers one tensor of the merged model at a time."""
+
+    def __init__(self, engine: Engine, low: Mapping[str, Tensor]) -> None:
+        self.low = low
+        self.layers = engine.layers(gradients=False)
+        self.layer_of = {f"{layer.name}.weight": i for i, layer in enumerate(self.layers)}
+        self.factors = [factor for layer in self.layers for factor in (layer.A, layer.B)]
+        self.factor_layout = Layout.of(self.factors, engine.world.device)
+        self.frozen = list(engine.frozen())
+        self.frozen_layout = Layout.of([p.shard for p in self.frozen], engine.world.device)
+
+    def __iter__(self) -> Iterator[NamedShard]:
+        return iter(self.frozen)
+
+    def whole(self, i: int) -> Tensor:
+        """The i-th frozen parameter, merged, in its own dtype and shape, on every rank."""
+        name, shape, shard = self.frozen[i]
+        if name in self.layer_of:
+            at = self.layer_of[name]
+            a, b = self.factor_layout.gather(self.factors, range(2 * at, 2 * at + 2))
+            layer = self.layers[at]
+            merged = merged_weight(layer.W, layer.scaling * a, b, self.low.get(layer.name))
+            shard = shard.like(merged.local.to(shard.local.dtype))
+        (whole,) = self.frozen_layout.gather({i: shard}, range(i, i + 1))
+        return whole.view(shape)
+
+
+class SafetensorsWriter:
+    """One safetensors file, written a tensor at a time: a JSON header, then the bytes in order."""
+
+    def __init__(
+        self, file: BinaryIO, entries: Mapping[str, tuple[torch.Size, torch.dtype]]
+    ) -> None:
+        """
+        Args:
+            entries: {name: (shape, dtype)} in the order in which ``write`` will be called.
+        """
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in entries.items():
+            start, end = end, end + shape.numel() * dtype.itemsize
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data begins aligned
+        file.write(len(text).to_bytes(8, "little") + text)
+        self.file = file
+
+    def write(self, tensor: Tensor) -> None:
+        self.file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

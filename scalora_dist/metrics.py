@@ -1,0 +1,70 @@
+"""What a run leaves while it goes: metrics.jsonl, TensorBoard events, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes on rank 0 and does nothing on the others, so that callers need not ask."""
+
+    def __init__(self, folder: Path, *, is_main: bool, steps: int, logging_steps: int) -> None:
+        self.is_main, self.folder, self.logging_steps = is_main, folder, logging_steps
+        self.bar = tqdm(total=steps, unit="step", desc="training", disable=not is_main)
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lines = open(folder / "metrics.jsonl", "w", buffering=1)
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step: a line, the bar, and every ``logging_steps`` the scalars."""
+        if not self.is_main:
+            return
+        self._line(record)
+        speed = f"{record['tokens'] / record['seconds']:.0f}"
+        self.bar.set_postfix({"loss": f"{record['loss']:.4f}", "tokens/s": speed})
+        self.bar.update()
+        if record["step"] % self.logging_steps == 0:
+            self._scalars("train", record)
+
+    def evaluation(self, step: int, record: dict[str, Any]) -> None:
+        if not self.is_main:
+            return
+        self._line({"step": step, **record})
+        self._scalars("eval", {"step": step, **record})
+        self.bar.write(
+            f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in record.items())
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.is_main:
+            self.lines.close()
+            self.board.close()
+
+    def _line(self, record: dict[str, Any]) -> None:
+        self.lines.write(json.dumps(_without_nan(record)) + "\n")
+
+    def _scalars(self, prefix: str, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, dict):
+                self._scalars(f"{prefix}/{name}", {"step": record["step"], **value})
+            elif name != "step":
+                self.board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

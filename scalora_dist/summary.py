@@ -1,0 +1,81 @@
+"""A run in one small table: what summary.json holds and what the terminal shows at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from scalora_dist.config import Options
+from scalora_dist.evaluate import Evaluation
+
+
+def summarize(
+    options: Options,
+    world_size: int,
+    records: list[dict[str, Any]],
+    before: Evaluation | None,
+    after: Evaluation | None,
+    update_rank: list[int],
+    peak_memory_bytes: int,
+) -> dict[str, Any]:
+    """
+    Args:
+        records: the steps' lines of metrics.jsonl.
+        update_rank: of the layers that were measured.
+        peak_memory_bytes: of the rank that needed most.
+    """
+    timed = records[1:] or records  # the first step also sets up kernels and buffers
+    seconds = sum(record["seconds"] for record in timed)
+    rescales = [record["rescale"] for record in records if "rescale" in record]
+    rules: Counter[str] = Counter()
+    for rescale in rescales:
+        rules.update({rule: count for rule, count in rescale.items() if rule != "seconds"})
+    rescale_seconds = sum(record.get("rescale", {}).get("seconds", 0.0) for record in timed)
+    return {
+        "method": options.method.method,
+        "scaling_rule": options.method.scaling_rule,
+        "rank": options.method.rank,
+        "world_size": world_size,
+        "steps": len(records),
+        "skipped_steps": sum("skipped_step" in record for record in records),
+        "loss_first": records[0]["loss"],
+        "loss_last": records[-1]["loss"],
+        "eval_examples": after.examples if after else None,
+        "eval_loss": [before.loss, after.loss] if before and after else None,
+        "eval_exact_match": [before.exact_match, after.exact_match] if before and after else None,
+        "layers_by_rule": dict(rules),
+        "update_rank": update_rank,
+        "seconds_per_step": seconds / len(timed),
+        "rescale_share": rescale_seconds / seconds,
+        "tokens_per_second": sum(record["tokens"] for record in timed) / seconds,
+        "peak_memory_bytes": peak_memory_bytes,
+        "output_dir": options.train.output_dir,
+    }
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The summary as an aligned table of two columns."""
+    rows = []
+    if summary["eval_loss"]:
+        held_out = f"held-out {{}} ({summary['eval_examples']} examples)"
+        loss, match = summary["eval_loss"], summary["eval_exact_match"]
+        rows.append((held_out.format("loss"), f"{loss[0]:.3f} → {loss[1]:.3f}"))
+        rows.append((held_out.format("exact match"), f"{match[0]:.1%} → {match[1]:.1%}"))
+    rows.append(("training loss", f"{summary['loss_first']:.3f} → {summary['loss_last']:.3f}"))
+    rules = summary["layers_by_rule"]
+    if total := sum(rules.values()):
+        shares = ", ".join(f"{rule} {n / total:.0%}" for rule, n in rules.items() if n)
+        rows.append(("rule taken, share of all layers' rescales", shares))
+    if ranks := summary["update_rank"]:
+        spread = f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.0f}"
+        of = f"(factors: {summary['rank']}; {len(ranks)} layers measured)"
+        rows.append(("rank of the accumulated update", f"{spread} {of}"))
+    share = f", rescale {summary['rescale_share']:.1%} of it" if total else ""
+    rows.append(("time per step", f"{summary['seconds_per_step']:.2f} s{share}"))
+    rows.append(("tokens per second", f"{summary['tokens_per_second']:.0f}"))
+    if summary["skipped_steps"]:
+        rows.append(("skipped steps", f"{summary['skipped_steps']} of {summary['steps']}"))
+    rows.append(("peak memory of a rank", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    rows.append(("results", f"{summary['output_dir']}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
