@@ -149,27 +149,26 @@ def _check(
 def _equilibrate(
     gram_a: Tensor, gram_b: Tensor, unit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """C (layers, 2r, 2r), and c with maximum 1, norms of A's and B's columns, the free (layers, 2r).
+    """C (layers, 2r, 2r), and c with maximum 1, A's and B's column norms, the free (layers, 2r).
 
     Each gram gets its unit diagonal before the two are multiplied, so nothing over- or underflows.
     """
     r = gram_a.shape[-1] // 2
-    grams = torch.stack((gram_a, gram_b)).double()  # (2, layers, 2r, 2r)
-    finite = grams.isfinite().all(-1).all(-1).all(0)  # (layers,)
-    grams = torch.where(finite[:, None, None], grams, 0.0)  # all free, so skipped
-    square = _diagonal(grams)  # (2, layers, 2r)
-    present = square > _TINY
-    norms = torch.where(present, square, 0.0).sqrt()
-    inverse = torch.where(present, square, 1.0).rsqrt()
-    corr, _ = quadratic(*(grams * inverse[..., :, None] * inverse[..., None, :]))
-
+    grams = torch.stack((gram_a, gram_b)).double()  # (2, layers, 2r, 2r), ours to change
+    finite = grams.sum((0, 2, 3)).isfinite()  # (layers,)
+    grams[:, ~finite] = 0.0  # all free, so skipped
+    square = _diagonal(grams).clone()  # (2, layers, 2r)
+    norms = torch.where(square > _TINY, square, 0.0).sqrt()
     (norm_a, grad_a), (norm_b, grad_b) = (side.split(r, dim=-1) for side in norms)
     norm = torch.cat((norm_a, norm_b), dim=-1)
     gradient = torch.cat((grad_b, grad_a), dim=-1)  # crossed: ∇B = s·GᵀA belongs to α
     c = torch.where(norm * unit > _ZERO_SIZE, gradient / norm, 0.0)
     c = c / c.amax(-1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)
     known = c > _ZERO_GRADIENT
-    corr = torch.where(known[:, :, None] & known[:, None, :], (corr + corr.mT) / 2, 0.0)
+
+    inverse = square.clamp_min(_TINY).rsqrt()
+    inverse[0] *= known  # the free lose their row and column of C
+    corr, _ = quadratic(*grams.mul_(inverse[..., :, None]).mul_(inverse[..., None, :]))
     _diagonal(corr).fill_(1.0)
     return corr, torch.where(known, c, 0.0), norm, ~known
 

@@ -1,0 +1,73 @@
+"""Real ranks for tests: processes that start once, join a gloo group and then run functions."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Ranks:
+    """``size`` processes; ``run`` calls one function on all of them, with their World first."""
+
+    def __init__(self, size: int) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.size = size
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 300, **kwargs: Any
+    ) -> list:
+        """The function's results in rank order; the first rank's error, if any, is raised here."""
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(timeout):
+                raise TimeoutError(f"rank {rank} of {self.size} gave no answer in {timeout} s")
+            answers.append(pipe.recv())
+        for rank, (fine, answer) in enumerate(answers):
+            if not fine:
+                raise RuntimeError(f"rank {rank} of {self.size}:\n{answer}")
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    from scalora_dist.world import World
+
+    world = World.join(timeout=timedelta(seconds=120))
+    while True:
+        function, args, kwargs = pipe.recv()
+        try:
+            pipe.send((True, function(world, *args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
