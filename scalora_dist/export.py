@@ -78,7 +78,7 @@ def export_model(
         model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    aside.replace(folder)
 
 
 class _Merged:

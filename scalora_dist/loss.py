@@ -12,7 +12,8 @@ def target_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The predictions that count, and what they should be.
 
     Args:
-        logits: (examples, length, vocabulary). labels: (examples, length) int64, IGNORE = no target.
+        logits: (examples, length, vocabulary).
+        labels: (examples, length) int64, IGNORE where there is no target.
 
     Returns:
         ((targets, vocabulary) float32, (targets,)), example by example in order.

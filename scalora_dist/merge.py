@@ -1,8 +1,8 @@
 """Adding a low-rank product into this rank's shard of a frozen weight, without losing it.
 
-An fp32 weight takes the increment as it is. A 16-bit weight would round it away: an increment below
-half a unit in the last place never arrives, while A and B did change. ``split`` keeps, beside each
-16-bit weight, the low 16 bits of the fp32 number it stands for; ``nearest`` is what is lost without.
+An fp32 weight takes the increment as it is. A 16-bit weight would round it away: an increment
+below half a unit in the last place never arrives, while A and B did change. ``split`` keeps, beside
+each 16-bit weight, the low 16 bits of the fp32 number it stands for; ``nearest`` loses them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class RunLog:
         self.bar = tqdm(total=steps, unit="step", desc="training", disable=not is_main)
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lines = open(folder / "metrics.jsonl", "w", buffering=1)
+            self.lines = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def step(self, record: dict[str, Any]) -> None:

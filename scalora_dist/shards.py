@@ -36,7 +36,7 @@ class FlatShard:
         local: 1-D view of the engine's own storage; writes to it stick. Any float dtype.
         offset: flat index of ``local[0]`` in the whole matrix.
         shape: (rows, cols) of the whole matrix.
-        group: the process group over which the matrix is cut up; None when this rank holds it whole.
+        group: the process group over which the matrix is cut up; None: this rank holds it whole.
     """
 
     local: Tensor

@@ -223,7 +223,7 @@ def _minimise(whole: _BoxProblem, start: Tensor) -> Tensor:
 
     A primal-dual interior point method, all layers abreast, each frozen when it has converged.
     Active-set methods such as projected Newton take fewer steps on easy problems but zigzag for
-    hundreds where columns are nearly parallel; this takes 8 to 20, up to 30, whatever the rank.
+    hundreds where columns are nearly parallel; this takes 8 to 20, seldom 30, whatever the rank.
     """
     problem = whole
     _, c, lower, upper = whole

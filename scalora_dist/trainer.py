@@ -54,11 +54,11 @@ class Trainer:
         self.options, self.engine, self.world = options, engine, engine.world
         train = options.train
         self.folder = Path(str(train.output_dir))
-        self.world.main_only("output_dir", lambda: check_output_dir(self.folder, train))
+        self.world.main_only(lambda: check_output_dir(self.folder, train))
         name = options.model.model_name_or_path
         self.tokenizer = load_tokenizer(options)
         self.data = self.world.main_first(
-            "data", lambda: prepare_data(options.data, self.tokenizer, train.seed)
+            lambda: prepare_data(options.data, self.tokenizer, train.seed)
         )
         self._warn_about_data(self.data)
         torch.manual_seed(train.seed + self.world.rank)  # dropout

@@ -16,7 +16,7 @@ RELATIVE_THRESHOLD = 1e-3
 
 
 class UpdateRank:
-    """Remembers this rank's shards of a few layers' initial weights, evenly spread over the model."""
+    """Remembers this rank's shards of a few layers' initial weights, spread over the model."""
 
     def __init__(self, layers: Sequence[LayerShards], count: int, device: torch.device) -> None:
         count = min(count, len(layers))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ class World:
     local_rank: int
     device: torch.device
     store: dist.Store
+    _calls: Iterator[int] = field(default_factory=itertools.count, repr=False)  # alike on all ranks
 
     @classmethod
     def join(cls, *, local_rank: int | None = None, timeout: timedelta) -> World:
@@ -86,15 +88,15 @@ class World:
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
 
-    def main_only(self, name: str, work: Callable[[], T]) -> T | None:
+    def main_only(self, work: Callable[[], T]) -> T | None:
         """Run ``work`` on rank 0 while the others wait; its result there, None elsewhere.
 
         They wait on the store, not in a collective, so rank 0 may take longer than the time-out.
-        ``name`` must be new for every call.
 
         Raises:
             UserError: on every rank where rank 0's ``work`` raised one.
         """
+        name = f"main_only/{next(self._calls)}"
         if not self.is_main:
             while True:
                 try:
@@ -113,7 +115,7 @@ class World:
         self.store.set(name, "")
         return result
 
-    def main_first(self, name: str, work: Callable[[], T]) -> T:
+    def main_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0 and then, its results being cached, on the others."""
-        result = self.main_only(name, work)
+        result = self.main_only(work)
         return result if self.is_main else work()

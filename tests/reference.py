@@ -46,7 +46,7 @@ def scales(
 ) -> tuple[Array, Array, str]:
     """α, β by the paper's rule, from the dense m × n problem itself (no grams).
 
-    ‖G − Σ_k z_k T_k‖² over z = ηL s² [α²; β²], T = the rank-one terms a_k (Gᵀa_k)ᵀ and (G b_k) b_kᵀ.
+    ‖G − Σ_k z_k T_k‖² over z = ηL s² [α²; β²], T_k the terms a_k (Gᵀa_k)ᵀ and (G b_k) b_kᵀ.
     A side without a gradient is free: its factors are 1.
     """
     r = A.shape[1]

@@ -224,12 +224,19 @@ def test_minimum_agrees_with_scipy(n: int):
 
 
 def test_unconverged_minimum_is_never_worse_than_its_start(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_MAX_STEPS", 2)
     corr, c = box_problem("cond-1e12", 50, 16, seed=8)
     problem = module._BoxProblem(corr, c, 0.0025 * c, 25 * c)
-    start = problem.clip(module._pinv_apply(corr, c))
-    x = module._minimise(problem, start)
-    assert not problem.improves(x, start).any()
+    start = module._minimise(problem, problem.clip(c))
+    monkeypatch.setattr(module, "_MAX_STEPS", 1)
+    assert not problem.improves(module._minimise(problem, start), start).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pseudo_inverse_keeps_all_that_is_not_roundoff(kind: str):
+    corr, c = box_problem(kind, 50, 16, seed=9)
+    x = module._pinv_apply(corr, c)
+    left = (corr @ x[..., None]).squeeze(-1) - c
+    assert (left.abs().amax(-1) <= 1e-8 * (1 + x.abs().amax(-1))).all()
 
 
 def ill_grams(layers: int, r: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -393,18 +400,24 @@ def test_extreme_scales_do_not_overflow():
             assert found.alpha.max() <= 1e18  # its square still fits float32
 
 
-def test_inconsistent_noise_has_a_finite_answer():
-    """λ need not lie in H's range once gradients are rounded to bf16; no rule may then run away."""
+@pytest.mark.parametrize("bounds", [BOUNDS, None])
+def test_lambda_outside_the_range_of_h(bounds: tuple[float, float] | None):
+    """Rounded gradients of equal columns differ, so zᵀHz − 2λᵀz has no minimum without bounds."""
     a, b, grad = factors(40, 6, seed=20)
-    a[:, :, 1], b[:, :, 1] = a[:, :, 0], b[:, :, 0]
-    draw = randn(21)
-    side_a = torch.cat((a, SCALING * grad @ b * (1 + 1e-2 * draw(*a.shape))), -1)
-    side_b = torch.cat((b, SCALING * grad.mT @ a * (1 + 1e-2 * draw(*b.shape))), -1)
-    for bounds in (BOUNDS, None):
-        found = run(side_a.mT @ side_a, side_b.mT @ side_b, "nnls", bounds)
-        low, high = bounds or (1e-6, 1e6)
-        size = sizes(found, a, b)
+    a[:, :, 1] = a[:, :, 0]
+    gram_a, gram_b = grams(a, b, grad)
+    weight = torch.ones(12, dtype=DTYPE)
+    weight[7] = 1.01  # the gradient of B's column 1
+    gram_b = gram_b * weight[:, None] * weight
+    low, high = bounds or (1e-6, 1e6)
+    for rule in SCALING_RULES:
+        size = sizes(run(gram_a, gram_b, rule, bounds), a, b)
         assert (size >= low * (1 - 1e-12)).all() and (size <= high * (1 + 1e-12)).all()
+    found = run(gram_a, gram_b, "nnls", bounds)
+    assert (found.rule == Rule.NNLS).all()
+    # The minimum prefers the one with the larger gradient until a bound stops the exchange.
+    size = sizes(found, a, b)
+    assert ((size[:, 0] < low * 1.001) | (size[:, 1] > high * 0.999)).all()
 
 
 def test_settings_that_make_no_sense_say_so():

@@ -110,9 +110,9 @@ def _adaptable(name: str, module: nn.Module, head: nn.Module | None) -> bool:
 def _why_not(name: str, module: nn.Module) -> str | None:
     """Why a module cannot carry A and B, or None. One half sentence that says what to set."""
     if isinstance(module, Conv1D):
-        return f"{name} is a Conv1D (GPT-2's transposed layer): set --target_modules to nn.Linear layers"
+        return f"{name} is a Conv1D (GPT-2's transposed layer): target nn.Linear layers"
     if _fused_experts(module):
-        return f"{name} holds fused 3-D expert weights: set --target_modules to its 2-D layers (q_proj …)"
+        return f"{name} holds fused 3-D expert weights: target 2-D layers (q_proj …)"
     if not isinstance(module, nn.Linear):
         return f"{name} is a {type(module).__name__}, not an nn.Linear: name linear layers"
     if not module.weight.is_floating_point():
@@ -120,7 +120,7 @@ def _why_not(name: str, module: nn.Module) -> str | None:
     if isinstance(module.weight, DTensor) and module.weight.device_mesh.ndim:
         return f"{name} is tensor-parallel: load the model without a tp_plan"
     if type(module) is not nn.Linear:
-        return f"{name} is a {type(module).__name__}, whose own forward A and B would bypass: leave it out"
+        return f"{name} is a {type(module).__name__} with a forward of its own: leave it out"
     return None
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.engines.base import Engine, LayerShards, NamedShard
+from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
@@ -42,6 +44,8 @@ class DeepSpeedEngine(Engine):
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(name, {}).get("enabled"):
                 self.dtype = dtype
+        if self.dtype not in get_accelerator().supported_dtypes():
+            raise UserError("DeepSpeed has no fp16 on this device: set --bf16 or neither")
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -72,7 +76,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
         if self.places.offloads:  # gradients may still be on their way to the CPU
-            deepspeed.accelerator.get_accelerator().synchronize()
+            get_accelerator().synchronize()
         layers = self.layers()
         apply = transform(layers)
         if not apply:
@@ -96,7 +100,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def loss_scale(self) -> float:
-        return float(self.engine.loss_scale()) if self.dtype == torch.float16 else 1.0
+        return float(self.engine.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
     def layers(self, *, gradients: bool = True) -> list[LayerShards]:
         return [self._layer(name, module, gradients) for name, module in self._layers.items()]
