@@ -9,32 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 from scalora_dist.config import Options, parse_options
-from scalora_dist.errors import UserError
+from scalora_dist.errors import UserError, exit_on_user_error
 
 
-def main(argv: list[str]) -> None:
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.ERROR, format="%(levelname)s %(message)s"
-    )
-    try:
-        run(parse_options(argv))
-    except UserError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The others may still be in a call that waits for us: leave without waiting for them.
-        os._exit(2)
-
-
-def run(options: Options) -> None:
+def train(options: Options) -> None:
     if not options.launch.ds_config:
         raise UserError("--ds_config is missing: name a DeepSpeed JSON, e.g. ds_configs/zero3.json")
-    # Options are checked before the seconds that these imports take.
+    # The options are checked before the seconds that these imports take.
     from scalora_dist.engines.deepspeed import DeepSpeedEngine
     from scalora_dist.engines.ds_config import load_ds_config
     from scalora_dist.summary import render
@@ -51,11 +36,15 @@ def run(options: Options) -> None:
         world_size=world.size,
         hidden_size=hidden_size(options),
     )
-    trainer = Trainer(options, DeepSpeedEngine(world, config))
-    summary = trainer.run()
+    summary = Trainer(options, DeepSpeedEngine(world, config)).run()
     if world.is_main:
         print(render(summary))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    # torch renamed collectives that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with exit_on_user_error():
+        train(parse_options(sys.argv[1:]))

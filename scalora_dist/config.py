@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional
 
 import yaml
-from transformers import HfArgumentParser, SchedulerType
+from transformers import HfArgumentParser
 
 from scalora_dist.data.arguments import DataArguments
 from scalora_dist.errors import UserError
+
+
+# Those of transformers' schedules that need no arguments of their own.
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
 
 
 def option(default: Any, help: str) -> Any:
@@ -104,7 +116,7 @@ class TrainArguments:
     adam_beta2: float = option(0.999, "AdamW's β₂.")
     adam_epsilon: float = option(1e-8, "AdamW's ε.")
     max_grad_norm: float = option(1.0, "Clip the transformed gradients' norm to this; 0: never.")
-    lr_scheduler_type: SchedulerType = option(SchedulerType.LINEAR, "transformers' schedules.")
+    lr_scheduler_type: Schedule = option("linear", "transformers' schedule of that name.")
     warmup_ratio: float = option(0.0, "Share of the steps over which the learning rate rises.")
     num_train_epochs: float = option(1.0, "Passes over the training data.")
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs where positive.")
@@ -170,7 +182,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     """
     groups = [ModelArguments, DataArguments, MethodArguments, TrainArguments, LaunchArguments]
     parser = _Parser(groups, allow_abbrev=False, description="Fine-tune with ScaLoRA on shards.")
-    known = sorted(action.dest for action in parser._actions if not action.dest.startswith("no_"))
+    known = sorted({action.dest for action in parser._actions} - {"help"})
     recipe = parser.parse_known_args(argv)[0].config
     words = _recipe_words(recipe, known) if recipe else []
     parser.source = f"{recipe}: "

@@ -169,7 +169,8 @@ class _Clock:
     """Seconds by part, the device's queue included."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}
+        self.device = device
+        self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, part: str) -> None:

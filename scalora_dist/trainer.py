@@ -175,9 +175,18 @@ class Trainer:
         """What happens between backward and the optimizer's step; it fills in ``record``."""
         loss_scale = self.engine.loss_scale
 
+        def measure(layers: list[LayerShards]) -> bool:
+            gradients = [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
+            record["grad_norm"] = global_norm(gradients, self.world.device) / loss_scale
+            return finite and math.isfinite(record["grad_norm"])
+
+        rescaler = self.rescaler
+        if rescaler is None or step % self.options.method.scaling_interval:
+            return measure
+
         def rescale(layers: list[LayerShards]) -> bool:
             started = time.perf_counter()
-            report = self.rescaler(layers) if finite else RescaleReport(applied=False)
+            report = rescaler(layers) if finite else RescaleReport(applied=False)
             record["grad_norm"] = report.grad_norm / loss_scale
             record["grad_norm_before"] = report.grad_norm_before / loss_scale
             rules = Counter(report.rules or [Rule.SKIPPED] * len(layers))
@@ -185,13 +194,7 @@ class Trainer:
             record["rescale"]["seconds"] = time.perf_counter() - started
             return report.applied
 
-        def measure(layers: list[LayerShards]) -> bool:
-            gradients = [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
-            record["grad_norm"] = global_norm(gradients, self.world.device) / loss_scale
-            return finite and math.isfinite(record["grad_norm"])
-
-        due = self.rescaler and step % self.options.method.scaling_interval == 0
-        return rescale if due else measure
+        return rescale
 
     def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
         sampler = RankBatches(
@@ -268,6 +271,8 @@ def _known_model(options: Options) -> Iterator[str]:
     name = options.model.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing: name a folder or a model of the hub")
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise UserError(f"--model_name_or_path {name}: there is no such folder")
     try:
         yield name
     except (OSError, ValueError) as error:

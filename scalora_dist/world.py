@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ class World:
         """The largest of each value over all ranks, in float64: one all-reduce."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: tuple[float, ...], op: dist.ReduceOp) -> list[float]:
+    def _reduce(self, values: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
         message = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(message, op=op)
         return message.tolist()
@@ -118,4 +118,4 @@ class World:
     def main_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0 and then, its results being cached, on the others."""
         result = self.main_only(work)
-        return result if self.is_main else work()
+        return cast(T, result) if self.is_main else work()

@@ -3,32 +3,32 @@
     deepspeed --num_gpus 2 tools/bench_rescale.py --ds_config ds_configs/zero3.json \\
         --model_name_or_path MODEL [--rank 8 --steps 5 --length 64 --json out.json]
 
-Everything runs on one engine and one model, on random tokens, `--steps` rounds of: a LoRA step, a
-ScaLoRA step, our merge, the naive merge. So other load on the machine hits all of them alike.
+One engine and one model, on random tokens, go through `--steps` rounds of a LoRA step, a ScaLoRA
+step, our merge and (ZeRO-3) the naive merge: other load on the machine hits all of them alike.
 
-A duration runs from all ranks' start together (device idle, barrier) to the end of the slowest
-rank's work (device idle). A step is the trainer's: forward, backward, the sums over ranks, the
-gradients' norm or the rescale, the optimizer. Inside a ScaLoRA step the ranks meet once more before
-the rescale, so that it is not charged with waiting for a slower rank's backward. A step of
-ScaLoRA-I off its interval is a LoRA step, so interval 10 is computed, not run: per round, nine LoRA
-steps and one ScaLoRA step. Both merges are timed with increments of zero, which leave W as it was.
+A duration runs from all ranks' start together, devices idle, to the slowest rank's end, device
+idle. A step is the trainer's: forward, backward, sums over ranks, the gradients' norm or the
+rescale, the optimizer. Before the rescale the ranks meet once more: waiting for a slower rank's
+backward is not its cost. A step of ScaLoRA-I off its interval is a LoRA step, so interval 10 is
+computed, not run: in each round from nine LoRA steps and one ScaLoRA step. The merges are timed
+with increments of zero, which leave W as it was; that both give the same W is checked once.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import platform
-import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn, Optional
 
 import torch
@@ -38,17 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import HfArgumentParser
 
+from scalora_dist import config
 from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.config import (
-    LaunchArguments,
-    MethodArguments,
-    ModelArguments,
-    Options,
-    TrainArguments,
-    option,
-)
+from scalora_dist.config import option
 from scalora_dist.data import DataArguments
 from scalora_dist.engines.base import LayerShards
+from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.methods import add_layers, make_rescaler
@@ -59,38 +54,34 @@ from scalora_dist.solve import Scales
 from scalora_dist.trainer import hidden_size, load_model
 from scalora_dist.world import World
 
-PARTS = ("grams", "solve", "gather", "merge", "scale")
-INTERVALS = (1, 10)
+DERIVED = ("scalora_step_interval_10", "rescale")  # not run by themselves
 
 
 @dataclass
 class BenchArguments:
     _argument_group_name = "bench"
 
-    ds_config: Optional[str] = option(None, "DeepSpeed's JSON, e.g. ds_configs/zero3.json.")
-    steps: int = option(5, "Rounds; medians, least and greatest are over these.")
+    ds_config: str = field(metadata={"help": "DeepSpeed's JSON, e.g. ds_configs/zero3.json."})
+    steps: int = option(5, "Rounds that are timed, after one that is not.")
     length: int = option(64, "Random tokens per example.")
     per_device_train_batch_size: int = option(2, "Examples of one rank and step.")
-    bf16: bool = option(False, "bfloat16 weights.")
-    json: Optional[str] = option(None, "Write the results here too.")
+    bf16: bool = option(False, "bfloat16 weights with fp32 masters of A and B.")
+    json: Optional[str] = option(None, "A file to write the figures to.")
     local_rank: int = option(-1, "Set by the launcher.")
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("length", 2), ("per_device_train_batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: set at least {least}")
-        if not self.ds_config:
-            raise UserError("--ds_config is missing: name a JSON, e.g. ds_configs/zero3.json")
+        if self.steps < 1 or self.length < 2:
+            raise UserError("set --steps to at least 1 and --length to at least 2")
         if self.json and not Path(self.json).parent.is_dir():
-            raise UserError(f"--json {self.json}: there is no such folder")
+            raise UserError(f"--json {self.json}: its folder does not exist")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what goes through torch.distributed while it is entered, whoever calls: DeepSpeed too.
+    """Counts what goes through torch.distributed inside it, whoever calls: DeepSpeed's own too.
 
     ``sent`` and ``received`` are the bytes of the tensors that this rank hands to collectives and
-    of those that they fill here, its own part included: what a backend really moves for one (a ring
-    or a tree) is its own affair. Barriers carry nothing and are not counted.
+    of those that they fill here, its own part included; what a ring or a tree then moves for one
+    is the backend's affair. Barriers carry nothing and are left out.
     """
 
     def __init__(self) -> None:
@@ -102,125 +93,231 @@ class Traffic(TorchDispatchMode):
         namespace, _, name = str(func).partition(".")
         if namespace == "c10d" and not name.startswith("barrier"):
             tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-            # c10d's operators take (outputs, inputs, …) or one list of tensors that is both.
+            # c10d's operators take (outputs, inputs, …), or first one list that is both.
             sizes = [sum(x.nbytes for x in leaves) for leaves in tensors if leaves]
             self.received += sizes[0]
             self.sent += sizes[-1]
             self.collectives[name.partition(".")[0].strip("_")] += 1
         return func(*args, **(kwargs or {}))
 
-    def counts(self) -> dict[str, Any]:
-        collectives = {"total": self.collectives.total(), **self.collectives}
-        return {"sent": self.sent, "received": self.received, "collectives": collectives}
 
+@torch.no_grad()
+def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
+    """``W += s·A diag(1 − α∘β) Bᵀ`` as DeepSpeed's documentation edits weights under ZeRO-3.
 
-def naive_merge(layers: Mapping[str, LowRankLinear], scales: Scales) -> None:
-    """``W += s·A diag(1 − α∘β) Bᵀ`` layer by layer as DeepSpeed's documentation edits weights.
-
-    Each W is gathered whole on every rank, edited on rank 0, sent to all and cut up again (below
-    stage 3 nothing is cut up, and this cannot be used). Factors that ZeRO keeps gathered are left
-    so: gathering them anew would cost this merge more, and the next step too.
+    Layer by layer: gathered whole on every rank, edited on rank 0, sent to all and cut up again.
+    Factors that ZeRO keeps gathered are left so; gathering them would only cost this merge more.
     """
-    # The one use of deepspeed outside engines/: the way of doing it that ours is measured against.
-    from deepspeed.zero import GatheredParameters
+    # The one use of deepspeed outside engines/: what users write, and we are measured against.
+    import deepspeed
 
-    for layer, alpha, beta in zip(layers.values(), scales.alpha, scales.beta, strict=True):
-        factors = [factor for factor in (layer.A, layer.B) if not factor.ds_persist]
-        with torch.no_grad(), GatheredParameters([layer.weight, *factors], modifier_rank=0):
+    for module, alpha, beta in zip(modules.values(), scales.alpha, scales.beta, strict=True):
+        A, B, W = module.A, module.B, module.weight
+        cut_up = [W, *(factor for factor in (A, B) if not factor.ds_persist)]
+        with deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0):
             if dist.get_rank() == 0:
-                weight = (layer.scaling * (1 - alpha * beta)).to(layer.A)
-                left, right = (layer.A * weight).to(layer.weight), layer.B.T.to(layer.weight)
-                layer.weight.addmm_(left, right)
+                weight = module.scaling * (1 - alpha * beta)
+                W.addmm_((A * weight.to(A)).to(W), B.T.to(W))
 
 
 class Bench:
-    """A model on an engine, and the things that are timed on it."""
+    """A model on an engine, and what is timed on it."""
 
-    def __init__(self, options: Options, world: World, config: dict[str, Any], length: int) -> None:
+    def __init__(self, options: config.Options, world: World, ds: dict[str, Any], length: int):
         from scalora_dist.engines.deepspeed import DeepSpeedEngine
 
-        self.world, self.engine = world, DeepSpeedEngine(world, config)
+        method, train = options.method, options.train
+        self.world, self.engine = world, DeepSpeedEngine(world, ds)
         with self.engine.loading():
             model = load_model(options, self.engine.dtype)
-        method, train = options.method, options.train
-        self.layers = add_layers(model, method, seed=train.seed, dtype=self.engine.dtype)
-        self.engine.attach(
-            model,
-            self.layers,
-            lambda parameters: torch.optim.AdamW(parameters, lr=train.learning_rate),
-        )
+        self.modules = add_layers(model, method, seed=train.seed, dtype=self.engine.dtype)
+        self.engine.attach(model, self.modules, partial(torch.optim.AdamW, lr=train.learning_rate))
         rescaler = make_rescaler(self.engine, method)
         if rescaler is None:
-            raise UserError(f"--method {method.method} has nothing to rescale: leave it out")
+            raise UserError(f"--method {method.method} rescales nothing: leave it out")
         self.rescaler = rescaler
+        self.factors = (2, len(self.modules), method.rank)  # shape of α and β
+        self.seconds: dict[str, float] = {}  # this rank's latest rescale, in all and by part
         generator = torch.Generator().manual_seed(train.seed + world.rank)
         shape = (train.per_device_train_batch_size, length)
         vocabulary = model.config.get_text_config().vocab_size
         self.tokens = torch.randint(vocabulary, shape, generator=generator).to(world.device)
-        self.targets = world.size * shape[0] * (length - 1)
-        self.rank_columns = (len(self.layers), method.rank)
-        self.seconds: dict[str, float] = {}  # of the latest rescale, in all and by part
-        self.rescale_traffic = Traffic()
 
-    def meet(self) -> None:
-        """Every rank's device is idle, and all ranks are here."""
-        for wait in (self.synchronize, dist.barrier, self.synchronize):
-            wait()
+    def shards(self) -> list[LayerShards]:
+        return self.engine.layers(gradients=False)
 
-    def synchronize(self) -> None:
+    def scales(self, low: float, high: float) -> Scales:
+        """α and β at random between two numbers, the same on all ranks."""
+        both = torch.empty(self.factors, dtype=torch.float64)
+        alpha, beta = both.uniform_(low, high, generator=torch.Generator().manual_seed(0))
+        return Scales(alpha, beta, torch.ones(len(alpha), dtype=torch.int64))
+
+    def clock(self) -> float:
+        """Seconds, once this rank's device has nothing left to do."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
+        return time.perf_counter()
+
+    def meet(self) -> float:
+        """Wait until every rank is here, its device idle; then the clock."""
+        self.clock()
+        dist.barrier()
+        return self.clock()
 
     def time(self, work: Callable[[], None]) -> float:
-        """Seconds of ``work`` on the slowest rank, started together."""
-        self.meet()
-        started = time.perf_counter()
+        """Seconds of ``work``, of the rank that took longest."""
+        started = self.meet()
         work()
-        self.synchronize()
-        return self.world.max(time.perf_counter() - started)[0]
+        return self.world.max(self.clock() - started)[0]
 
     def lora_step(self) -> None:
         def measure(layers: list[LayerShards]) -> bool:
             gradients = [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
-            return math.isfinite(global_norm(gradients, self.world.device))
+            return global_norm(gradients, self.world.device) < float("inf")
 
         self._step(measure)
 
-    def scalora_step(self, traffic: Traffic | None = None) -> None:
-        """A step with a rescale, whose seconds go to ``self.seconds``, whose traffic is counted."""
+    def scalora_step(self, counted: AbstractContextManager[Any] | None = None) -> None:
+        """A step whose rescale happens inside ``counted`` and leaves its ``seconds``."""
 
         def rescale(layers: list[LayerShards]) -> bool:
-            self.meet()
-            started = time.perf_counter()
-            if traffic is None:
+            started = self.meet()
+            with counted or nullcontext():
                 report = self.rescaler(layers)
-            else:
-                with traffic:
-                    report = self.rescaler(layers)
-            self.synchronize()
-            self.seconds = {"rescale": time.perf_counter() - started, **report.seconds}
+            self.seconds = {"rescale": self.clock() - started, **report.seconds}
             return report.applied
 
         self._step(rescale)
 
     def _step(self, transform: Callable[[list[LayerShards]], bool]) -> None:
         logits = self.engine.module(input_ids=self.tokens, use_cache=False).logits
-        loss = summed_cross_entropy(logits, self.tokens) / self.targets
-        self.engine.backward(loss, last=True)
-        (total,) = self.world.sum(float(loss))
+        loss = summed_cross_entropy(logits, self.tokens)
+        self.engine.backward(loss / (self.world.size * self.tokens[:, 1:].numel()), last=True)
+        self.world.sum(float(loss.detach()))
         if not self.engine.step(transform):
-            raise RuntimeError(f"the step was skipped (loss {total}): its times would mean nothing")
-
-    def scales(self, low: float, high: float) -> Scales:
-        """α and β at random between two numbers, the same on all ranks."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (2, *self.rank_columns)
-        alpha, beta = torch.empty(shape, dtype=torch.float64).uniform_(
-            low, high, generator=generator
-        )
-        return Scales(alpha, beta, torch.ones(len(alpha), dtype=torch.int64))
+            raise RuntimeError("gradients are not finite: a skipped step's time means nothing")
 
     def local_merge(self, scales: Scales) -> None:
         """Our merge alone: the factors' gather and each rank's own ranges of W."""
-        clock = _Clock(self.world.device)
-        self.rescaler.merge(self.engine.layers(gradients=False), scales, clock)
+        self.rescaler.merge(self.shards(), scales, _Clock(self.world.device))
+
+    @torch.no_grad()
+    def compare_merges(self) -> dict[str, float]:
+        """Merge the same increments both ways, from the same W, and take them back.
+
+        Returns the largest difference of the results and the largest increment, each in units of
+        the layer's largest weight here, over layers and ranks.
+        """
+        tensors = [*(layer.W.local for layer in self.shards()), *self.rescaler.low.values()]
+        states = []  # before, ours, naive
+        for merge in (lambda _: None, self.local_merge, partial(naive_merge, self.modules)):
+            merge(self.scales(1.0, 1.5))
+            states.append([tensor.clone() for tensor in tensors])
+            for tensor, before in zip(tensors, states[0], strict=True):
+                tensor.copy_(before)
+        found = torch.zeros(2)
+        for before, ours, naive in list(zip(*states, strict=True))[: len(self.modules)]:
+            gaps = torch.stack([(ours - naive).abs().max(), (ours - before).abs().max()])
+            found = found.maximum((gaps / before.abs().max()).cpu())
+        return dict(zip(("difference", "increment"), self.world.max(*found.tolist()), strict=True))
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+    """The figures of one run. Engines set themselves up in a first round, which is not kept."""
+    unchanged = bench.scales(1.0, 1.0)
+    work: dict[str, Callable[[], None]] = {
+        "lora_step": bench.lora_step,
+        "scalora_step": bench.scalora_step,
+        "local_merge": partial(bench.local_merge, unchanged),
+    }
+    if bench.engine.stage == 3:
+        work["naive_merge"] = partial(naive_merge, bench.modules, unchanged)
+    history = []
+    for _ in range(1 + rounds):
+        now = {name: bench.time(function) for name, function in work.items()}
+        now |= dict(zip(bench.seconds, bench.world.max(*bench.seconds.values()), strict=True))
+        now["scalora_step_interval_10"] = (9 * now["lora_step"] + now["scalora_step"]) / 10
+        now["interval_1"] = now["rescale"] / now["scalora_step"]
+        now["interval_10"] = now["rescale"] / (10 * now["scalora_step_interval_10"])
+        now["ratio"] = now.get("naive_merge", float("nan")) / now["local_merge"]
+        history.append(now)
+
+    def over_rounds(name: str) -> dict[str, float]:
+        values = [now[name] for now in history[1:]]
+        return {"median_s": median(values), "min_s": min(values), "max_s": max(values)}
+
+    merges = bench.compare_merges() if "naive_merge" in work else None
+    traffic = {name: Traffic() for name in (*work, "rescale")}
+    work["scalora_step"] = partial(bench.scalora_step, traffic["rescale"])
+    for name, function in work.items():
+        with traffic[name]:
+            function()
+    return {
+        "variants": {name: over_rounds(name) for name in (*work, *DERIVED)},
+        "parts": {name: over_rounds(name) for name in bench.seconds if name != "rescale"},
+        "shares": {name: over_rounds(name)["median_s"] for name in ("interval_1", "interval_10")},
+        "naive_over_local": over_rounds("ratio")["median_s"],
+        "merges": merges,
+        "bytes": {k: {"sent": t.sent, "received": t.received} for k, t in traffic.items()},
+        "collectives": {name: dict(t.collectives) for name, t in traffic.items()},
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The figures as an aligned table."""
+    heads = ("median ms", "min ms", "max ms", "sent MiB", "received MiB", "collectives")
+    lines = [" " * 26 + "".join(f"{head:>13}" for head in heads)]
+    for name, spread in (found["variants"] | found["parts"]).items():
+        line = f"{name:<26}" + "".join(f"{1e3 * value:>13.1f}" for value in spread.values())
+        if name in found["bytes"]:
+            line += "".join(f"{count / 2**20:>13.3f}" for count in found["bytes"][name].values())
+            line += f"{sum(found['collectives'][name].values()):>13}"
+        lines.append(line)
+    shares = ", ".join(f"{share:.2%} at {name}" for name, share in found["shares"].items())
+    lines.append(f"rescale / step: {shares}; naive / local merge: {found['naive_over_local']:.2f}")
+    return "\n".join(lines)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def run(argv: list[str]) -> None:
+    parser = _Parser([config.ModelArguments, config.MethodArguments, BenchArguments])
+    parser.parse_args(argv)  # says what it does not know
+    model, method, args = parser.parse_args_into_dataclasses(argv)
+    batch = args.per_device_train_batch_size
+    train = config.TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
+    options = config.Options(model, DataArguments(), method, train, config.LaunchArguments())
+    world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
+    width = hidden_size(options)
+    ds = load_ds_config(args.ds_config, train, world_size=world.size, hidden_size=width)
+    bench = Bench(options, world, ds, args.length)
+    cuda = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if cuda else f"{platform.machine()} CPU"
+    result = {
+        "device": f"{world.size} ranks, {device}, {torch.get_num_threads()} threads each",
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "model": {"path": model.model_name_or_path, "adapted_layers": len(bench.modules)},
+        "settings": {"zero": ds["zero_optimization"], **asdict(method), **asdict(args)},
+        **measure(bench, args.steps),
+    }
+    if world.is_main:
+        print(render(result), flush=True)
+        if args.json:
+            write_json(Path(args.json), result)
+    dist.destroy_process_group()
+
+
+def main(argv: list[str]) -> None:
+    try:
+        run(argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # the others may wait for us: leave without waiting for them
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 class DataArguments:
     """Fields for `transformers.HfArgumentParser`; `prepare_data` checks their values."""
 
+    _argument_group_name = "data"
+
     dataset: str | None = field(
         default=None,
         metadata={

@@ -19,8 +19,8 @@ def find_malformed(path: Path) -> str | None:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        return f"{path}, line {line}: this is not UTF-8 text"
+        above = path.read_bytes()[: error.start].count(b"\n")
+        return f"{path}, line {above + 1}: this is not UTF-8 text"
     if path.suffix.lower() == ".json" and not _looks_like_lines(text):
         try:
             json.loads(text)

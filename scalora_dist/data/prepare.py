@@ -37,7 +37,7 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     The first call fills the `datasets` cache and later ones read it, so let rank 0 call this before
     the others do. Raises UserError for every mistake in the arguments or the data.
     """
-    options = _check(args)
+    name, options = _check(args)
 
     def tokens(name: str, split: str, size: int, task_options: dict[str, Any]) -> Tokenized:
         examples = load_examples(name, split=split, seed=seed, size=size, task_options=task_options)
@@ -46,11 +46,11 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         )
 
     if args.eval_dataset is None:
-        data = tokens(args.dataset, args.dataset_split, args.dataset_size + args.eval_size, options)
+        data = tokens(name, args.dataset_split, args.dataset_size + args.eval_size, options)
         train, evaluation = _hold_out(data.dataset, args.eval_size, seed)
         return Prepared(train, evaluation, data.truncated, data.dropped)
 
-    data = tokens(args.dataset, args.dataset_split, args.dataset_size, options)
+    data = tokens(name, args.dataset_split, args.dataset_size, options)
     other = tokens(args.eval_dataset, args.eval_dataset_split, args.eval_size, {})
     evaluation = other.dataset
     if args.eval_size:
@@ -75,8 +75,8 @@ def _hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset 
     return dataset.select(order[:-size]), dataset.select(order[-size:])
 
 
-def _check(args: DataArguments) -> dict[str, Any]:
-    """Refuse bad arguments; return `dataset_options` as a dict."""
+def _check(args: DataArguments) -> tuple[str, dict[str, Any]]:
+    """Refuse bad arguments; return `dataset`, and `dataset_options` as a dict."""
     if not args.dataset:
         raise UserError("Say what to train on with --dataset: a file, a folder, or a hub name.")
     if args.max_length < 2:
@@ -103,4 +103,4 @@ def _check(args: DataArguments) -> dict[str, Any]:
         )
     if options and not args.dataset.startswith(PREFIX):
         raise UserError(f"dataset_options are for {PREFIX}<task> only, not for {args.dataset}.")
-    return options
+    return args.dataset, options

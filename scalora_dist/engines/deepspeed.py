@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -26,6 +26,7 @@ from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ZeroParameter: TypeAlias = Any  # an nn.Parameter on which DeepSpeed hung its own attributes
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
@@ -65,7 +66,12 @@ class DeepSpeedEngine(Engine):
             model=model, model_parameters=trainable, optimizer=self.optimizer, config=self.config
         )
         self.module, self.model, self._layers = self.engine, model, dict(layers)
-        places = {0: _WholePlaces, 1: _FragmentPlaces, 2: _FragmentPlaces, 3: _PartitionPlaces}
+        places: dict[int, type[_Places]] = {
+            0: _WholePlaces,
+            1: _FragmentPlaces,
+            2: _FragmentPlaces,
+            3: _PartitionPlaces,
+        }
         self.places = places[self.stage](self.engine)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -141,23 +147,23 @@ class _Places(ABC):
         offload = engine.zero_offload_optimizer()
         self.offloads = offload is not None and str(offload.device) not in ("none", "None")
 
-    def weight(self, p: nn.Parameter) -> FlatShard:
+    def weight(self, p: ZeroParameter) -> FlatShard:
         """A frozen weight; whole on every rank below stage 3."""
         return FlatShard(p.data.view(-1), 0, _matrix(p.shape))
 
     @abstractmethod
-    def master(self, p: nn.Parameter) -> FlatShard:
+    def master(self, p: ZeroParameter) -> FlatShard:
         """The fp32 master of a trained parameter."""
 
     @abstractmethod
-    def gradient(self, p: nn.Parameter) -> Tensor:
+    def gradient(self, p: ZeroParameter) -> Tensor:
         """The reduced gradient of the master's range, from the last backward to the step."""
 
     @abstractmethod
-    def moments(self, p: nn.Parameter) -> list[Tensor]:
+    def moments(self, p: ZeroParameter) -> list[Tensor]:
         """AdamW's m and v of the master's range; [] before they exist."""
 
-    def note_gradient_norm(self, p: nn.Parameter, gradient: FlatShard) -> None:
+    def note_gradient_norm(self, p: ZeroParameter, gradient: FlatShard) -> None:
         """With optimizer offload the engine clips by a norm it took during the backward."""
         if self.offloads and gradient.local.numel():
             norm = gradient.local.double().norm().to(torch.float32)
@@ -169,7 +175,7 @@ class _WholePlaces(_Places):
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine)
-        self.masters = {}
+        self.masters: dict[ZeroParameter, ZeroParameter] = {}
         self.checks_overflow = hasattr(self.zero, "fp16_groups")
         if self.checks_overflow:  # 16-bit: FP16_UnfusedOptimizer
             for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
@@ -178,23 +184,26 @@ class _WholePlaces(_Places):
             for state in self.zero.optimizer.state.values():
                 state["step"].zero_()
 
-    def master(self, p: nn.Parameter) -> FlatShard:
-        return FlatShard(self.masters.get(p, p).data.view(-1), 0, _matrix(p.shape))
+    def _master(self, p: ZeroParameter) -> ZeroParameter:
+        return self.masters[p] if p in self.masters else p
 
-    def gradient(self, p: nn.Parameter) -> Tensor:
+    def master(self, p: ZeroParameter) -> FlatShard:
+        return FlatShard(self._master(p).data.view(-1), 0, _matrix(p.shape))
+
+    def gradient(self, p: ZeroParameter) -> Tensor:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         return p.grad
 
-    def moments(self, p: nn.Parameter) -> list[Tensor]:
-        state = self.engine.basic_optimizer.state.get(self.masters.get(p, p), {})
+    def moments(self, p: ZeroParameter) -> list[Tensor]:
+        state = self.engine.basic_optimizer.state.get(self._master(p), {})
         return [state[key].view(-1) for key in MOMENTS if key in state]
 
 
 class _FragmentPlaces(_Places):
     """Stages 1 and 2: pieces of one flattened buffer, beginning and ending anywhere."""
 
-    def master(self, p: nn.Parameter) -> FlatShard:
+    def master(self, p: ZeroParameter) -> FlatShard:
         mapping = p._hp_mapping
         if mapping is None:  # this rank owns nothing of it
             return FlatShard(
@@ -203,12 +212,12 @@ class _FragmentPlaces(_Places):
         start = mapping.lp_fragment_address.start
         return FlatShard(mapping.hp_fragment.view(-1), start, _matrix(p.shape), dist.group.WORLD)
 
-    def gradient(self, p: nn.Parameter) -> Tensor:
+    def gradient(self, p: ZeroParameter) -> Tensor:
         if p._hp_mapping is None:
             return p.new_empty(0)
         return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
-    def moments(self, p: nn.Parameter) -> list[Tensor]:
+    def moments(self, p: ZeroParameter) -> list[Tensor]:
         mapping = p._hp_mapping
         if mapping is None:
             return []
@@ -229,25 +238,25 @@ class _PartitionPlaces(_Places):
         super().__init__(engine)
         self.index = {p: i for group in self.zero.fp16_groups for i, p in enumerate(group)}
 
-    def _shard(self, p: nn.Parameter, local: Tensor) -> FlatShard:
+    def _shard(self, p: ZeroParameter, local: Tensor) -> FlatShard:
         size = p.ds_tensor.ds_numel
         start = min(dist.get_rank() * size, p.ds_numel)
         length = min(size, p.ds_numel - start)
         return FlatShard(local.view(-1)[:length], start, _matrix(p.ds_shape), dist.group.WORLD)
 
-    def weight(self, p: nn.Parameter) -> FlatShard:
+    def weight(self, p: ZeroParameter) -> FlatShard:
         return self._shard(p, p.ds_tensor.data)
 
-    def _position(self, p: nn.Parameter) -> tuple[int, int, int]:
+    def _position(self, p: ZeroParameter) -> tuple[int, int, int]:
         return self.zero.grad_position[self.zero.get_param_id(p)]
 
-    def master(self, p: nn.Parameter) -> FlatShard:
+    def master(self, p: ZeroParameter) -> FlatShard:
         group, offset, numel = self._position(p)
         return self._shard(
             p, self.zero.fp32_partitioned_groups_flat[group].data.narrow(0, offset, numel)
         )
 
-    def gradient(self, p: nn.Parameter) -> Tensor:
+    def gradient(self, p: ZeroParameter) -> Tensor:
         group, offset, numel = self._position(p)
         if self.offloads:
             local = self.zero.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, numel)
@@ -255,7 +264,7 @@ class _PartitionPlaces(_Places):
             local = self.zero.averaged_gradients[group][self.index[p]]
         return self._shard(p, local).local
 
-    def moments(self, p: nn.Parameter) -> list[Tensor]:
+    def moments(self, p: ZeroParameter) -> list[Tensor]:
         group, offset, numel = self._position(p)
         state = self.zero.optimizer.state.get(self.zero.fp32_partitioned_groups_flat[group], {})
         return [

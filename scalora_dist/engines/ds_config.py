@@ -51,7 +51,7 @@ def _fill(
         section, name = _section(config, key)
         if section.get(name, "auto") not in ("auto", value):
             raise UserError(
-                f'{path} sets {key} to {section[name]} but the command line says {value}: set "auto"'
+                f'{path} sets {key} to {section[name]}, the command line says {value}: set "auto"'
             )
         section[name] = value
     # What transformers' Trainer puts for "auto" here.

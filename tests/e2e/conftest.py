@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+from transformers import AutoTokenizer
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """The folder of SmolLM2-135M-Instruct, converted on first use."""
+    command = [sys.executable, str(runs.REPOSITORY / "tools" / "demo_model.py")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Llama with the demo model's tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    runs.save_tiny_llama(folder, AutoTokenizer.from_pretrained(demo_model))
+    return str(folder)

@@ -1,0 +1,67 @@
+"""Whole training runs on real ranks, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from scalora_dist.config import parse_options
+from scalora_dist.engines.deepspeed import DeepSpeedEngine
+from scalora_dist.engines.ds_config import load_ds_config
+from scalora_dist.trainer import Trainer, hidden_size
+from scalora_dist.world import World
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+
+
+def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
+    """What launch/train.py does after the launcher, on ranks that are there already."""
+    parsed = parse_options(words(options))
+    config = load_ds_config(
+        str(parsed.launch.ds_config),
+        parsed.train,
+        world_size=world.size,
+        hidden_size=hidden_size(parsed),
+    )
+    return Trainer(parsed, DeepSpeedEngine(world, config)).run()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def ds_config(stage: str) -> str:
+    return str(REPOSITORY / "ds_configs" / f"{stage}.json")
+
+
+def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Two layers whose row lengths divide by nothing, tied embeddings, random weights."""
+    import torch
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=28,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,182 @@
+"""How matrices get cut up, and what real ranks do with the pieces in tests/test_shards.py."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalora_dist import shards as module
+from scalora_dist.engines.base import LayerShards
+from scalora_dist.rescale import Rescaler
+from scalora_dist.shards import FlatShard, Layout, global_norm
+from scalora_dist.world import World
+
+Shape = tuple[int, int]
+Ranges = list[tuple[int, int]]  # flat [lo, hi) of one matrix by rank
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather_into_tensor",
+    "all_gather",
+    "all_gather_object",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "scatter",
+    "all_to_all",
+    "all_to_all_single",
+    "reduce",
+    "barrier",
+    "send",
+    "recv",
+)
+
+
+def zero3(shape: Shape, world: int) -> Ranges:
+    """ZeRO-3: ceil(numel / world) elements each, the last ones fewer or none."""
+    numel = math.prod(shape)
+    share = -(-numel // world)
+    return [(min(p * share, numel), min((p + 1) * share, numel)) for p in range(world)]
+
+
+def fsdp2(shape: Shape, world: int) -> Ranges:
+    """FSDP2's Shard(0): torch.chunk of the rows, ranks beyond the chunks empty."""
+    lengths = [len(chunk) for chunk in torch.arange(shape[0]).chunk(world)]
+    lengths += [0] * (world - len(lengths))
+    ends = torch.tensor(lengths).cumsum(0).mul(shape[1]).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def buffer(shape: Shape, world: int, seed: int = 0) -> Ranges:
+    """ZeRO-1/2: cuts of a flattened buffer anywhere; rank 1 empty, with an offset of its own."""
+    numel = math.prod(shape)
+    generator = torch.Generator().manual_seed(seed + 31 * numel + world)
+    cuts = torch.randint(0, numel + 1, (world - 2,), generator=generator).sort().values.tolist()
+    edges = [0, *cuts, numel]
+    ranges = list(zip(edges[:-1], edges[1:], strict=True))
+    anywhere = int(torch.randint(0, numel + 1, (), generator=generator))
+    return [ranges[0], (anywhere, anywhere), *ranges[1:]]
+
+
+CUTS = {"zero3": zero3, "fsdp2": fsdp2, "buffer": buffer}
+
+
+def matrices(shapes: list[Shape], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def shard_of(whole: Tensor, span: tuple[int, int], group: Any) -> FlatShard:
+    """A copy of flat [lo, hi) of ``whole``."""
+    return FlatShard(whole.flatten()[slice(*span)].clone(), span[0], tuple(whole.shape), group)
+
+
+def my_shards(world: World, wholes: list[Tensor], kind: str) -> list[FlatShard]:
+    group = dist.group.WORLD
+    return [
+        shard_of(whole, CUTS[kind](tuple(whole.shape), world.size)[world.rank], group)
+        for whole in wholes
+    ]
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts every call of a torch.distributed collective, and the elements all-gathered."""
+    calls: Counter[str] = Counter()
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            if name == "all_gather_into_tensor":
+                calls["gathered elements"] += args[0].numel()
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def grams(world: World, shapes: list[Shape], kind: str) -> tuple[list[Tensor], dict[str, int]]:
+    """Grams of [M, N] for every matrix, and the collectives that took."""
+    stacks = list(
+        zip(
+            my_shards(world, matrices(shapes, 0), kind),
+            my_shards(world, matrices(shapes, 1), kind),
+            strict=True,
+        )
+    )
+    layout = Layout.of([stack[0] for stack in stacks])
+    before = [shard.local.clone() for stack in stacks for shard in stack]
+    with counted() as calls:
+        answer = layout.grams(stacks)
+    after = [shard.local for stack in stacks for shard in stack]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return answer, dict(calls)
+
+
+def gram_of_ranges(world: World, shape: Shape, ranges: Ranges) -> tuple[Tensor, list[int]]:
+    """FlatShard.gram of one matrix cut at given places, and the rows that count as split."""
+    (whole,) = matrices([shape])
+    shard = shard_of(whole, ranges[world.rank], dist.group.WORLD)
+    return shard.gram(), Layout.of([shard]).split[0].tolist()
+
+
+def gathered(
+    world: World, shapes: list[Shape], kind: str, bucket_bytes: int, together: int
+) -> tuple[list[Tensor], list[range], dict[str, int]]:
+    """All matrices gathered bucket by bucket, the buckets, and the collectives that took."""
+    shards = my_shards(world, matrices(shapes), kind)
+    layout = Layout.of(shards)
+    usual = module.GATHER_BUCKET_BYTES
+    module.GATHER_BUCKET_BYTES = bucket_bytes
+    try:
+        buckets = list(layout.buckets(together))
+    finally:
+        module.GATHER_BUCKET_BYTES = usual
+    with counted() as calls:
+        wholes = [whole for bucket in buckets for whole in layout.gather(shards, bucket)]
+    return wholes, buckets, dict(calls)
+
+
+def norm(world: World, shapes: list[Shape], kind: str) -> float:
+    return global_norm(my_shards(world, matrices(shapes), kind), world.device)
+
+
+def rescale_collectives(world: World, layers: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The collectives of a Rescaler's construction and of one call, on that many 31 × 24 layers."""
+    m, n, r = 31, 24, 3
+
+    def layer(i: int) -> LayerShards:
+        shapes = [(m, n), (m, r), (n, r), (m, r), (n, r), *[(m, r)] * 2, *[(n, r)] * 2]
+        W, A, B, grad_A, grad_B, *moments = my_shards(world, matrices(shapes, i), "zero3")
+        sides = tuple(moments[:2]), tuple(moments[2:])
+        return LayerShards(f"layer{i}", 2.0, W, A, B, grad_A, grad_B, *sides)
+
+    built = [layer(i) for i in range(layers)]
+    with counted() as first:
+        rescaler = Rescaler(
+            built,
+            world,
+            rule="paper",
+            eta_lipschitz=0.5,
+            bounds=(0.05, 5.0),
+            merge_rounding="split",
+        )
+    with counted() as each:
+        assert rescaler(built).applied
+    return dict(first), dict(each)

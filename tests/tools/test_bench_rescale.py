@@ -1,0 +1,121 @@
+"""The benchmark on a tiny model and two real ranks: what does not depend on the machine's mood."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "bench_rescale.py"
+ZERO3 = ROOT / "ds_configs" / "zero3.json"
+ENV = os.environ | {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+RANK, HIDDEN, INTERMEDIATE, KEYS, LAYERS = 4, 64, 96, 32, 2
+# (m, n) of the adapted layers of one block: q, o, k, v, gate, up, down.
+SHAPES = 2 * [(HIDDEN, HIDDEN)] + 2 * [(KEYS, HIDDEN)] + 3 * [(INTERMEDIATE, HIDDEN)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(model: Path) -> dict[str, Any]:
+    """The JSON of one run on two ranks under ZeRO-3."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    result = model.parent / "out.json"
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port"]
+    options = ["--ds_config", ZERO3, "--model_name_or_path", model, "--json", result]
+    options += ["--rank", str(RANK), "--steps", "2", "--length", "8"]
+    done = subprocess.run(
+        [*launch, port, TOOL, *options], env=ENV, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rescale / step" in done.stdout
+    return json.loads(result.read_text())
+
+
+def test_every_duration_is_there(found: dict[str, Any]) -> None:
+    steps = {"lora_step", "scalora_step", "scalora_step_interval_10"}
+    assert found["variants"].keys() == steps | {"rescale", "local_merge", "naive_merge"}
+    assert list(found["parts"]) == ["grams", "solve", "gather", "merge", "scale"]
+    for spread in (found["variants"] | found["parts"]).values():
+        assert 0 < spread["min_s"] <= spread["median_s"] <= spread["max_s"]
+    assert found["naive_over_local"] > 0
+    assert found["model"]["adapted_layers"] == LAYERS * len(SHAPES)
+    assert found["settings"]["rank"] == RANK
+    assert found["settings"]["zero"]["stage"] == 3
+    assert {"device", "versions"} <= found.keys()
+
+
+def test_shares_are_shares(found: dict[str, Any]) -> None:
+    assert 0 < found["shares"]["interval_10"] < found["shares"]["interval_1"] < 1
+
+
+def test_a_rescale_is_three_collectives_of_known_size(found: dict[str, Any]) -> None:
+    """Grams: one all-reduce; α, β and the rules: one all-gather; A and B: one (a single bucket)."""
+    assert found["collectives"]["rescale"] == {"allreduce": 1, "allgather_base": 2}
+    layers = LAYERS * len(SHAPES)
+    grams = layers * 2 * (2 * RANK) ** 2 * 8  # rows are not split here
+    solved = layers * (2 * RANK + 1) * 8
+    factors = LAYERS * sum(m + n for m, n in SHAPES) * RANK * 4
+    sent = grams + solved // 2 + factors // 2
+    assert found["bytes"]["rescale"] == {"sent": sent, "received": grams + solved + factors}
+    assert found["bytes"]["local_merge"] == {"sent": factors // 2, "received": factors}
+
+
+def test_the_naive_merge_moves_every_weight_twice(found: dict[str, Any]) -> None:
+    weights = LAYERS * sum(m * n for m, n in SHAPES) * 4
+    naive, ours = found["bytes"]["naive_merge"], found["bytes"]["rescale"]
+    assert naive["received"] >= 2 * weights
+    assert naive["sent"] > ours["sent"] and naive["received"] > ours["received"]
+    assert sum(found["collectives"]["naive_merge"].values()) >= 2 * LAYERS * len(SHAPES)
+
+
+def test_a_rescale_is_all_that_scalora_sends_more(found: dict[str, Any]) -> None:
+    """But for the norm, one float64, which a LoRA step reduces and a rescale has in its grams."""
+    lora, scalora = found["bytes"]["lora_step"], found["bytes"]["scalora_step"]
+    for way, size in found["bytes"]["rescale"].items():
+        assert scalora[way] == lora[way] - 8 + size
+
+
+def test_both_merges_give_the_same_weights(found: dict[str, Any]) -> None:
+    assert found["merges"]["increment"] > 1e-3
+    assert found["merges"]["difference"] <= 1e-5 * found["merges"]["increment"]
+
+
+def test_mistakes_are_one_sentence(model: Path, tmp_path: Path) -> None:
+    options = ["--ds_config", tmp_path / "none.json", "--model_name_or_path", model]
+    done = subprocess.run(
+        [sys.executable, TOOL, *options],
+        env=ENV | {"PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --ds_config ")
+    assert "Traceback" not in done.stderr
