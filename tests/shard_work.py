@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -61,12 +62,17 @@ def buffer(shape: Shape, world: int, seed: int = 0) -> Ranges:
     generator = torch.Generator().manual_seed(seed + 31 * numel + world)
     cuts = torch.randint(0, numel + 1, (world - 2,), generator=generator).sort().values.tolist()
     edges = [0, *cuts, numel]
-    ranges = list(zip(edges[:-1], edges[1:], strict=True))
+    ranges = list(itertools.pairwise(edges))
     anywhere = int(torch.randint(0, numel + 1, (), generator=generator))
     return [ranges[0], (anywhere, anywhere), *ranges[1:]]
 
 
-CUTS = {"zero3": zero3, "fsdp2": fsdp2, "buffer": buffer}
+def backwards(shape: Shape, world: int) -> Ranges:
+    """No engine's: the last rank holds the matrix's beginning. Offsets decide, not ranks."""
+    return zero3(shape, world)[::-1]
+
+
+CUTS = {"zero3": zero3, "fsdp2": fsdp2, "buffer": buffer, "backwards": backwards}
 
 
 def matrices(shapes: list[Shape], seed: int = 0) -> list[Tensor]:
@@ -76,13 +82,14 @@ def matrices(shapes: list[Shape], seed: int = 0) -> list[Tensor]:
 
 def shard_of(whole: Tensor, span: tuple[int, int], group: Any) -> FlatShard:
     """A copy of flat [lo, hi) of ``whole``."""
-    return FlatShard(whole.flatten()[slice(*span)].clone(), span[0], tuple(whole.shape), group)
+    rows, cols = whole.shape
+    return FlatShard(whole.flatten()[slice(*span)].clone(), span[0], (rows, cols), group)
 
 
 def my_shards(world: World, wholes: list[Tensor], kind: str) -> list[FlatShard]:
     group = dist.group.WORLD
     return [
-        shard_of(whole, CUTS[kind](tuple(whole.shape), world.size)[world.rank], group)
+        shard_of(whole, CUTS[kind]((len(whole), whole.shape[1]), world.size)[world.rank], group)
         for whole in wholes
     ]
 

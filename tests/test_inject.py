@@ -70,7 +70,7 @@ def qwen3_moe() -> Qwen3MoeForCausalLM:
 def put_in(
     model: PreTrainedModel, *targets: str, rank: int = 4, scaling: float = 2.0, **changes: Any
 ) -> dict[str, LowRankLinear]:
-    options = {"dropout": 0.0, "seed": 0, "dtype": torch.float32} | changes
+    options: dict[str, Any] = {"dropout": 0.0, "seed": 0, "dtype": torch.float32} | changes
     return inject(model, targets or ["all-linear"], rank=rank, scaling=scaling, **options)
 
 
@@ -153,7 +153,8 @@ def test_the_head_by_name_is_refused(tied: bool) -> None:
 @pytest.mark.parametrize("targets", [["c_attn"], ["c_fc", "c_proj"], []])
 def test_conv1d_is_refused(targets: list[str]) -> None:
     message = refusal(gpt2(), *targets)
-    assert "Conv1D" in message and "--target_modules" in message
+    assert "c_attn" in message or "c_fc" in message
+    assert "Conv1D" in message and "nn.Linear" in message
 
 
 @pytest.mark.parametrize("build", [mixtral, qwen3_moe])
@@ -348,7 +349,7 @@ def test_output_has_the_bases_dtype() -> None:
 @pytest.mark.parametrize("build", [llama, gemma3])
 def test_output_equals_pefts(build: Callable[[], Any]) -> None:
     ours, theirs = build(), build()
-    rank, lora_alpha = 4, 6.0
+    rank, lora_alpha = 4, 6
     layers = put_in(ours, rank=rank, scaling=lora_alpha / rank)
     randomise(layers)
     wrapped = get_peft_model(

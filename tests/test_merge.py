@@ -228,7 +228,7 @@ def test_merged_weight_changes_nothing(
     shard = work.shard_of(weight(dtype), span, CUT)
     low = zero_low_half(shard) if split and dtype != torch.float32 else None
     add_low_rank_(shard, *exact_factors(0), low)
-    before, low_before = shard.local.clone(), None if low is None else low.clone()
+    before, low_before = shard.local.clone(), torch.zeros(0) if low is None else low.clone()
     left, right = exact_factors(1)
     merged = merged_weight(shard, left, right, low)
     assert torch.equal(shard.local, before)

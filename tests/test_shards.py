@@ -31,6 +31,7 @@ CASES = [
     pytest.param(shape, cut(shape, world), id=f"{shape[0]}x{shape[1]}-{kind}-{world}")
     for shape in SHAPES
     for kind, cut in work.CUTS.items()
+    if kind != "backwards"
     for world in (2, 4)
 ] + [
     pytest.param(shape, one_process(shape, 1), id=f"{shape[0]}x{shape[1]}-whole")
@@ -170,10 +171,12 @@ def test_writes_reach_the_engines_storage_and_nothing_beside_it(
 
 
 def test_one_process_needs_no_group() -> None:
-    wholes = work.matrices([(31, 24), (13, 11)])
-    shards = [FlatShard(whole.flatten(), 0, tuple(whole.shape)) for whole in wholes]
+    shapes = [(31, 24), (13, 11)]
+    wholes = work.matrices(shapes)
+    shards = [FlatShard(w.flatten(), 0, shape) for w, shape in zip(wholes, shapes, strict=True)]
     layout = Layout.of(shards)
-    for whole, shard, gram in zip(wholes, shards, layout.grams([(s,) for s in shards])):
+    grams = layout.grams([(shard,) for shard in shards])
+    for whole, shard, gram in zip(wholes, shards, grams, strict=True):
         assert gram.dtype == torch.float64
         assert relative_error(gram, whole.double().T @ whole.double()) < 1e-14
         assert torch.equal(shard.gram(), gram)

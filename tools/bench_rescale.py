@@ -16,10 +16,10 @@ with increments of zero, which leave W as it was; that both give the same W is c
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -44,7 +44,7 @@ from scalora_dist.config import option
 from scalora_dist.data import DataArguments
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.engines.ds_config import load_ds_config
-from scalora_dist.errors import UserError
+from scalora_dist.errors import UserError, exit_on_user_error
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.methods import add_layers, make_rescaler
 from scalora_dist.metrics import write_json
@@ -113,7 +113,7 @@ def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
 
     for module, alpha, beta in zip(modules.values(), scales.alpha, scales.beta, strict=True):
         A, B, W = module.A, module.B, module.weight
-        cut_up = [W, *(factor for factor in (A, B) if not factor.ds_persist)]
+        cut_up = [W, *(factor for factor in (A, B) if not getattr(factor, "ds_persist", False))]
         with deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0):
             if dist.get_rank() == 0:
                 weight = module.scaling * (1 - alpha * beta)
@@ -135,16 +135,13 @@ class Bench:
         rescaler = make_rescaler(self.engine, method)
         if rescaler is None:
             raise UserError(f"--method {method.method} rescales nothing: leave it out")
-        self.rescaler = rescaler
+        self.rescaler, self.shards = rescaler, self.engine.layers(gradients=False)
         self.factors = (2, len(self.modules), method.rank)  # shape of α and β
         self.seconds: dict[str, float] = {}  # this rank's latest rescale, in all and by part
         generator = torch.Generator().manual_seed(train.seed + world.rank)
         shape = (train.per_device_train_batch_size, length)
         vocabulary = model.config.get_text_config().vocab_size
         self.tokens = torch.randint(vocabulary, shape, generator=generator).to(world.device)
-
-    def shards(self) -> list[LayerShards]:
-        return self.engine.layers(gradients=False)
 
     def scales(self, low: float, high: float) -> Scales:
         """α and β at random between two numbers, the same on all ranks."""
@@ -165,7 +162,7 @@ class Bench:
         return self.clock()
 
     def time(self, work: Callable[[], None]) -> float:
-        """Seconds of ``work``, of the rank that took longest."""
+        """Seconds of ``work`` on the rank that took longest."""
         started = self.meet()
         work()
         return self.world.max(self.clock() - started)[0]
@@ -197,9 +194,10 @@ class Bench:
         if not self.engine.step(transform):
             raise RuntimeError("gradients are not finite: a skipped step's time means nothing")
 
+    @torch.no_grad()
     def local_merge(self, scales: Scales) -> None:
         """Our merge alone: the factors' gather and each rank's own ranges of W."""
-        self.rescaler.merge(self.shards(), scales, _Clock(self.world.device))
+        self.rescaler.merge(self.shards, scales, _Clock(self.world.device))
 
     @torch.no_grad()
     def compare_merges(self) -> dict[str, float]:
@@ -208,18 +206,18 @@ class Bench:
         Returns the largest difference of the results and the largest increment, each in units of
         the layer's largest weight here, over layers and ranks.
         """
-        tensors = [*(layer.W.local for layer in self.shards()), *self.rescaler.low.values()]
+        tensors = [*(layer.W.local for layer in self.shards), *self.rescaler.low.values()]
         states = []  # before, ours, naive
         for merge in (lambda _: None, self.local_merge, partial(naive_merge, self.modules)):
             merge(self.scales(1.0, 1.5))
             states.append([tensor.clone() for tensor in tensors])
             for tensor, before in zip(tensors, states[0], strict=True):
                 tensor.copy_(before)
-        found = torch.zeros(2)
-        for before, ours, naive in list(zip(*states, strict=True))[: len(self.modules)]:
-            gaps = torch.stack([(ours - naive).abs().max(), (ours - before).abs().max()])
-            found = found.maximum((gaps / before.abs().max()).cpu())
-        return dict(zip(("difference", "increment"), self.world.max(*found.tolist()), strict=True))
+        weights = list(zip(*states, strict=True))[: len(self.modules)]
+        difference = max(float((x - y).abs().max() / w.abs().max()) for w, x, y in weights)
+        increment = max(float((x - w).abs().max() / w.abs().max()) for w, x, _ in weights)
+        difference, increment = self.world.max(difference, increment)
+        return {"difference": difference, "increment": increment}
 
 
 def measure(bench: Bench, rounds: int) -> dict[str, Any]:
@@ -274,7 +272,11 @@ def render(found: dict[str, Any]) -> str:
             line += f"{sum(found['collectives'][name].values()):>13}"
         lines.append(line)
     shares = ", ".join(f"{share:.2%} at {name}" for name, share in found["shares"].items())
-    lines.append(f"rescale / step: {shares}; naive / local merge: {found['naive_over_local']:.2f}")
+    lines.append(f"rescale / step: {shares}")
+    if merges := found["merges"]:
+        lines[-1] += f"; naive / local merge: {found['naive_over_local']:.2f}"
+        gap = merges["difference"] / merges["increment"]
+        lines.append(f"naive and local W differ by {gap:.1e} of the increment, at most")
     return "\n".join(lines)
 
 
@@ -284,7 +286,8 @@ class _Parser(HfArgumentParser):
 
 
 def run(argv: list[str]) -> None:
-    parser = _Parser([config.ModelArguments, config.MethodArguments, BenchArguments])
+    groups = [config.ModelArguments, config.MethodArguments, BenchArguments]
+    parser = _Parser(groups, allow_abbrev=False, description="Time the rescale and its parts.")
     parser.parse_args(argv)  # says what it does not know
     model, method, args = parser.parse_args_into_dataclasses(argv)
     batch = args.per_device_train_batch_size
@@ -310,14 +313,8 @@ def run(argv: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def main(argv: list[str]) -> None:
-    try:
-        run(argv)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # the others may wait for us: leave without waiting for them
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # torch renamed collectives that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with exit_on_user_error():
+        run(sys.argv[1:])
