@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,6 @@ from transformers import HfArgumentParser
 
 from scalora_dist.data.arguments import DataArguments
 from scalora_dist.errors import UserError
-
 
 # Those of transformers' schedules that need no arguments of their own.
 Schedule = Literal[
@@ -32,6 +33,18 @@ def option(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def _check_at_least(args: Any, least: int, *names: str) -> None:
+    for name in names:
+        if not least <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: set at least {least}")
+
+
+def _check_positive(args: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: set a positive number")
 
 
 @dataclass
@@ -77,12 +90,8 @@ class MethodArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"--rank {self.rank}: set at least 1")
-        if self.scaling_interval < 1:
-            raise UserError(f"--scaling_interval {self.scaling_interval}: set at least 1")
-        if not self.eta_lipschitz > 0:
-            raise UserError(f"--eta_lipschitz {self.eta_lipschitz}: set a positive number")
+        _check_at_least(self, 1, "rank", "scaling_interval")
+        _check_positive(self, "eta_lipschitz", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: set a number in [0, 1)")
         self.bounds  # noqa: B018 - raises where the option cannot be read
@@ -136,9 +145,13 @@ class TrainArguments:
     ddp_timeout: int = option(1800, "Seconds after which a collective gives up.")
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: set at least 1")
+        _check_positive(self, "learning_rate", "num_train_epochs")
+        _check_at_least(self, 0, "weight_decay", "max_grad_norm", "eval_steps", "seed")
+        _check_at_least(self, 0, "warmup_ratio", "update_rank_layers")
+        _check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
+        _check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", "ddp_timeout")
+        if self.warmup_ratio > 1:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio}: set a share of the steps, 0 to 1")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: set one")
         if not self.output_dir:
@@ -183,22 +196,33 @@ def parse_options(argv: Sequence[str]) -> Options:
     groups = [ModelArguments, DataArguments, MethodArguments, TrainArguments, LaunchArguments]
     parser = _Parser(groups, allow_abbrev=False, description="Fine-tune with ScaLoRA on shards.")
     known = sorted({action.dest for action in parser._actions} - {"help"})
-    recipe = parser.parse_known_args(argv)[0].config
-    words = _recipe_words(recipe, known) if recipe else []
-    parser.source = f"{recipe}: "
-    parser.parse_args(words)
+    named, left = parser.parse_known_args(argv)
+    if left:
+        raise UserError(
+            _unknown_field(left[0].lstrip("-").partition("=")[0], known)
+            if left[0].startswith("-")
+            else f"{left[0]!r} belongs to no field: write --field value"
+        )
+    words = []
+    for name, value in _read_recipe(named.config).items() if named.config else ():
+        if name not in known:
+            raise UserError(f"{named.config}: {_unknown_field(str(name), known)}")
+        if name == "config":
+            raise UserError(f"{named.config}: a recipe cannot name another: remove `config`")
+        parser.source = f"{named.config}, {name}: "
+        parser.parse_args(field := _words(name, value))
+        words += field
     parser.source = ""
-    for word in parser.parse_known_args(argv)[1]:
-        if word.startswith("--"):
-            raise UserError(_unknown_field(word[2:].partition("=")[0], known))
     return Options(*parser.parse_args_into_dataclasses([*words, *argv]))
 
 
-def _recipe_words(path: str, known: Sequence[str]) -> list[str]:
+def _read_recipe(path: str) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; see launch/recipes/") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 text: {error.reason}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -206,17 +230,19 @@ def _recipe_words(path: str, known: Sequence[str]) -> list[str]:
         raise UserError(f"--config {path}{where}: {problem}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold `field: value` lines")
-    words = []
-    for name, value in recipe.items():
-        if name not in known:
-            raise UserError(f"{path}: {_unknown_field(str(name), known)}")
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *map(str, values)]
-    return words
+    return recipe
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """One field of a recipe as the command line has it; null leaves it at its default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"unknown field {name!r}: {hint}The fields are {', '.join(known)}"
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"unknown field {name!r}{hint}; the fields are {', '.join(known)}"

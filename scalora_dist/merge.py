@@ -32,8 +32,8 @@ def join_halves(high: Tensor, low: Tensor) -> Tensor:
 def split_halves(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(high, low) with ``high`` the nearest ``dtype`` to each fp32 value; inverse of join_halves.
 
-    bfloat16: exact for every finite value. float16: exact for |value| ≥ 2⁻¹⁶ and within 2⁻²⁵, half
-    of float16's smallest step, below it.
+    bfloat16: exact for every finite value. float16: exact from 2⁻¹⁶ up to its largest number, and
+    below 2⁻¹⁶ within 2⁻²⁵, half of its smallest step.
     """
     bits = value.view(torch.int32)
     # The lowest bit set breaks ties away from zero, so that the remainder fits 16 bits, signed.

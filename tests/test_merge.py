@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import shard_work as work
 import torch
 from torch import Tensor
 
+import shard_work as work
 from scalora_dist import merge as module
 from scalora_dist.merge import (
     add_low_rank_,

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import shard_work as work
 import torch
-from ranks import Ranks
 from torch import Tensor
 
+import shard_work as work
+from ranks import Ranks
 from scalora_dist.shards import FlatShard, Layout, global_norm, split_rows
 
 SHAPES = [(31, 24), (13, 11), (25, 6), (1, 7), (31, 3), (24, 3), (13, 8), (11, 8)]

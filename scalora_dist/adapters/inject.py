@@ -64,20 +64,23 @@ def inject(
 
 
 def _all_linear(model: nn.Module, head: nn.Module | None) -> dict[str, nn.Linear]:
-    targets, skipped = {}, []
+    targets, skipped = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, Conv1D) or _fused_experts(module):
-            raise UserError(f"{_why_not(name, module)}, which all-linear would leave out silently")
+            raise UserError(
+                f"{_why_not(name, module)}; --target_modules all-linear would leave it out silently"
+            )
         if not isinstance(module, nn.Linear) or module is head:
             continue
-        if _why_not(name, module):
-            skipped.append(name)
+        if reason := _why_not(name, module):
+            skipped[name] = reason
         else:
             targets[name] = module
-    if skipped:
-        logger.warning("all-linear leaves out %d layers, e.g. %s", len(skipped), skipped[0])
     if not targets:
-        raise UserError("the model has no nn.Linear besides its LM head: set --target_modules")
+        reason = next(iter(skipped.values()), "the model has no nn.Linear besides its LM head")
+        raise UserError(f"--target_modules all-linear finds nothing to adapt: {reason}")
+    if skipped:
+        logger.warning("all-linear leaves out %d layers: %s", len(skipped), "; ".join(skipped))
     return targets
 
 

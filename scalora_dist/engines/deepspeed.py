@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -40,6 +41,11 @@ class DeepSpeedEngine(Engine):
         """
         self.world, self.config = world, config
         deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
+        try:
+            DeepSpeedConfig(config)
+        except ValueError as error:  # pydantic's too
+            reason = " ".join(str(error).splitlines()[:3])
+            raise UserError(f"DeepSpeed refuses the --ds_config: {reason}") from error
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.dtype = torch.float32
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -185,7 +191,7 @@ class _WholePlaces(_Places):
                 state["step"].zero_()
 
     def _master(self, p: ZeroParameter) -> ZeroParameter:
-        return self.masters[p] if p in self.masters else p
+        return self.masters.get(p, p)
 
     def master(self, p: ZeroParameter) -> FlatShard:
         return FlatShard(self._master(p).data.view(-1), 0, _matrix(p.shape))

@@ -9,6 +9,16 @@ from typing import Any
 from scalora_dist.config import TrainArguments
 from scalora_dist.errors import UserError
 
+SECTIONS = (
+    "bf16",
+    "fp16",
+    "data_types",
+    "tensor_parallel",
+    "zero_optimization",
+    "zero_optimization.offload_param",
+    "zero_optimization.offload_optimizer",
+)
+
 
 def load_ds_config(
     path: str, args: TrainArguments, *, world_size: int, hidden_size: int
@@ -27,16 +37,29 @@ def load_ds_config(
         raise UserError(f"--ds_config {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object")
-    _fill(config, args, path, world_size, hidden_size)
+    _check_sections(config, path)
+    _fill(config, args, world_size, hidden_size, path)
     _refuse(config, path)
+    if left := [key for key, value in _leaves(config) if value == "auto"]:
+        raise UserError(f'{path}: nothing decides {left[0]}: write a value instead of "auto"')
     # The optimizer is torch's AdamW on every engine, offloaded or not.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     return config
 
 
+def _check_sections(config: dict[str, Any], path: str) -> None:
+    """What must be an object is one; null means absent."""
+    for key in SECTIONS:
+        section, name = _section(config, key)
+        if section.get(name) is None:
+            section.pop(name, None)
+        elif not isinstance(section[name], dict):
+            raise UserError(f"{path}: {key} must be an object, not {json.dumps(section[name])}")
+
+
 def _fill(
-    config: dict[str, Any], args: TrainArguments, path: str, world_size: int, hidden_size: int
+    config: dict[str, Any], args: TrainArguments, world_size: int, hidden_size: int, path: str
 ) -> None:
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     decided = {
@@ -64,14 +87,12 @@ def _fill(
         section, name = _section(config, key)
         if section.get(name) == "auto":
             section[name] = value
-    if left := [key for key, value in _leaves(config) if value == "auto"]:
-        raise UserError(f'{path}: nothing decides {left[0]}: write a value instead of "auto"')
 
 
 def _refuse(config: dict[str, Any], path: str) -> None:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"{path}: zero_optimization.stage {stage}: set 0, 1, 2 or 3")
     for name in ("optimizer", "scheduler"):
         if name in config:
@@ -92,16 +113,16 @@ def _refuse(config: dict[str, Any], path: str) -> None:
             zero.get("zero_quantized_nontrainable_weights")
         ),
         "zero_hpz_partition_size above 1 trains on stale copies of merged weights: set it to 1": (
-            zero.get("zero_hpz_partition_size", 1) > 1
+            zero.get("zero_hpz_partition_size", 1) != 1
         ),
-        "mics_shard_size is not supported: remove it": zero.get("mics_shard_size", -1) > 0,
+        "mics_shard_size is not supported: remove it": zero.get("mics_shard_size", -1) != -1,
         "zenflow is not supported: remove it": "zenflow" in zero,
         "NVMe offload is not supported: set offload device to cpu": any(
             zero.get(part, {}).get("device") == "nvme"
             for part in ("offload_param", "offload_optimizer")
         ),
         "tensor parallelism is not supported: remove 'tensor_parallel'": (
-            config.get("tensor_parallel", {}).get("autotp_size", 0) > 1
+            config.get("tensor_parallel", {}).get("autotp_size", 0) not in (0, 1)
         ),
         "fp32 gradient accumulation with bf16 needs stage 2 or 3": (
             bf16 and stage < 2 and accumulate in ("fp32", "float32")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import toy
 from reference import State, adamw, factor_gradients, relative_error, scales, transform
 

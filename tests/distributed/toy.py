@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from reference import State
 from torch import Tensor, nn
 
+from reference import State
 from scalora_dist.adapters.init import lora_init
 from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.engines.base import LayerShards

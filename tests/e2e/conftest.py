@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 from transformers import AutoTokenizer
+
+import runs
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
-from ranks import Ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runs
+from ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 
@@ -38,7 +39,7 @@ def options(model: str, folder: Path, stage: str, **others: Any) -> dict[str, An
 def test_losses_do_not_depend_on_the_sharding(
     ranks: GetRanks, demo_model: str, tmp_path: Path
 ) -> None:
-    """10 fp32 steps of the demo model, a rescale each: stages 0 to 3, and accumulation for ranks."""
+    """10 fp32 steps of the demo model, a rescale each, at every stage; accumulation for ranks."""
     others = {"max_steps": 10, "eval_size": 0, "save_model": False, "update_rank_layers": 0}
     losses = {}
     for stage in ("zero0", "zero1", "zero2", "zero3"):
