@@ -34,7 +34,7 @@ def train(options: Options) -> None:
         options.launch.ds_config,
         options.train,
         world_size=world.size,
-        hidden_size=hidden_size(options),
+        hidden_size=hidden_size(options.model),
     )
     summary = Trainer(options, DeepSpeedEngine(world, config)).run()
     if world.is_main:

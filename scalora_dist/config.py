@@ -178,7 +178,9 @@ class Options:
     launch: LaunchArguments
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
+    """Raises a UserError instead of printing usage and leaving."""
+
     source = ""  # what is being read, for messages
 
     def error(self, message: str) -> NoReturn:
@@ -194,7 +196,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         UserError: a missing or malformed file, an unknown field or choice, a value that cannot be.
     """
     groups = [ModelArguments, DataArguments, MethodArguments, TrainArguments, LaunchArguments]
-    parser = _Parser(groups, allow_abbrev=False, description="Fine-tune with ScaLoRA on shards.")
+    parser = Parser(groups, allow_abbrev=False, description="Fine-tune with ScaLoRA on shards.")
     known = sorted({action.dest for action in parser._actions} - {"help"})
     named, left = parser.parse_known_args(argv)
     if left:

@@ -11,7 +11,6 @@ Between the last backward and the optimizer's step (arXiv 2510.23818, Algorithm 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.merge import MergeRounding, add_low_rank_, zero_low_half
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.shards import Layout
 from scalora_dist.solve import Rule, Scales, solve
 from scalora_dist.world import World
@@ -78,7 +78,7 @@ class Rescaler:
     @torch.no_grad()
     def __call__(self, layers: Sequence[LayerShards]) -> RescaleReport:
         """Transform ``layers`` in place, or leave all of them as they were (``applied`` False)."""
-        clock = _Clock(self.world.device)
+        clock = Clock(self.world.device)
         gram_a, gram_b = self.grams(layers)
         clock.lap("grams")
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
@@ -133,49 +133,38 @@ class Rescaler:
         alpha, beta, rule = everyone.split([rank, rank, 1], dim=1)
         return Scales(alpha, beta, rule[:, 0].long())
 
-    def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: _Clock) -> None:
+    @torch.no_grad()
+    def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
         """``W += s·A diag(1 − α∘β) Bᵀ`` with the A and B of before the scaling."""
         factors = [factor for layer in layers for factor in (layer.A, layer.B)]
-        weights = 1 - scales.alpha * scales.beta
+        scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=torch.float64)
+        # One copy to the device for all layers: a copy each would wait for it each time.
+        weights = (scalings * (1 - scales.alpha * scales.beta)).to(self.world.device, torch.float32)
         for bucket in self.layout.buckets(together=2):
             gathered = self.layout.gather(factors, bucket)
             clock.lap("gather")
             for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
                 layer = layers[i // 2]
-                weight = (layer.scaling * weights[i // 2]).to(a.device, a.dtype)
-                add_low_rank_(layer.W, a * weight, b, self.low.get(layer.name))
+                left = a * weights[i // 2].to(a.device)
+                add_low_rank_(layer.W, left, b, self.low.get(layer.name))
             clock.lap("merge")
 
 
 def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
     """A ← A diag(α), B ← B diag(β); ∇A, m_A take β, v_A β²; ∇B, m_B take α, v_B α². Local."""
-    for layer, alpha, beta in zip(layers, scales.alpha, scales.beta, strict=True):
+    both = torch.stack([scales.alpha, scales.beta])  # squared in float64, copied once
+    first, second = torch.stack([both, both**2]).to(layers[0].A.local.device, torch.float32)
+    for layer, alpha, beta, alpha2, beta2 in zip(layers, *first, *second, strict=True):
         layer.A.scale_columns_(alpha)
         layer.B.scale_columns_(beta)
         layer.grad_A.scale_columns_(beta)
         layer.grad_B.scale_columns_(alpha)
-        for power, moment in enumerate(layer.moments_A, start=1):
-            moment.scale_columns_(beta**power)
-        for power, moment in enumerate(layer.moments_B, start=1):
-            moment.scale_columns_(alpha**power)
+        for moment, scale in zip(layer.moments_A, (beta, beta2), strict=False):
+            moment.scale_columns_(scale)
+        for moment, scale in zip(layer.moments_B, (alpha, alpha2), strict=False):
+            moment.scale_columns_(scale)
 
 
 def _gradient_diagonal(gram: Tensor) -> Tensor:
     """diag(∇ᵀ∇), (layers, r), of [M,∇M]ᵀ[M,∇M], (layers, 2r, 2r)."""
     return gram.diagonal(dim1=-2, dim2=-1)[:, gram.shape[-1] // 2 :]
-
-
-class _Clock:
-    """Seconds by part, the device's queue included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now

@@ -119,6 +119,7 @@ class Layout:
         shapes: (rows, cols) of each matrix.
         ranges: (world, matrices, 2) int64 on the CPU: rank p holds flat ``[lo, hi)`` of matrix i.
         split: for each matrix the rows that lie on more than one rank.
+        order: for each matrix the ranks by where their range begins.
         group: the group all the matrices are cut over; None when every rank holds all of them.
         device: where messages live (the accelerator with NCCL, the CPU with gloo).
     """
@@ -126,6 +127,7 @@ class Layout:
     shapes: list[tuple[int, int]]
     ranges: Tensor
     split: list[Tensor]
+    order: list[list[int]]
     group: dist.ProcessGroup | None
     device: torch.device
 
@@ -146,7 +148,8 @@ class Layout:
         everyone = everyone.cpu()
         shapes = [shard.shape for shard in shards]
         split = [split_rows(everyone[:, i], cols) for i, (_, cols) in enumerate(shapes)]
-        return cls(shapes, everyone, split, group, device)
+        order = everyone[..., 0].T.argsort(dim=1, stable=True).tolist()
+        return cls(shapes, everyone, split, order, group, device)
 
     def grams(self, stacks: Sequence[Sequence[FlatShard]]) -> list[Tensor]:
         """Per matrix ``XᵀX``, X = its stack side by side, summed over the ranks: ONE all-reduce.
@@ -181,7 +184,7 @@ class Layout:
         grams = []
         for part, width in zip(message.split(sizes), widths, strict=True):
             gram, slots = part.view(-1, width).tensor_split([width])
-            grams.append(gram + slots.T @ slots)
+            grams.append(gram + slots.T @ slots if len(slots) else gram)
         return grams
 
     def buckets(self, together: int = 1) -> Iterator[range]:
@@ -217,13 +220,9 @@ class Layout:
         everyone = _all_gather(padded, self.group).view(len(lengths), longest)
         parts = [flat[: sum(row)].split(row) for flat, row in zip(everyone, lengths, strict=True)]
         return [
-            torch.cat([parts[p][j] for p in self._order(i)]).view(self.shapes[i])
+            torch.cat([parts[p][j] for p in self.order[i]]).view(self.shapes[i])
             for j, i in enumerate(which)
         ]
-
-    def _order(self, i: int) -> list[int]:
-        """Ranks by where their range of matrix i begins (empty ranges may say anything)."""
-        return self.ranges[:, i, 0].argsort(stable=True).tolist()
 
 
 def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:

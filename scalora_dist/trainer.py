@@ -24,7 +24,7 @@ from transformers import (
     get_scheduler,
 )
 
-from scalora_dist.config import Options
+from scalora_dist.config import ModelArguments, Options
 from scalora_dist.data import Collator, GlobalBatches, Prepared, RankBatches, prepare_data
 from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.errors import UserError
@@ -56,14 +56,14 @@ class Trainer:
         self.folder = Path(str(train.output_dir))
         self.world.main_only(lambda: check_output_dir(self.folder, train))
         name = options.model.model_name_or_path
-        self.tokenizer = load_tokenizer(options)
+        self.tokenizer = load_tokenizer(options.model)
         self.data = self.world.main_first(
             lambda: prepare_data(options.data, self.tokenizer, train.seed)
         )
         self._warn_about_data(self.data)
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         with engine.loading():
-            self.model = load_model(options, engine.dtype)
+            self.model = load_model(options.model, engine.dtype)
         layers = add_layers(self.model, options.method, seed=train.seed, dtype=engine.dtype)
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -240,35 +240,33 @@ def check_output_dir(folder: Path, train: Any) -> None:
         )
 
 
-def hidden_size(options: Options) -> int:
+def hidden_size(args: ModelArguments) -> int:
     """The model's width, which engines size their buffers by."""
-    with _known_model(options) as name:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.model.trust_remote_code)
+    with _known_model(args) as name:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     return config.get_text_config().hidden_size
 
 
-def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    with _known_model(options) as name:
-        return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=options.model.trust_remote_code
-        )
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    with _known_model(args) as name:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
 
 
-def load_model(options: Options, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
     """The model in ``dtype``, sharded where the engine's ``loading()`` says so."""
-    with _known_model(options) as name:
+    with _known_model(args) as name:
         return AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            attn_implementation=options.model.attn_implementation,
-            trust_remote_code=options.model.trust_remote_code,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
         )
 
 
 @contextmanager
-def _known_model(options: Options) -> Iterator[str]:
+def _known_model(args: ModelArguments) -> Iterator[str]:
     """The model's name; what transformers raises where it cannot be read, as one sentence."""
-    name = options.model.model_name_or_path
+    name = args.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing: name a folder or a model of the hub")
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():

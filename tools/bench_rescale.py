@@ -20,7 +20,6 @@ import platform
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,14 +28,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import HfArgumentParser
 
 from scalora_dist import config
 from scalora_dist.adapters.layers import LowRankLinear
@@ -48,7 +43,8 @@ from scalora_dist.errors import UserError, exit_on_user_error
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.methods import add_layers, make_rescaler
 from scalora_dist.metrics import write_json
-from scalora_dist.rescale import _Clock
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.shards import global_norm
 from scalora_dist.solve import Scales
 from scalora_dist.trainer import hidden_size, load_model
@@ -74,31 +70,6 @@ class BenchArguments:
             raise UserError("set --steps to at least 1 and --length to at least 2")
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"--json {self.json}: its folder does not exist")
-
-
-class Traffic(TorchDispatchMode):
-    """Counts what goes through torch.distributed inside it, whoever calls: DeepSpeed's own too.
-
-    ``sent`` and ``received`` are the bytes of the tensors that this rank hands to collectives and
-    of those that they fill here, its own part included; what a ring or a tree then moves for one
-    is the backend's affair. Barriers carry nothing and are left out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent = self.received = 0
-        self.collectives: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = str(func).partition(".")
-        if namespace == "c10d" and not name.startswith("barrier"):
-            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-            # c10d's operators take (outputs, inputs, …), or first one list that is both.
-            sizes = [sum(x.nbytes for x in leaves) for leaves in tensors if leaves]
-            self.received += sizes[0]
-            self.sent += sizes[-1]
-            self.collectives[name.partition(".")[0].strip("_")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -129,7 +100,7 @@ class Bench:
         method, train = options.method, options.train
         self.world, self.engine = world, DeepSpeedEngine(world, ds)
         with self.engine.loading():
-            model = load_model(options, self.engine.dtype)
+            model = load_model(options.model, self.engine.dtype)
         self.modules = add_layers(model, method, seed=train.seed, dtype=self.engine.dtype)
         self.engine.attach(model, self.modules, partial(torch.optim.AdamW, lr=train.learning_rate))
         rescaler = make_rescaler(self.engine, method)
@@ -197,7 +168,7 @@ class Bench:
     @torch.no_grad()
     def local_merge(self, scales: Scales) -> None:
         """Our merge alone: the factors' gather and each rank's own ranges of W."""
-        self.rescaler.merge(self.shards, scales, _Clock(self.world.device))
+        self.rescaler.merge(self.shards, scales, Clock(self.world.device))
 
     @torch.no_grad()
     def compare_merges(self) -> dict[str, float]:
@@ -280,21 +251,16 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def run(argv: list[str]) -> None:
     groups = [config.ModelArguments, config.MethodArguments, BenchArguments]
-    parser = _Parser(groups, allow_abbrev=False, description="Time the rescale and its parts.")
+    parser = config.Parser(groups, allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.parse_args(argv)  # says what it does not know
     model, method, args = parser.parse_args_into_dataclasses(argv)
     batch = args.per_device_train_batch_size
     train = config.TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
     options = config.Options(model, DataArguments(), method, train, config.LaunchArguments())
     world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
-    width = hidden_size(options)
+    width = hidden_size(model)
     ds = load_ds_config(args.ds_config, train, world_size=world.size, hidden_size=width)
     bench = Bench(options, world, ds, args.length)
     cuda = world.device.type == "cuda"

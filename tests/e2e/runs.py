@@ -29,7 +29,7 @@ def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
         str(parsed.launch.ds_config),
         parsed.train,
         world_size=world.size,
-        hidden_size=hidden_size(parsed),
+        hidden_size=hidden_size(parsed.model),
     )
     return Trainer(parsed, DeepSpeedEngine(world, config)).run()
 
