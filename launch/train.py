@@ -36,7 +36,7 @@ def train(options: Options) -> None:
         world_size=world.size,
         hidden_size=hidden_size(options.model),
     )
-    summary = Trainer(options, DeepSpeedEngine(world, config)).run()
+    summary = Trainer(options, world, lambda: DeepSpeedEngine(world, config)).run()
     if world.is_main:
         print(render(summary))
 

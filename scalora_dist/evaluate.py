@@ -29,6 +29,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate ``module`` on all of ``dataset``, ``batch_size`` examples per rank at a time.
 
+    Leaves the module in training mode.
+
     Needs no generation: greedy decoding gives an example's targets exactly when, teacher-forced,
     the argmax at each target position is the target. Two scalars per batch stay on the device; one
     all-reduce at the end.
@@ -36,24 +38,26 @@ def evaluate(
     examples = PaddedExamples(dataset)
     batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, targets, exact matches
-    training = module.training
     module.eval()
     for batch in tqdm(batches, "evaluating", disable=not world.is_main, leave=False):
         tensors = collate([examples[i] for i in batch])
         labels = tensors.pop("labels").to(world.device)
         inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}
         logits = module(**inputs, use_cache=False).logits
-        totals += _totals(logits, labels).cpu()
-    module.train(training)
+        # Of an example that was cut, not every target has been seen.
+        whole = [i is not None and not dataset[i]["truncated"] for i in batch]
+        totals += _totals(logits, labels, torch.tensor(whole).to(world.device)).cpu()
+    module.train()
     loss, targets, matches = world.sum(*totals.tolist())
     return Evaluation(loss / targets, matches / len(dataset), len(dataset))
 
 
-def _totals(logits: Tensor, labels: Tensor) -> Tensor:
+def _totals(logits: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
+    """Summed loss, target tokens and exact matches; ``whole`` (examples,): may match at all."""
     predicted, wanted = target_logits(logits, labels)
     loss = F.cross_entropy(predicted, wanted, reduction="sum")
     counts = labels[:, 1:] != IGNORE
     right = torch.ones_like(counts)
     right[counts] = predicted.argmax(-1) == wanted
-    matches = (right.all(1) & counts.any(1)).sum()
+    matches = (right.all(1) & whole).sum()
     return torch.stack([loss.double(), counts.sum().double(), matches.double()])

@@ -27,6 +27,13 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -48,7 +55,10 @@ def export_model(
     """
     merged = _Merged(engine, low)
     index = {p.name: i for i, p in enumerate(merged)}
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     entries = {p.name: (p.shape, p.shard.local.dtype) for p in merged}
+    entries |= {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
     # The plan needs sizes only: meta tensors.
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(shape, dtype=d, device="meta") for name, (shape, d) in entries.items()}
@@ -63,7 +73,7 @@ def export_model(
         with open(aside / filename if is_main else os.devnull, "wb") as file:
             writer = SafetensorsWriter(file, {name: entries[name] for name in names})
             for name in names:
-                tensor = merged.whole(index[name])
+                tensor = buffers[name] if name in buffers else merged.whole(index[name])
                 if is_main:
                     writer.write(tensor)
                 progress.update()

@@ -234,10 +234,8 @@ def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def global_norm(shards: Sequence[FlatShard], device: torch.device) -> float:
     """The 2-norm of all the matrices together, in float64: one all-reduce where they are cut up."""
-    square = torch.zeros((), dtype=torch.float64)
-    for shard in shards:
-        square += shard.local.double().square().sum().cpu()
-    square = square.to(device)
+    squares = [shard.local.double().square().sum() for shard in shards]
+    square = torch.stack(squares).sum().to(device)
     if shards[0].group is not None:
         dist.all_reduce(square, group=shards[0].group)
     return float(square.sqrt())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import resource
+import shutil
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -25,7 +30,7 @@ from transformers import (
 )
 
 from scalora_dist.config import ModelArguments, Options
-from scalora_dist.data import Collator, GlobalBatches, Prepared, RankBatches, prepare_data
+from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
 from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.errors import UserError
 from scalora_dist.evaluate import Evaluation, evaluate
@@ -38,6 +43,7 @@ from scalora_dist.shards import global_norm
 from scalora_dist.solve import Rule
 from scalora_dist.summary import summarize
 from scalora_dist.update_rank import UpdateRank
+from scalora_dist.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +51,15 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Fine-tunes one model on one engine and leaves its results in ``output_dir``."""
 
-    def __init__(self, options: Options, engine: Engine) -> None:
+    def __init__(self, options: Options, world: World, make_engine: Callable[[], Engine]) -> None:
         """Load data and model, add the method's layers, shard; writes nothing yet.
+
+        The engine, which takes longest to set up, is made when the rest has been checked.
 
         Raises:
             UserError: on every rank, for every mistake in the options or the data.
         """
-        self.options, self.engine, self.world = options, engine, engine.world
+        self.options, self.world = options, world
         train = options.train
         self.folder = Path(str(train.output_dir))
         self.world.main_only(lambda: check_output_dir(self.folder, train))
@@ -60,7 +68,8 @@ class Trainer:
         self.data = self.world.main_first(
             lambda: prepare_data(options.data, self.tokenizer, train.seed)
         )
-        self._warn_about_data(self.data)
+        self._check_data()
+        self.engine = engine = make_engine()
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         with engine.loading():
             self.model = load_model(options.model, engine.dtype)
@@ -84,12 +93,13 @@ class Trainer:
             num_warmup_steps=math.ceil(self.steps * train.warmup_ratio),
             num_training_steps=self.steps,
         )
+        self.steps_taken = 0  # those that were not skipped
         self.collate = Collator(self.tokenizer)
         self.rescaler = make_rescaler(engine, options.method)
         self.update_rank = None
         if train.update_rank_layers:
             self.update_rank = UpdateRank(
-                engine.layers(gradients=False), train.update_rank_layers, self.world.device
+                engine.layers(gradients=False), train.update_rank_layers, world
             )
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -109,14 +119,16 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train, evaluate before and after, write the results; returns what summary.json holds."""
         train = self.options.train
+        if self.world.is_main:
+            clear_results(self.folder)
         log = RunLog(
             self.folder,
             is_main=self.world.is_main,
             steps=self.steps,
             logging_steps=train.logging_steps,
         )
-        before = self._evaluate(log, 0)
-        after = before
+        self.engine.module.train()
+        before = after = self._evaluate(log, 0)
         records = []
         micro_batches = self._micro_batches()
         for step in range(self.steps):
@@ -128,8 +140,6 @@ class Trainer:
             after = self._evaluate(log, self.steps)
         log.close()
         low = self.rescaler.low if self.rescaler else {}
-        if train.save_model:
-            export_model(self.folder / "model", self.engine, self.model, self.tokenizer, low)
         ranks = []
         if self.update_rank:
             ranks = self.update_rank.measure(self.engine.layers(gradients=False), low)
@@ -137,6 +147,8 @@ class Trainer:
         summary = summarize(self.options, self.world.size, records, before, after, ranks, int(peak))
         if self.world.is_main:
             write_json(self.folder / "summary.json", summary)
+        if train.save_model:
+            export_model(self.folder / "model", self.engine, self.model, self.tokenizer, low)
         return summary
 
     def _step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
@@ -161,16 +173,17 @@ class Trainer:
             "loss": total_loss / targets,
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
-        applied = self.engine.step(self._transform(step, math.isfinite(total_loss), record))
-        self.scheduler.step()
-        if not applied:
+        if self.engine.step(self._transform(math.isfinite(total_loss), record)):
+            self.scheduler.step()
+            self.steps_taken += 1
+        else:
             record["skipped_step"] = True
             logger.warning("step %d skipped: loss or gradients are not finite", step + 1)
         record |= {"tokens": int(total_tokens), "seconds": time.perf_counter() - started}
         return record
 
     def _transform(
-        self, step: int, finite: bool, record: dict[str, Any]
+        self, finite: bool, record: dict[str, Any]
     ) -> Callable[[list[LayerShards]], bool]:
         """What happens between backward and the optimizer's step; it fills in ``record``."""
         loss_scale = self.engine.loss_scale
@@ -181,7 +194,7 @@ class Trainer:
             return finite and math.isfinite(record["grad_norm"])
 
         rescaler = self.rescaler
-        if rescaler is None or step % self.options.method.scaling_interval:
+        if rescaler is None or self.steps_taken % self.options.method.scaling_interval:
             return measure
 
         def rescale(layers: list[LayerShards]) -> bool:
@@ -218,8 +231,15 @@ class Trainer:
         log.evaluation(step, {"eval_loss": result.loss, "eval_exact_match": result.exact_match})
         return result
 
-    def _warn_about_data(self, data: Prepared) -> None:
-        length = self.options.data.max_length
+    def _check_data(self) -> None:
+        """Warn of examples that were cut; make sure that all nodes prepared the same."""
+        data, length = self.data, self.options.data.max_length
+        # Each rank reads its own batches and counts the global targets by itself.
+        check = zlib.crc32(np.asarray(data.train["target_tokens"], dtype=np.int64).tobytes())
+        check = zlib.crc32(json.dumps([data.train[0], data.train[-1]]).encode(), check)
+        high, low = self.world.max(check, -check)
+        if high != -low:
+            raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
         if data.truncated:
             logger.warning("%d examples were longer than %d tokens and cut", data.truncated, length)
         if data.dropped:
@@ -245,6 +265,14 @@ def hidden_size(args: ModelArguments) -> int:
     with _known_model(args) as name:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     return config.get_text_config().hidden_size
+
+
+def clear_results(folder: Path) -> None:
+    """Remove what an earlier run left, so that nothing of it stands beside ours."""
+    for name in ("metrics.jsonl", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -273,7 +301,7 @@ def _known_model(args: ModelArguments) -> Iterator[str]:
         raise UserError(f"--model_name_or_path {name}: there is no such folder")
     try:
         yield name
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {reason}") from error
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.merge import merged_weight
 from scalora_dist.shards import Layout
+from scalora_dist.world import World
 
 # A singular value counts from this share of the largest on.
 RELATIVE_THRESHOLD = 1e-3
@@ -18,28 +19,29 @@ RELATIVE_THRESHOLD = 1e-3
 class UpdateRank:
     """Remembers this rank's shards of a few layers' initial weights, spread over the model."""
 
-    def __init__(self, layers: Sequence[LayerShards], count: int, device: torch.device) -> None:
+    def __init__(self, layers: Sequence[LayerShards], count: int, world: World) -> None:
         count = min(count, len(layers))
         self.chosen = [i * len(layers) // count for i in range(count)]
         self.initial = [layers[i].W.local.clone() for i in self.chosen]
-        self.device = device
+        self.world = world
 
     @torch.no_grad()
     def measure(self, layers: Sequence[LayerShards], low: dict[str, Tensor]) -> list[int]:
         """The numerical rank of each remembered layer's update, on every rank.
 
-        One layer's update is whole at a time: two gathers and an SVD each.
+        One layer's update is whole at a time; the ranks take turns with the SVDs.
         """
         ranks = []
-        for i, initial in zip(self.chosen, self.initial, strict=True):
+        for turn, (i, initial) in enumerate(zip(self.chosen, self.initial, strict=True)):
             layer = layers[i]
             factors = [layer.A, layer.B]
-            a, b = Layout.of(factors, self.device).gather(factors, range(2))
+            a, b = Layout.of(factors, self.world.device).gather(factors, range(2))
             update = merged_weight(layer.W, layer.scaling * a, b, low.get(layer.name))
             update.local.sub_(initial)
-            (whole,) = Layout.of([update], self.device).gather([update], range(1))
-            ranks.append(numerical_rank(whole))
-        return ranks
+            (whole,) = Layout.of([update], self.world.device).gather([update], range(1))
+            mine = turn % self.world.size == self.world.rank
+            ranks.append(numerical_rank(whole) if mine else 0)
+        return [int(rank) for rank in self.world.sum(*ranks)]
 
 
 def numerical_rank(matrix: Tensor) -> int:

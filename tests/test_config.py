@@ -406,6 +406,8 @@ NVME = {"device": "nvme", "nvme_path": "/tmp"}
         (zero(3, mics_shard_size=2), {}, "mics_shard_size"),
         (zero(2, zenflow={"topk_ratio": 0.1}), {}, "zenflow"),
         (zero(3, offload_param=NVME), {}, "NVMe"),
+        (zero(0, offload_optimizer={"device": "cpu"}), {}, "stage 1, 2 or 3"),
+        (zero(3, offload_optimizer={"super_offload": True}), {}, "super_offload"),
         (zero(3, offload_optimizer=NVME), {}, "NVMe"),
         (zero(1) | {"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel"),
         (

@@ -364,3 +364,14 @@ def test_output_equals_pefts(build: Callable[[], Any]) -> None:
         adapted[name].lora_A["default"].weight.data = layer.B.detach().T.clone()
     torch.testing.assert_close(logits(ours), logits(base), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(ours), logits(theirs), atol=1e-2)
+
+
+def test_layers_that_share_a_weight_are_left_alone() -> None:
+    """A merge into one of them would change the other's function."""
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.weight = attention.v_proj.weight
+    assert "shares its weight" in refusal(model, "k_proj")
+    assert not {"k_proj", "v_proj"} & {
+        name.split(".")[-1] for name in put_in(model) if ".0.self_attn" in name
+    }

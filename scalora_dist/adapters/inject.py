@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -40,11 +41,9 @@ def inject(
         UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
     """
     model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    if list(target_modules) == [ALL_LINEAR]:
-        targets = _all_linear(model, head)
-    else:
-        targets = _by_suffix(model, head, target_modules)
+    survey = _Survey(model)
+    every = list(target_modules) == [ALL_LINEAR]
+    targets = survey.all_linear() if every else survey.by_suffix(target_modules)
     for name, linear in targets.items():
         limit = min(linear.out_features, linear.in_features)
         if not 1 <= rank <= limit:
@@ -63,68 +62,76 @@ def inject(
     }
 
 
-def _all_linear(model: nn.Module, head: nn.Module | None) -> dict[str, nn.Linear]:
-    targets, skipped = {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D) or _fused_experts(module):
-            raise UserError(
-                f"{_why_not(name, module)}; --target_modules all-linear would leave it out silently"
-            )
-        if not isinstance(module, nn.Linear) or module is head:
-            continue
-        if reason := _why_not(name, module):
-            skipped[name] = reason
-        else:
-            targets[name] = module
-    if not targets:
-        reason = next(iter(skipped.values()), "the model has no nn.Linear besides its LM head")
-        raise UserError(f"--target_modules all-linear finds nothing to adapt: {reason}")
-    if skipped:
-        logger.warning("all-linear leaves out %d layers: %s", len(skipped), "; ".join(skipped))
-    return targets
+class _Survey:
+    """A model's modules, and which of them can carry A and B."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.modules = dict(model.named_modules())
+        self.head = model.get_output_embeddings()
+        owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        self.shared = {parameter for parameter, count in owners.items() if count > 1}
 
-def _by_suffix(
-    model: nn.Module, head: nn.Module | None, suffixes: Sequence[str]
-) -> dict[str, nn.Linear]:
-    modules = dict(model.named_modules())
-    targets = {}
-    for suffix in suffixes:
-        matches = {n: m for n, m in modules.items() if n == suffix or n.endswith(f".{suffix}")}
-        if not matches:
-            known = {n.rsplit(".")[-1] for n, m in modules.items() if _adaptable(n, m, head)}
-            raise UserError(
-                f"--target_modules {suffix}: no module of the model is called so; "
-                f"its linear layers are called {', '.join(sorted(known)) or 'nothing at all'}"
-            )
-        for name, module in matches.items():
-            if module is head:
-                raise UserError(f"--target_modules {suffix}: {name} is the LM head; leave it out")
-            if reason := _why_not(name, module):
-                raise UserError(f"--target_modules {suffix}: {reason}")
-            targets[name] = module
-    return {name: targets[name] for name in modules if name in targets}  # in model order
+    def all_linear(self) -> dict[str, nn.Linear]:
+        targets, skipped = {}, {}
+        for name, module in self.modules.items():
+            reason = self.why_not(name, module)
+            if isinstance(module, Conv1D) or _fused_experts(module):
+                raise UserError(
+                    f"{reason}; --target_modules all-linear would leave it out silently"
+                )
+            if isinstance(module, nn.Linear) and module is not self.head:
+                if reason:
+                    skipped[name] = reason
+                else:
+                    targets[name] = module
+        if not targets:
+            reason = next(iter(skipped.values()), "the model has no nn.Linear besides its LM head")
+            raise UserError(f"--target_modules all-linear finds nothing to adapt: {reason}")
+        if skipped:
+            logger.warning("all-linear leaves out %d layers: %s", len(skipped), "; ".join(skipped))
+        return targets
 
+    def by_suffix(self, suffixes: Sequence[str]) -> dict[str, nn.Linear]:
+        targets = {}
+        for suffix in suffixes:
+            matches = {
+                name: module
+                for name, module in self.modules.items()
+                if name == suffix or name.endswith(f".{suffix}")
+            }
+            if not matches:
+                known = {
+                    n.split(".")[-1] for n, m in self.modules.items() if not self.why_not(n, m)
+                }
+                raise UserError(
+                    f"--target_modules {suffix}: no module of the model is called so; "
+                    f"its linear layers are called {', '.join(sorted(known)) or 'nothing at all'}"
+                )
+            for name, module in matches.items():
+                if reason := self.why_not(name, module):
+                    raise UserError(f"--target_modules {suffix}: {reason}")
+                targets[name] = module
+        return {name: targets[name] for name in self.modules if name in targets}  # model order
 
-def _adaptable(name: str, module: nn.Module, head: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) and module is not head and not _why_not(name, module)
-
-
-def _why_not(name: str, module: nn.Module) -> str | None:
-    """Why a module cannot carry A and B, or None. One half sentence that says what to set."""
-    if isinstance(module, Conv1D):
-        return f"{name} is a Conv1D (GPT-2's transposed layer): target nn.Linear layers"
-    if _fused_experts(module):
-        return f"{name} holds fused 3-D expert weights: target 2-D layers (q_proj …)"
-    if not isinstance(module, nn.Linear):
-        return f"{name} is a {type(module).__name__}, not an nn.Linear: name linear layers"
-    if not module.weight.is_floating_point():
-        return f"{name} is quantized to {module.weight.dtype}: load the model unquantized"
-    if isinstance(module.weight, DTensor) and module.weight.device_mesh.ndim:
-        return f"{name} is tensor-parallel: load the model without a tp_plan"
-    if type(module) is not nn.Linear:
-        return f"{name} is a {type(module).__name__} with a forward of its own: leave it out"
-    return None
+    def why_not(self, name: str, module: nn.Module) -> str | None:
+        """Why a module cannot carry A and B, or None. One half sentence that says what to set."""
+        if module is self.head:
+            return f"{name} is the LM head; leave it out"
+        if isinstance(module, Conv1D):
+            return f"{name} is a Conv1D (GPT-2's transposed layer): target nn.Linear layers"
+        if _fused_experts(module):
+            return f"{name} holds fused 3-D expert weights: target 2-D layers (q_proj …)"
+        if not isinstance(module, nn.Linear):
+            return f"{name} is a {type(module).__name__}, not an nn.Linear: name linear layers"
+        if not module.weight.is_floating_point():
+            return f"{name} is quantized to {module.weight.dtype}: load the model unquantized"
+        if isinstance(module.weight, DTensor):
+            return f"{name} is tensor-parallel: load the model without a tp_plan"
+        if type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__} with a forward of its own: leave it out"
+        if id(module.weight) in self.shared:
+            return f"{name} shares its weight, and a merge would change both: leave it out"
+        return None
 
 
 def _fused_experts(module: nn.Module) -> bool:

@@ -42,5 +42,7 @@ class LowRankLinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         # The factors may have another dtype than the base (an engine casts only what trains).
         z = F.dropout(x, self.dropout, self.training).to(self.B.dtype)
-        update = F.linear(F.linear(z, self.B.T), self.A)
+        # matmul keeps B itself for the backward; F.linear would keep the view Bᵀ and, with it under
+        # ZeRO-3, all of B gathered from this layer's forward to its backward.
+        update = F.linear(z @ self.B, self.A)
         return y + self.scaling * update.to(y.dtype)

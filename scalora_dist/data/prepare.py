@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,11 @@ def _check(args: DataArguments) -> tuple[str, dict[str, Any]]:
             "dataset_size must be at least 1 and eval_size at least 0, "
             f"got {args.dataset_size} and {args.eval_size}."
         )
-    if args.eval_dataset == args.dataset and args.dataset.startswith(PREFIX):
+    # A lone file is whatever split is asked for, and a task draws the same questions again.
+    same = args.eval_dataset == args.dataset
+    if same and (args.dataset.startswith(PREFIX) or Path(args.dataset).is_file()):
         raise UserError(
-            f"{args.eval_dataset} would evaluate on the training questions: leave --eval_dataset "
+            f"{args.eval_dataset} would evaluate on the training examples: leave --eval_dataset "
             "out and let --eval_size hold some out."
         )
     try:

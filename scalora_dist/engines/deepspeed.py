@@ -7,9 +7,11 @@ These are private attributes of DeepSpeed (read and run with 0.19.8); they are u
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -28,6 +30,7 @@ from scalora_dist.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ZeroParameter: TypeAlias = Any  # an nn.Parameter on which DeepSpeed hung its own attributes
+logger = logging.getLogger(__name__)
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
@@ -40,6 +43,7 @@ class DeepSpeedEngine(Engine):
             config: a DeepSpeed config without "auto" (see ``engines/ds_config.py``).
         """
         self.world, self.config = world, config
+        _warn_of_build_lock()
         deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
         try:
             DeepSpeedConfig(config)
@@ -104,6 +108,7 @@ class DeepSpeedEngine(Engine):
             self.engine.micro_steps += 1
             return False
         self.engine.step()
+        self.places.clear_gradients(layers)
         if apply != self.engine.was_step_applied():
             raise RuntimeError(
                 f"DeepSpeed {'skipped' if apply else 'applied'} a step that it should not have"
@@ -136,6 +141,16 @@ class DeepSpeedEngine(Engine):
             if not parameter.requires_grad:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 yield NamedShard(name, shape, self.places.weight(parameter))
+
+
+def _warn_of_build_lock() -> None:
+    """A run that is killed during a just-in-time build leaves a lock that others wait for."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    for lock in Path(folder).expanduser().glob("**/deepspeed_*/lock"):
+        logger.warning(
+            "waiting for %s: another run is building DeepSpeed's extension; if none is, delete it",
+            lock,
+        )
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:
@@ -175,6 +190,16 @@ class _Places(ABC):
             norm = gradient.local.double().norm().to(torch.float32)
             self.zero.norm_for_param_grads[self.zero.get_param_id(p)] = norm
 
+    def clear_gradients(self, layers: list[LayerShards]) -> None:
+        """Zero the buffers that a stage keeps from step to step.
+
+        A layer that the next forward does not reach would find this step's gradients in them, or
+        the inf of a discarded step, and step with those.
+        """
+        for layer in layers:
+            layer.grad_A.local.zero_()
+            layer.grad_B.local.zero_()
+
 
 class _WholePlaces(_Places):
     """Stage 0: everything whole on every rank."""
@@ -209,18 +234,20 @@ class _WholePlaces(_Places):
 class _FragmentPlaces(_Places):
     """Stages 1 and 2: pieces of one flattened buffer, beginning and ending anywhere."""
 
+    def _nothing(self) -> Tensor:
+        """The part of a parameter of which this rank owns none, where the others' masters are."""
+        return self.zero.single_partition_of_fp32_groups[0].new_empty(0)
+
     def master(self, p: ZeroParameter) -> FlatShard:
         mapping = p._hp_mapping
-        if mapping is None:  # this rank owns nothing of it
-            return FlatShard(
-                p.new_empty(0, dtype=torch.float32), 0, _matrix(p.shape), dist.group.WORLD
-            )
+        if mapping is None:
+            return FlatShard(self._nothing(), 0, _matrix(p.shape), dist.group.WORLD)
         start = mapping.lp_fragment_address.start
         return FlatShard(mapping.hp_fragment.view(-1), start, _matrix(p.shape), dist.group.WORLD)
 
     def gradient(self, p: ZeroParameter) -> Tensor:
         if p._hp_mapping is None:
-            return p.new_empty(0)
+            return self._nothing()
         return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:
@@ -269,6 +296,11 @@ class _PartitionPlaces(_Places):
         else:
             local = self.zero.averaged_gradients[group][self.index[p]]
         return self._shard(p, local).local
+
+    def clear_gradients(self, layers: list[LayerShards]) -> None:
+        super().clear_gradients(layers)
+        if self.offloads:  # the gradients went through a buffer on the device
+            self.zero.grad_partitions_flat_buffer.zero_()
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:
         group, offset, numel = self._position(p)

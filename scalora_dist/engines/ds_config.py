@@ -117,6 +117,11 @@ def _refuse(config: dict[str, Any], path: str) -> None:
         ),
         "mics_shard_size is not supported: remove it": zero.get("mics_shard_size", -1) != -1,
         "zenflow is not supported: remove it": "zenflow" in zero,
+        "offloading needs stage 1, 2 or 3": stage == 0
+        and bool({"offload_param", "offload_optimizer"} & zero.keys()),
+        "super_offload steps before the rescale: remove it": (
+            zero.get("offload_optimizer", {}).get("super_offload")
+        ),
         "NVMe offload is not supported: set offload device to cpu": any(
             zero.get(part, {}).get("device") == "nvme"
             for part in ("offload_param", "offload_optimizer")

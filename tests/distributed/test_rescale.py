@@ -171,3 +171,35 @@ def test_a_skipped_step_changes_nothing(ranks: Any, stage: int, dtype: str, offl
             assert np.array_equal(seen["step0_output"][name], seen["step1_output"][name])
             assert np.isfinite(seen["step2_output"][name]).all()
             assert not np.array_equal(seen["step2_output"][name], seen["step1_output"][name])
+
+
+@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize(("stage", "dtype", "offload"), SKIPS)
+def test_a_layer_that_is_not_reached_has_no_gradient(
+    ranks: Any, stage: int, dtype: str, offload: bool, skip_first: bool
+) -> None:
+    case = {"stage": stage, "rank": 3, "dtype": dtype, "offload": offload}
+    seen = ranks(2).run(toy.unreached_layer, skip_first=skip_first, **case)[0]
+    assert [record["applied"] for record in seen] == [True, not skip_first, True, True]
+    for record in seen[2:]:
+        second: State = record["before"]["second"]
+        assert not second.grad_A.any()
+        assert not second.grad_B.any()
+        assert record["before"]["first"].grad_B.any()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_scaled_gradient_that_fp16_cannot_hold_is_skipped(ranks: Any, stage: int) -> None:
+    """The loss scale falls until the scaled gradients fit; then training goes on."""
+    case = {"stage": stage, "rank": 3, "dtype": "fp16", "initial_scale_power": 20}
+    seen = ranks(2).run(toy.steps, 16, **case)[0]
+    applied = [record["applied"] for record in seen]
+    assert not applied[0]
+    assert applied[-1]
+    for record in seen:
+        assert all(np.isfinite(output).all() for output in record["output"].values())
+        if not record["applied"]:
+            for name in toy.SHAPES:
+                unchanged = ("W", "A", "B", "m_A", "v_A", "m_B", "v_B")
+                before, after = record["before"][name], record["stepped"][name]
+                assert all(np.array_equal(getattr(before, f), getattr(after, f)) for f in unchanged)

@@ -5,6 +5,7 @@ The functions here run on real ranks (``ranks.Ranks``) and answer with whole flo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Toy(nn.Module):
             setattr(self, name, linear.requires_grad_(False))
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: getattr(self, name)(x[name]) for name in SHAPES}
+        return {name: getattr(self, name)(x[name]) for name in x}
 
 
 def data(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -60,7 +61,7 @@ def ds_config(world: World, stage: int, dtype: str, offload: bool, accumulation:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": dtype == "bf16"},
-        "fp16": {"enabled": dtype == "fp16", "initial_scale_power": 8},
+        "fp16": {"enabled": dtype == "fp16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -81,9 +82,11 @@ class Run:
         accumulation: int = 1,
         rule: str = "paper",
         persist: bool = False,
+        initial_scale_power: int = 8,
     ) -> None:
         self.world, self.accumulation = world, accumulation
         config = ds_config(world, stage, dtype, offload, accumulation)
+        config["fp16"]["initial_scale_power"] = initial_scale_power
         if persist:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6
         # DeepSpeed wants CPUs with fast fp16 for fp16; for a test the slow ones do.
@@ -120,15 +123,17 @@ class Run:
 
         self.rescaler.solve = remember
 
-    def backward(self, step: int, poison: float = 1.0) -> None:
+    def backward(
+        self, step: int, poison: float = 1.0, reached: Iterable[str] = tuple(SHAPES)
+    ) -> None:
         x, y = data(step)
         micro = EXAMPLES // self.world.size // self.accumulation
         for j in range(self.accumulation):
             start = (j * self.world.size + self.world.rank) * micro
             take = slice(start, start + micro)
-            batch = {k: v[take].to(self.engine.dtype) for k, v in x.items()}
+            batch = {k: x[k][take].to(self.engine.dtype) for k in reached}
             out = self.engine.module(batch)
-            loss = sum((out[k].float() - y[k][take]).square().sum() for k in SHAPES) / 2
+            loss = sum((out[k].float() - y[k][take]).square().sum() for k in reached) / 2
             last = j == self.accumulation - 1
             self.engine.backward(poison * loss / EXAMPLES, last=last)
 
@@ -185,7 +190,8 @@ def steps(world: World, count: int, **case: Any) -> list[dict[str, Any]]:
             report = run.rescaler(layers)
             record["after"] = run.whole(layers)
             record["report"] = report
-            record["scales"] = [run.scales.alpha.numpy(), run.scales.beta.numpy()]
+            if report.applied:
+                record["scales"] = [run.scales.alpha.numpy(), run.scales.beta.numpy()]
             return report.applied
 
         record["applied"] = run.engine.step(transform)
@@ -207,3 +213,24 @@ def skipped_step(world: World, **case: Any) -> dict[str, Any]:
         results[f"{key}_after"] = run.whole(run.engine.layers(gradients=False))
         results[f"{key}_output"] = run.output()
     return results
+
+
+def unreached_layer(world: World, *, skip_first: bool, **case: Any) -> list[dict[str, Any]]:
+    """Four steps; the forwards of the last two do not reach the second layer.
+
+    With ``skip_first`` the step before them is poisoned, and so discarded.
+    """
+    run = Run(world, **case)
+    seen = []
+    for step in range(4):
+        poison = float("nan") if skip_first and step == 1 else 1.0
+        run.backward(step, poison, tuple(SHAPES) if step < 2 else ("first",))
+        record: dict[str, Any] = {}
+
+        def transform(layers: list[LayerShards], record: dict[str, Any] = record) -> bool:
+            record["before"] = run.whole(layers)
+            return run.rescaler(layers).applied
+
+        record["applied"] = run.engine.step(transform)
+        seen.append(record)
+    return seen

@@ -31,7 +31,24 @@ def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
         world_size=world.size,
         hidden_size=hidden_size(parsed.model),
     )
-    return Trainer(parsed, DeepSpeedEngine(world, config)).run()
+    return Trainer(parsed, world, lambda: DeepSpeedEngine(world, config)).run()
+
+
+def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
+    """Whether all of the model was in training mode, step by step."""
+    seen: list[bool] = []
+
+    class Watched(Trainer):
+        def _step(self, *args: Any) -> dict[str, Any]:
+            seen.append(all(module.training for module in self.model.modules()))
+            return super()._step(*args)
+
+    parsed = parse_options(words(options))
+    config = load_ds_config(
+        str(parsed.launch.ds_config), parsed.train, world_size=world.size, hidden_size=1
+    )
+    Watched(parsed, world, lambda: DeepSpeedEngine(world, config)).run()
+    return seen
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -65,3 +82,37 @@ def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A tiny random DeepSeek-V3, and its persistent buffers, {name: tensor}."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for buffer in buffers.values():
+        torch.nn.init.normal_(buffer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return buffers

@@ -113,3 +113,25 @@ def merged_loss(folder: Path, case: dict[str, Any]) -> float:
         total += float(mean) * row["target_tokens"]
         targets += row["target_tokens"]
     return total / targets
+
+
+def test_without_held_out_data_the_model_is_in_training_mode(
+    ranks: GetRanks, tiny_model: str, tmp_path: Path
+) -> None:
+    """Dropout and gradient checkpointing are off in evaluation mode."""
+    case = options(tiny_model, tmp_path, "zero3", max_steps=2, save_model=False)
+    modes = ranks(1).run(runs.training_modes, {**case, "eval_size": 0, "lora_dropout": 0.5})[0]
+    assert modes == [True, True]
+
+
+def test_persistent_buffers_are_part_of_the_model(
+    ranks: GetRanks, demo_model: str, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    expected = runs.save_tiny_deepseek(model, AutoTokenizer.from_pretrained(demo_model))
+    case = options(str(model), out, "zero3", max_steps=1, target_modules="o_proj")
+    ranks(2).run(runs.run, {**case, "eval_size": 0})
+    state = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    assert expected
+    for name, buffer in expected.items():
+        assert torch.equal(state[name], buffer)
