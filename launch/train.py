@@ -39,6 +39,7 @@ def train(options: Options) -> None:
     summary = Trainer(options, world, lambda: DeepSpeedEngine(world, config)).run()
     if world.is_main:
         print(render(summary))
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from transformers import (
     get_scheduler,
 )
 
-from scalora_dist.config import ModelArguments, Options
+from scalora_dist.config import ModelArguments, Options, TrainArguments
 from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
 from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.errors import UserError
@@ -246,7 +246,7 @@ class Trainer:
             logger.warning("%d examples had no target token left and were dropped", data.dropped)
 
 
-def check_output_dir(folder: Path, train: Any) -> None:
+def check_output_dir(folder: Path, train: TrainArguments) -> None:
     """Refuse to write where there is something already.
 
     Raises:

@@ -276,7 +276,7 @@ def run(argv: list[str]) -> None:
         print(render(result), flush=True)
         if args.json:
             write_json(Path(args.json), result)
-    dist.destroy_process_group()
+    world.leave()
 
 
 if __name__ == "__main__":
