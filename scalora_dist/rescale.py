@@ -153,21 +153,22 @@ class Rescaler:
         factors = [factor for layer in layers for factor in (layer.A, layer.B)]
         scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=torch.float64)
         # One copy to the device for all layers: a copy each would wait for it each time.
-        weights = (scalings * (1 - scales.alpha * scales.beta)).to(self.world.device, torch.float32)
+        weights = (scalings * (1 - scales.alpha * scales.beta)).to(self.world.device)
         for bucket in self.layout.buckets(together=2):
             gathered = self.layout.gather(factors, bucket)
             clock.lap("gather")
             for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
                 layer = layers[i // 2]
-                left = a * weights[i // 2].to(a.device)
+                left = a * weights[i // 2].to(a)
                 add_low_rank_(layer.W, left, b, self.low.get(layer.name))
             clock.lap("merge")
 
 
 def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
     """A ← A diag(α), B ← B diag(β); ∇A, m_A take β, v_A β²; ∇B, m_B take α, v_B α². Local."""
-    both = torch.stack([scales.alpha, scales.beta])  # squared in float64, copied once
-    first, second = torch.stack([both, both**2]).to(layers[0].A.local.device, torch.float32)
+    # One copy to the device for all layers, in float64; each shard takes it in its own precision.
+    both = torch.stack([scales.alpha, scales.beta]).to(layers[0].A.local.device)
+    first, second = both, both**2
     for layer, alpha, beta, alpha2, beta2 in zip(layers, *first, *second, strict=True):
         layer.A.scale_columns_(alpha)
         layer.B.scale_columns_(beta)

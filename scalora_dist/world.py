@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -108,13 +109,19 @@ class World:
                     break
                 except dist.DistStoreError:
                     continue  # still at work; a dead rank 0 breaks the connection instead
-            if message := self.store.get(name).decode():
+            message = self.store.get(name).decode()
+            self.store.add(f"{name}/read", 1)
+            if message:
                 raise UserError(message)
             return None
         try:
             result = work()
         except BaseException as error:
             self.store.set(name, str(error) or type(error).__name__)
+            # The store goes with this process: let the others read before it leaves.
+            deadline = time.monotonic() + 10
+            while self.store.add(f"{name}/read", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
             raise
         self.store.set(name, "")
         return result
