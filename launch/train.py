@@ -38,14 +38,15 @@ def train(options: Options) -> None:
     )
     summary = Trainer(options, world, lambda: DeepSpeedEngine(world, config)).run()
     if world.is_main:
-        print(render(summary))
+        print(f"\n{render(summary)}")
     world.leave()
 
 
 if __name__ == "__main__":
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
-    # torch renamed collectives that DeepSpeed still calls by their old names.
+    # Renamed functions that DeepSpeed, or the oldest transformers we run with, has by the old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with exit_on_user_error():
         train(parse_options(sys.argv[1:]))

@@ -80,7 +80,7 @@ class MethodArguments:
     )
     scaling_interval: int = option(1, "Rescale at steps 0, I, 2I … (ScaLoRA-I).")
     eta_lipschitz: float = option(
-        0.5, "The product ηL: one dimensionless number, not on a schedule."
+        0.5, "The product ηL: smaller means larger columns, and steps as lr/√ηL."
     )
     scale_bounds: list[str] = option(
         ["0.05", "5"], "Normalised column sizes stay between these two; none: the paper's letter."
@@ -132,7 +132,7 @@ class TrainArguments:
     per_device_train_batch_size: int = option(1, "Examples of one micro-batch of one rank.")
     per_device_eval_batch_size: int = option(8, "Examples of one evaluation batch of one rank.")
     gradient_accumulation_steps: int = option(1, "Micro-batches of one step.")
-    eval_steps: int = option(0, "Evaluate every so many steps, besides before and after; 0: never.")
+    eval_steps: int = option(0, "Also evaluate every so many steps; 0: only before and after.")
     logging_steps: int = option(1, "TensorBoard every so many steps; metrics.jsonl has every one.")
     seed: int = option(42, "Decides the data's order, what is held out and B's initial values.")
     bf16: bool = option(False, "bfloat16 weights with fp32 masters of A and B.")
@@ -196,7 +196,13 @@ def parse_options(argv: Sequence[str]) -> Options:
         UserError: a missing or malformed file, an unknown field or choice, a value that cannot be.
     """
     groups = [ModelArguments, DataArguments, MethodArguments, TrainArguments, LaunchArguments]
-    parser = Parser(groups, allow_abbrev=False, description="Fine-tune with ScaLoRA on shards.")
+    parser = Parser(
+        groups,
+        allow_abbrev=False,
+        usage="deepspeed --num_gpus N launch/train.py --ds_config FILE --model_name_or_path MODEL "
+        "--dataset DATA --output_dir FOLDER [--config RECIPE.yaml] [--option value ...]",
+        description="Fine-tune with ScaLoRA on shards.",
+    )
     known = sorted({action.dest for action in parser._actions} - {"help"})
     named, left = parser.parse_known_args(argv)
     if left:

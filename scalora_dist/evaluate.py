@@ -39,7 +39,7 @@ def evaluate(
     batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, targets, exact matches
     module.eval()
-    for batch in tqdm(batches, "evaluating", disable=not world.is_main, leave=False):
+    for batch in tqdm(batches, "evaluating", disable=None if world.is_main else True, leave=False):
         tensors = collate([examples[i] for i in batch])
         labels = tensors.pop("labels").to(world.device)
         inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}

@@ -68,7 +68,9 @@ def export_model(
     if is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    progress = tqdm(total=len(entries), desc="writing the model", disable=not is_main, leave=False)
+    progress = tqdm(
+        total=len(entries), desc="writing the model", disable=None if is_main else True, leave=False
+    )
     for filename, names in plan.filename_to_tensors.items():
         with open(aside / filename if is_main else os.devnull, "wb") as file:
             writer = SafetensorsWriter(file, {name: entries[name] for name in names})

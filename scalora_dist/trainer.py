@@ -241,9 +241,9 @@ class Trainer:
         if high != -low:
             raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
         if data.truncated:
-            logger.warning("%d examples were longer than %d tokens and cut", data.truncated, length)
+            logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, length)
         if data.dropped:
-            logger.warning("%d examples had no target token left and were dropped", data.dropped)
+            logger.warning("%d example(s) without a target token: dropped", data.dropped)
 
 
 def check_output_dir(folder: Path, train: TrainArguments) -> None:

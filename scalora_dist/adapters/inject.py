@@ -44,13 +44,13 @@ def inject(
     survey = _Survey(model)
     every = list(target_modules) == [ALL_LINEAR]
     targets = survey.all_linear() if every else survey.by_suffix(target_modules)
-    for name, linear in targets.items():
-        limit = min(linear.out_features, linear.in_features)
-        if not 1 <= rank <= limit:
-            raise UserError(
-                f"rank {rank} does not fit {name} ({linear.out_features} × {linear.in_features}): "
-                f"set --rank between 1 and {limit}, or leave the layer out of --target_modules"
-            )
+    limits = {name: min(t.out_features, t.in_features) for name, t in targets.items()}
+    narrowest = min(limits, key=lambda name: limits[name])
+    if not 1 <= rank <= limits[narrowest]:
+        raise UserError(
+            f"rank {rank} does not fit {narrowest}: set --rank between 1 and {limits[narrowest]}, "
+            "or leave such layers out of --target_modules"
+        )
     return {
         name: LowRankLinear.adapt(
             linear,
