@@ -17,6 +17,7 @@ from torch import Tensor
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
+POLL = timedelta(seconds=30)  # how long one wait on the store lasts before the next
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class World:
         if not self.is_main:
             while True:
                 try:
-                    self.store.wait([name], timedelta(seconds=30))
+                    self.store.wait([name], POLL)
                     break
                 except dist.DistStoreError:
                     continue  # still at work; a dead rank 0 breaks the connection instead
