@@ -14,6 +14,7 @@ SECTIONS = (
     "fp16",
     "data_types",
     "tensor_parallel",
+    "torch_autocast",
     "zero_optimization",
     "zero_optimization.offload_param",
     "zero_optimization.offload_optimizer",
@@ -128,6 +129,9 @@ def _refuse(config: dict[str, Any], path: str) -> None:
         ),
         "tensor parallelism is not supported: remove 'tensor_parallel'": (
             config.get("tensor_parallel", {}).get("autotp_size", 0) not in (0, 1)
+        ),
+        "torch_autocast is not supported: remove it and set --bf16": (
+            config.get("torch_autocast", {}).get("enabled")
         ),
         "fp32 gradient accumulation with bf16 needs stage 2 or 3": (
             bf16 and stage < 2 and accumulate in ("fp32", "float32")

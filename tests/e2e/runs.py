@@ -22,8 +22,8 @@ def words(options: dict[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
 
 
-def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
-    """What launch/train.py does after the launcher, on ranks that are there already."""
+def make(world: World, options: dict[str, Any], trainer: type[Trainer] = Trainer) -> Trainer:
+    """What launch/train.py makes after the launcher, on ranks that are there already."""
     parsed = parse_options(words(options))
     config = load_ds_config(
         str(parsed.launch.ds_config),
@@ -31,7 +31,11 @@ def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
         world_size=world.size,
         hidden_size=hidden_size(parsed.model),
     )
-    return Trainer(parsed, world, lambda: DeepSpeedEngine(world, config)).run()
+    return trainer(parsed, world, lambda: DeepSpeedEngine(world, config))
+
+
+def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
+    return make(world, options).run()
 
 
 def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
@@ -43,11 +47,7 @@ def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
             seen.append(all(module.training for module in self.model.modules()))
             return super()._step(*args)
 
-    parsed = parse_options(words(options))
-    config = load_ds_config(
-        str(parsed.launch.ds_config), parsed.train, world_size=world.size, hidden_size=1
-    )
-    Watched(parsed, world, lambda: DeepSpeedEngine(world, config)).run()
+    make(world, options, Watched).run()
     return seen
 
 

@@ -142,6 +142,7 @@ NVME = {"device": "nvme", "nvme_path": "/tmp"}
         (zero(3, zero_quantized_nontrainable_weights=True), {}, "quantized_nontrainable"),
         (zero(3, zero_hpz_partition_size=2), {}, "zero_hpz_partition_size"),
         (zero(3, mics_shard_size=2), {}, "mics_shard_size"),
+        (zero(2) | {"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
         (zero(2, zenflow={"topk_ratio": 0.1}), {}, "zenflow"),
         (zero(3, offload_param=NVME), {}, "NVMe"),
         (zero(0, offload_optimizer={"device": "cpu"}), {}, "stage 1, 2 or 3"),
