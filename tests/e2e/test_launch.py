@@ -57,7 +57,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "target": ({"target_modules": "q_proj w_proj"}, "w_proj"),
         "data": ({"dataset": broken}, "line 2"),
-        "rank": ({"rank": 29}, "between 1 and 28"),
+        "rank": ({"rank": 29}, "between 1 and 14"),
     }
 
 
