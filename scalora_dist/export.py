@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalora_dist.engines.base import Engine, NamedShard
+from scalora_dist.engines.base import Engine, NamedShard, factor_shards
 from scalora_dist.merge import merged_weight
 from scalora_dist.shards import Layout
 
@@ -100,7 +100,7 @@ class _Merged:
         self.low = low
         self.layers = engine.layers(gradients=False)
         self.layer_of = {f"{layer.name}.weight": i for i, layer in enumerate(self.layers)}
-        self.factors = [factor for layer in self.layers for factor in (layer.A, layer.B)]
+        self.factors = factor_shards(self.layers)
         self.factor_layout = Layout.of(self.factors, engine.world.device)
         self.frozen = list(engine.frozen())
         self.frozen_layout = Layout.of([p.shard for p in self.frozen], engine.world.device)

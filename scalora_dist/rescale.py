@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scalora_dist.engines.base import LayerShards
+from scalora_dist.engines.base import LayerShards, factor_shards, gradient_shards
 from scalora_dist.merge import MergeRounding, add_low_rank_, zero_low_half
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.shards import Layout
@@ -65,8 +65,7 @@ class Rescaler:
         """Exchange who holds what (one all-gather); ``layers`` in the order of every later call."""
         self.world = world
         self.rule, self.eta_lipschitz, self.bounds = rule, eta_lipschitz, bounds
-        factors = [factor for layer in layers for factor in (layer.A, layer.B)]
-        self.layout = Layout.of(factors, world.device)
+        self.layout = Layout.of(factor_shards(layers), world.device)
         self.low: dict[str, Tensor] = {}
         if merge_rounding == "split":
             self.low = {
@@ -103,11 +102,7 @@ class Rescaler:
 
     def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
         """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: (layers, 2r, 2r) float64 on the CPU each."""
-        stacks = [
-            stack
-            for layer in layers
-            for stack in ((layer.A, layer.grad_A), (layer.B, layer.grad_B))
-        ]
+        stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
         grams = torch.stack(self.layout.grams(stacks)).cpu()
         return grams[0::2], grams[1::2]
 
@@ -150,12 +145,12 @@ class Rescaler:
     @torch.no_grad()
     def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
         """``W += s·A diag(1 − α∘β) Bᵀ`` with the A and B of before the scaling."""
-        factors = [factor for layer in layers for factor in (layer.A, layer.B)]
+        shards = factor_shards(layers)
         scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=torch.float64)
         # One copy to the device for all layers: a copy each would wait for it each time.
         weights = (scalings * (1 - scales.alpha * scales.beta)).to(self.world.device)
         for bucket in self.layout.buckets(together=2):
-            gathered = self.layout.gather(factors, bucket)
+            gathered = self.layout.gather(shards, bucket)
             clock.lap("gather")
             for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
                 layer = layers[i // 2]

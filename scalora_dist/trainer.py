@@ -31,7 +31,7 @@ from transformers import (
 
 from scalora_dist.config import ModelArguments, Options, TrainArguments
 from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
-from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.engines.base import Engine, LayerShards, gradient_shards
 from scalora_dist.errors import UserError
 from scalora_dist.evaluate import Evaluation, evaluate
 from scalora_dist.export import export_model
@@ -189,8 +189,9 @@ class Trainer:
         loss_scale = self.engine.loss_scale
 
         def measure(layers: list[LayerShards]) -> bool:
-            gradients = [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
-            record["grad_norm"] = global_norm(gradients, self.world.device) / loss_scale
+            record["grad_norm"] = (
+                global_norm(gradient_shards(layers), self.world.device) / loss_scale
+            )
             return finite and math.isfinite(record["grad_norm"])
 
         rescaler = self.rescaler

@@ -37,7 +37,7 @@ from scalora_dist import config
 from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.config import option
 from scalora_dist.data import DataArguments
-from scalora_dist.engines.base import LayerShards
+from scalora_dist.engines.base import LayerShards, gradient_shards
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError, exit_on_user_error
 from scalora_dist.loss import summed_cross_entropy
@@ -140,8 +140,7 @@ class Bench:
 
     def lora_step(self) -> None:
         def measure(layers: list[LayerShards]) -> bool:
-            gradients = [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
-            return global_norm(gradients, self.world.device) < float("inf")
+            return global_norm(gradient_shards(layers), self.world.device) < float("inf")
 
         self._step(measure)
 

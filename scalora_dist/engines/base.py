@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +35,16 @@ class LayerShards:
     grad_B: FlatShard
     moments_A: tuple[FlatShard, ...]
     moments_B: tuple[FlatShard, ...]
+
+
+def factor_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
+    """A and B of each layer in turn: the order of every ``Layout`` over factors."""
+    return [factor for layer in layers for factor in (layer.A, layer.B)]
+
+
+def gradient_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
+    """∇A and ∇B of each layer in turn, as ``factor_shards`` has A and B."""
+    return [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
 
 
 class NamedShard(NamedTuple):

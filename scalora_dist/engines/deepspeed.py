@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.engines.base import Engine, LayerShards, NamedShard
+from scalora_dist.engines.base import Engine, LayerShards, NamedShard, gradient_shards
 from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
@@ -97,9 +97,8 @@ class DeepSpeedEngine(Engine):
         apply = transform(layers)
         if not apply:
             # The engine's own overflow path discards a step whole, at every stage that has one.
-            for layer in layers:
-                layer.grad_A.local.fill_(float("inf"))
-                layer.grad_B.local.fill_(float("inf"))
+            for grad in gradient_shards(layers):
+                grad.local.fill_(float("inf"))
         for layer, module in zip(layers, self._layers.values(), strict=True):
             self.places.note_gradient_norm(module.A, layer.grad_A)
             self.places.note_gradient_norm(module.B, layer.grad_B)
@@ -196,9 +195,8 @@ class _Places(ABC):
         A layer that the next forward does not reach would find this step's gradients in them, or
         the inf of a discarded step, and step with those.
         """
-        for layer in layers:
-            layer.grad_A.local.zero_()
-            layer.grad_B.local.zero_()
+        for grad in gradient_shards(layers):
+            grad.local.zero_()
 
 
 class _WholePlaces(_Places):
