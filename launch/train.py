@@ -1,7 +1,8 @@
-"""Fine-tune a causal language model on shards.
+"""Fine-tune a causal language model, on shards or on one device.
 
-    deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/zero3.json \\
-        --config launch/recipes/demo.yaml [--field value …]
+deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/zero3.json --config RECIPE.yaml
+torchrun --nproc_per_node 2 launch/train.py --fsdp --config RECIPE.yaml
+python launch/train.py --config RECIPE.yaml
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import warnings
 from datetime import timedelta
 
 from scalora_dist.config import Options, parse_options
-from scalora_dist.errors import UserError, exit_on_user_error
+from scalora_dist.errors import exit_on_user_error
 
 
 def train(options: Options) -> None:
-    if not options.launch.ds_config:
-        raise UserError("--ds_config is missing: name a DeepSpeed JSON, e.g. ds_configs/zero3.json")
     # The options are checked before the seconds that these imports take.
-    from scalora_dist.engines.deepspeed import DeepSpeedEngine
-    from scalora_dist.engines.ds_config import load_ds_config
+    from scalora_dist.engines.pick import pick_engine
     from scalora_dist.summary import render
     from scalora_dist.trainer import Trainer, hidden_size
     from scalora_dist.world import World
@@ -30,13 +28,9 @@ def train(options: Options) -> None:
         local_rank=options.launch.local_rank,
         timeout=timedelta(seconds=options.train.ddp_timeout),
     )
-    config = load_ds_config(
-        options.launch.ds_config,
-        options.train,
-        world_size=world.size,
-        hidden_size=hidden_size(options.model),
-    )
-    summary = Trainer(options, world, lambda: DeepSpeedEngine(world, config)).run()
+    options.train.settle_batch(world.size)
+    make_engine = pick_engine(options, world, hidden_size(options.model))
+    summary = Trainer(options, world, make_engine).run()
     if world.is_main:
         print(f"\n{render(summary)}")
     world.leave()

@@ -132,6 +132,9 @@ class TrainArguments:
     per_device_train_batch_size: int = option(1, "Examples of one micro-batch of one rank.")
     per_device_eval_batch_size: int = option(8, "Examples of one evaluation batch of one rank.")
     gradient_accumulation_steps: int = option(1, "Micro-batches of one step.")
+    train_batch_size: Optional[int] = option(
+        None, "Examples of one step of all ranks; decides gradient_accumulation_steps."
+    )
     eval_steps: int = option(0, "Also evaluate every so many steps; 0: only before and after.")
     logging_steps: int = option(1, "TensorBoard every so many steps; metrics.jsonl has every one.")
     seed: int = option(42, "Decides the data's order, what is held out and B's initial values.")
@@ -141,13 +144,28 @@ class TrainArguments:
     update_rank_layers: int = option(
         8, "Layers whose accumulated update's rank is measured; 0: none."
     )
+    save_steps: int = option(500, "Write a checkpoint every so many steps; 0: only on a signal.")
+    save_total_limit: int = option(3, "Keep the newest so many checkpoints.")
+    on_save_failure: Literal["continue", "stop"] = option(
+        "continue", "When a checkpoint cannot be written (disk full): train on, or stop."
+    )
+    resume_from_checkpoint: Optional[str] = option(
+        None, "latest: the newest sound one in output_dir; or the path of one."
+    )
+    max_skipped_steps: int = option(
+        20, "Stop when so many steps in a row had to be skipped (not finite)."
+    )
+    hang_timeout: int = option(
+        600, "Seconds without progress after which a dead or hung rank ends the run."
+    )
     save_model: bool = option(True, "Write the merged model to <output_dir>/model at the end.")
     ddp_timeout: int = option(1800, "Seconds after which a collective gives up.")
 
     def __post_init__(self) -> None:
         _check_positive(self, "learning_rate", "num_train_epochs")
         _check_at_least(self, 0, "weight_decay", "max_grad_norm", "eval_steps", "seed")
-        _check_at_least(self, 0, "warmup_ratio", "update_rank_layers")
+        _check_at_least(self, 0, "warmup_ratio", "update_rank_layers", "save_steps")
+        _check_at_least(self, 1, "save_total_limit", "max_skipped_steps", "hang_timeout")
         _check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
         _check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", "ddp_timeout")
         if self.warmup_ratio > 1:
@@ -156,6 +174,31 @@ class TrainArguments:
             raise UserError("--bf16 and --fp16 exclude each other: set one")
         if not self.output_dir:
             raise UserError("--output_dir is missing: say where the run's results go")
+        if self.train_batch_size is not None:
+            _check_at_least(self, 1, "train_batch_size")
+
+    def settle_batch(self, ranks: int) -> None:
+        """Make ``train_batch_size`` and ``gradient_accumulation_steps`` agree on so many ranks.
+
+        Raises:
+            UserError: the global batch is no whole number of micro-batches on every rank.
+        """
+        at_once = self.per_device_train_batch_size * ranks
+        if self.train_batch_size is None:
+            self.train_batch_size = at_once * self.gradient_accumulation_steps
+        accumulation, rest = divmod(self.train_batch_size, at_once)
+        if rest:
+            raise UserError(
+                f"--train_batch_size {self.train_batch_size} is no multiple of {ranks} rank(s) × "
+                f"{self.per_device_train_batch_size} examples: change the ranks or "
+                "--per_device_train_batch_size"
+            )
+        if self.gradient_accumulation_steps not in (1, accumulation):
+            raise UserError(
+                f"--train_batch_size {self.train_batch_size} takes {accumulation} micro-batch(es) "
+                f"on {ranks} rank(s): leave out --gradient_accumulation_steps"
+            )
+        self.gradient_accumulation_steps = accumulation
 
 
 @dataclass
@@ -165,7 +208,11 @@ class LaunchArguments:
     config: Optional[str] = option(
         None, "A YAML file of these options; the command line overrides it."
     )
-    ds_config: Optional[str] = option(None, "DeepSpeed's JSON, e.g. ds_configs/zero3.json.")
+    ds_config: Optional[str] = option(
+        None, "Train under DeepSpeed with this JSON, e.g. ds_configs/zero3.json."
+    )
+    fsdp: bool = option(False, "Train under FSDP2 (start with torchrun).")
+    fsdp_config: Optional[str] = option(None, "FSDP2's settings, JSON or YAML.")
     local_rank: int = option(-1, "Set by the launcher.")
 
 
@@ -199,8 +246,10 @@ def parse_options(argv: Sequence[str]) -> Options:
     parser = Parser(
         groups,
         allow_abbrev=False,
-        usage="deepspeed --num_gpus N launch/train.py --ds_config FILE --model_name_or_path MODEL "
-        "--dataset DATA --output_dir FOLDER [--config RECIPE.yaml] [--option value ...]",
+        usage="deepspeed --num_gpus N launch/train.py --ds_config FILE | "
+        "torchrun --nproc_per_node N launch/train.py --fsdp | python launch/train.py, each with "
+        "--model_name_or_path MODEL --dataset DATA --output_dir FOLDER [--config RECIPE.yaml] "
+        "[--option value ...]",
         description="Fine-tune with ScaLoRA on shards.",
     )
     known = sorted({action.dest for action in parser._actions} - {"help"})

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -72,16 +73,16 @@ class Trainer:
         self.engine = engine = make_engine()
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         with engine.loading():
-            self.model = load_model(options.model, engine.dtype)
+            self.model = load_model(options.model, engine.dtype, weights=engine.reads_weights)
         layers = add_layers(self.model, options.method, seed=train.seed, dtype=engine.dtype)
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         engine.attach(self.model, layers, self._make_optimizer)
         logger.info("%s: %d layers adapted", name, len(layers))
 
-        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        assert train.train_batch_size is not None  # settled by settle_batch
         self.batches = GlobalBatches(
-            self.data.train["target_tokens"], per_step * self.world.size, train.seed
+            self.data.train["target_tokens"], train.train_batch_size, train.seed
         )
         self.steps = train.max_steps
         if self.steps <= 0:
@@ -281,15 +282,24 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
 
 
-def load_model(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in ``dtype``, sharded where the engine's ``loading()`` says so."""
+def load_model(args: ModelArguments, dtype: torch.dtype, *, weights: bool) -> PreTrainedModel:
+    """The model in ``dtype``, sharded where the engine's ``loading()`` says so.
+
+    Without ``weights``, its parameters are on "meta" (its buffers are not).
+    """
+    given = {
+        "dtype": dtype,
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+    }
     with _known_model(args) as name:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        )
+        if weights:
+            return AutoModelForCausalLM.from_pretrained(name, **given)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, **given)
+        model.tie_weights()
+        return model
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Bench:
         method, train = options.method, options.train
         self.world, self.engine = world, DeepSpeedEngine(world, ds)
         with self.engine.loading():
-            model = load_model(options.model, self.engine.dtype)
+            model = load_model(options.model, self.engine.dtype, weights=True)
         self.modules = add_layers(model, method, seed=train.seed, dtype=self.engine.dtype)
         self.engine.attach(model, self.modules, partial(torch.optim.AdamW, lr=train.learning_rate))
         rescaler = make_rescaler(self.engine, method)

@@ -40,9 +40,9 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        # The factors may have another dtype than the base (an engine casts only what trains).
-        z = F.dropout(x, self.dropout, self.training).to(self.B.dtype)
+        # The factors may be fp32 masters beside a 16-bit base; else `to` gives B itself.
+        z = F.dropout(x, self.dropout, self.training)
         # matmul keeps B itself for the backward; F.linear would keep the view Bᵀ and, with it under
         # ZeRO-3, all of B gathered from this layer's forward to its backward.
-        update = F.linear(z @ self.B, self.A)
+        update = F.linear(z @ self.B.to(x.dtype), self.A.to(x.dtype))
         return y + self.scaling * update.to(y.dtype)

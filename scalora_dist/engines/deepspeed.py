@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.engines.base import Engine, LayerShards, NamedShard, gradient_shards
+from scalora_dist.engines.base import (
+    MOMENTS,
+    Engine,
+    LayerShards,
+    Places,
+    as_matrix,
+    gradient_shards,
+)
 from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 ZeroParameter: TypeAlias = Any  # an nn.Parameter on which DeepSpeed hung its own attributes
 logger = logging.getLogger(__name__)
 deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -36,6 +42,8 @@ deepspeed.utils.logger.setLevel(logging.WARNING)
 
 class DeepSpeedEngine(Engine):
     """A model under ZeRO stage 0, 1, 2 or 3, with or without offload to the CPU."""
+
+    places: _Places
 
     def __init__(self, world: World, config: dict[str, Any]) -> None:
         """
@@ -75,7 +83,7 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=trainable, optimizer=self.optimizer, config=self.config
         )
-        self.module, self.model, self._layers = self.engine, model, dict(layers)
+        self.module, self.model, self.adapted = self.engine, model, layers
         places: dict[int, type[_Places]] = {
             0: _WholePlaces,
             1: _FragmentPlaces,
@@ -99,7 +107,7 @@ class DeepSpeedEngine(Engine):
             # The engine's own overflow path discards a step whole, at every stage that has one.
             for grad in gradient_shards(layers):
                 grad.local.fill_(float("inf"))
-        for layer, module in zip(layers, self._layers.values(), strict=True):
+        for layer, module in zip(layers, self.adapted.values(), strict=True):
             self.places.note_gradient_norm(module.A, layer.grad_A)
             self.places.note_gradient_norm(module.B, layer.grad_B)
         if not apply and not self.places.checks_overflow:
@@ -118,28 +126,19 @@ class DeepSpeedEngine(Engine):
     def loss_scale(self) -> float:
         return float(self.engine.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
-    def layers(self, *, gradients: bool = True) -> list[LayerShards]:
-        return [self._layer(name, module, gradients) for name, module in self._layers.items()]
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        if self.dtype == torch.float16:
+            state["loss_scaler"] = dict(vars(self.engine.optimizer.loss_scaler))
+        return state
 
-    def _layer(self, name: str, layer: LowRankLinear, gradients: bool) -> LayerShards:
-        factors: dict[str, Any] = {}
-        for key, parameter in (("A", layer.A), ("B", layer.B)):
-            master = self.places.master(parameter)
-            local = self.places.gradient(parameter).view(-1) if gradients else master.local
-            factors[key] = master
-            factors[f"grad_{key}"] = master.like(local)
-            factors[f"moments_{key}"] = tuple(
-                master.like(moment) for moment in self.places.moments(parameter)
-            )
-        return LayerShards(
-            name=name, scaling=layer.scaling, W=self.places.weight(layer.weight), **factors
-        )
-
-    def frozen(self) -> Iterator[NamedShard]:
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                yield NamedShard(name, shape, self.places.weight(parameter))
+    @contextmanager
+    def restoring(self, state: Mapping[str, Any]) -> Iterator[list[LayerShards]]:
+        if "loss_scaler" in state:
+            vars(self.engine.optimizer.loss_scaler).update(state["loss_scaler"])
+        with super().restoring(state) as layers:
+            yield layers
+            self.places.refresh()
 
 
 def _warn_of_build_lock() -> None:
@@ -152,13 +151,8 @@ def _warn_of_build_lock() -> None:
         )
 
 
-def _matrix(shape: torch.Size) -> tuple[int, int]:
-    """Any parameter's shape as (rows, cols), for a FlatShard."""
-    return (shape[0], shape[1:].numel()) if len(shape) else (1, 1)
-
-
-class _Places(ABC):
-    """Where one ZeRO stage keeps this rank's part of a parameter, as views that writes stick to."""
+class _Places(Places):
+    """Where one ZeRO stage keeps this rank's part of a parameter."""
 
     checks_overflow = True  # the engine's step discards non-finite gradients by itself
 
@@ -169,19 +163,14 @@ class _Places(ABC):
 
     def weight(self, p: ZeroParameter) -> FlatShard:
         """A frozen weight; whole on every rank below stage 3."""
-        return FlatShard(p.data.view(-1), 0, _matrix(p.shape))
+        return FlatShard(p.data.view(-1), 0, as_matrix(p.shape))
+
+    def stepped(self) -> list[Tensor]:
+        return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
 
     @abstractmethod
-    def master(self, p: ZeroParameter) -> FlatShard:
-        """The fp32 master of a trained parameter."""
-
-    @abstractmethod
-    def gradient(self, p: ZeroParameter) -> Tensor:
-        """The reduced gradient of the master's range, from the last backward to the step."""
-
-    @abstractmethod
-    def moments(self, p: ZeroParameter) -> list[Tensor]:
-        """AdamW's m and v of the master's range; [] before they exist."""
+    def refresh(self) -> None:
+        """Make the forward read what was written into masters and frozen weights."""
 
     def note_gradient_norm(self, p: ZeroParameter, gradient: FlatShard) -> None:
         """With optimizer offload the engine clips by a norm it took during the backward."""
@@ -216,8 +205,12 @@ class _WholePlaces(_Places):
     def _master(self, p: ZeroParameter) -> ZeroParameter:
         return self.masters.get(p, p)
 
+    def refresh(self) -> None:
+        for low, high in self.masters.items():
+            low.data.copy_(high.data)
+
     def master(self, p: ZeroParameter) -> FlatShard:
-        return FlatShard(self._master(p).data.view(-1), 0, _matrix(p.shape))
+        return FlatShard(self._master(p).data.view(-1), 0, as_matrix(p.shape))
 
     def gradient(self, p: ZeroParameter) -> Tensor:
         if p.grad is None:
@@ -236,12 +229,15 @@ class _FragmentPlaces(_Places):
         """The part of a parameter of which this rank owns none, where the others' masters are."""
         return self.zero.single_partition_of_fp32_groups[0].new_empty(0)
 
+    def refresh(self) -> None:
+        self.zero.update_lp_params()
+
     def master(self, p: ZeroParameter) -> FlatShard:
         mapping = p._hp_mapping
         if mapping is None:
-            return FlatShard(self._nothing(), 0, _matrix(p.shape), dist.group.WORLD)
+            return FlatShard(self._nothing(), 0, as_matrix(p.shape), dist.group.WORLD)
         start = mapping.lp_fragment_address.start
-        return FlatShard(mapping.hp_fragment.view(-1), start, _matrix(p.shape), dist.group.WORLD)
+        return FlatShard(mapping.hp_fragment.view(-1), start, as_matrix(p.shape), dist.group.WORLD)
 
     def gradient(self, p: ZeroParameter) -> Tensor:
         if p._hp_mapping is None:
@@ -273,7 +269,17 @@ class _PartitionPlaces(_Places):
         size = p.ds_tensor.ds_numel
         start = min(dist.get_rank() * size, p.ds_numel)
         length = min(size, p.ds_numel - start)
-        return FlatShard(local.view(-1)[:length], start, _matrix(p.ds_shape), dist.group.WORLD)
+        return FlatShard(local.view(-1)[:length], start, as_matrix(p.ds_shape), dist.group.WORLD)
+
+    def stepped(self) -> list[Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    def refresh(self) -> None:
+        for group in range(len(self.zero.fp32_partitioned_groups_flat)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if persistent := self.zero.persistent_parameters:  # whole copies of what was changed
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
 
     def weight(self, p: ZeroParameter) -> FlatShard:
         return self._shard(p, p.ds_tensor.data)

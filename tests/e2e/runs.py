@@ -9,8 +9,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from scalora_dist.config import parse_options
-from scalora_dist.engines.deepspeed import DeepSpeedEngine
-from scalora_dist.engines.ds_config import load_ds_config
+from scalora_dist.engines.pick import pick_engine
 from scalora_dist.trainer import Trainer, hidden_size
 from scalora_dist.world import World
 
@@ -25,13 +24,8 @@ def words(options: dict[str, Any]) -> list[str]:
 def make(world: World, options: dict[str, Any], trainer: type[Trainer] = Trainer) -> Trainer:
     """What launch/train.py makes after the launcher, on ranks that are there already."""
     parsed = parse_options(words(options))
-    config = load_ds_config(
-        str(parsed.launch.ds_config),
-        parsed.train,
-        world_size=world.size,
-        hidden_size=hidden_size(parsed.model),
-    )
-    return trainer(parsed, world, lambda: DeepSpeedEngine(world, config))
+    parsed.train.settle_batch(world.size)
+    return trainer(parsed, world, pick_engine(parsed, world, hidden_size(parsed.model)))
 
 
 def run(world: World, options: dict[str, Any]) -> dict[str, Any]:

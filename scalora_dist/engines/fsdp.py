@@ -1,0 +1,140 @@
+"""PyTorch's FSDP2: each parameter a DTensor of whole rows, on a 1-D or a hybrid 2-D mesh."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scalora_dist.engines.base import LayerShards, as_matrix
+from scalora_dist.engines.fsdp_config import FSDPConfig
+from scalora_dist.engines.local import LocalEngine, TorchPlaces
+from scalora_dist.shards import FlatShard
+from scalora_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class FSDPEngine(LocalEngine):
+    """A model under FSDP2, one group of parameters per decoder block and one for the rest.
+
+    A and B are kept as fp32 masters (sharded) and gathered in ``param_dtype``; frozen weights are
+    kept in ``dtype``. On a 2-D mesh every row of ranks holds the whole model cut up among them, and
+    all rows hold the same: grams are summed over one row, gradients over all ranks.
+    """
+
+    def __init__(
+        self, world: World, config: FSDPConfig, *, dtype: torch.dtype, max_grad_norm: float
+    ) -> None:
+        super().__init__(world, dtype=dtype, max_grad_norm=max_grad_norm)
+        self.config = config
+        self.reads_weights = world.is_main  # and sends each rank its rows
+        names = ("replicate", "shard")[-len(config.mesh) :]
+        self.mesh = init_device_mesh(world.device.type, tuple(config.mesh), mesh_dim_names=names)
+
+    def place(self, model: nn.Module) -> None:
+        """Cut ``model`` up while it has no storage, then send each rank its part of rank 0's."""
+        source = {name: p.detach() for name, p in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+        _to_meta(model)
+        self._shard(model)
+        model.to_empty(device="cpu" if self.config.cpu_offload else self.world.device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                assert isinstance(parameter, DTensor)
+                whole = self._from_main(source[name])
+                part = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(part.to_local())
+            for name, buffer in buffers.items():  # on the device, even where parameters are not
+                holder, _, attribute = name.rpartition(".")
+                model.get_submodule(holder)._buffers[attribute] = self._from_main(buffer)
+
+    def _from_main(self, tensor: Tensor) -> Tensor:
+        """Rank 0's ``tensor`` on every rank's device; elsewhere only its shape and dtype count."""
+        if self.world.is_main:
+            whole = tensor.to(self.world.device)
+        else:
+            whole = torch.empty_like(tensor, device=self.world.device)
+        dist.broadcast(whole, src=0)
+        return whole
+
+    def _shard(self, model: nn.Module) -> None:
+        config, on_gpu = self.config, self.world.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
+        policy = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype)
+        blocks = _decoder_blocks(model)
+        if not blocks:
+            logger.warning("the model names no decoder blocks: FSDP gathers all of it at once")
+        for module in (*blocks, model):
+            sharded = fully_shard(
+                module,
+                mesh=self.mesh,
+                # What is outside the blocks is needed at both ends of a step: kept in between.
+                reshard_after_forward=config.reshard_after_forward if module is not model else None,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
+            # Our losses are shares of a sum, so gradients are summed.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+
+    def make_places(self) -> TorchPlaces:
+        return ShardedPlaces(self.optimizer, self.mesh)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def layers(self, *, gradients: bool = True) -> list[LayerShards]:
+        # A block that is still gathered (after an evaluation) would go on with its old weights.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().layers(gradients=gradients)
+
+
+class ShardedPlaces(TorchPlaces):
+    """This rank's rows of each DTensor."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+        super().__init__(optimizer)
+        self.group = mesh.get_group(mesh.ndim - 1)
+
+    def shard(self, tensor: Tensor) -> FlatShard:
+        rows, cols = as_matrix(tensor.shape)
+        share = -(-rows // self.group.size())  # FSDP cuts as torch.chunk does
+        start = min(self.group.rank() * share, rows)
+        return FlatShard(self.local(tensor), start * cols, (rows, cols), self.group)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor)
+        return tensor.to_local().detach().view(-1)
+
+
+def _decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers never splits, in model order."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _to_meta(model: nn.Module) -> None:
+    """Drop the storage of all parameters, in place; tied ones stay tied."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in moved:
+                empty = parameter.detach().to("meta")
+                moved[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, moved[parameter])

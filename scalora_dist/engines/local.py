@@ -1,0 +1,123 @@
+"""One process, torch and nothing else: for a laptop, a debugger, and as the measure of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.engines.base import (
+    MOMENTS,
+    Engine,
+    LayerShards,
+    Places,
+    as_matrix,
+    gradient_shards,
+)
+from scalora_dist.shards import FlatShard, global_norm
+from scalora_dist.world import World
+
+
+class LocalEngine(Engine):
+    """A whole model on one device. A and B are their own fp32 masters, whatever W's dtype.
+
+    Gradients are fp32 too: nothing needs a loss scale, so float16 is not offered.
+    """
+
+    def __init__(self, world: World, *, dtype: torch.dtype, max_grad_norm: float) -> None:
+        """
+        Args:
+            dtype: of the frozen weights, float32 or bfloat16.
+            max_grad_norm: gradients are clipped to this norm; 0: never.
+        """
+        self.world, self.dtype, self.max_grad_norm = world, dtype, max_grad_norm
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        yield
+
+    def attach(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, LowRankLinear],
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.place(model)
+        self.model = self.module = model
+        self.adapted = layers
+        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+        self.places = self.make_places()
+
+    def place(self, model: nn.Module) -> None:
+        """Put ``model`` where it is trained."""
+        model.to(self.world.device)
+
+    def make_places(self) -> Places:
+        return TorchPlaces(self.optimizer)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
+        layers = self.layers()
+        apply = transform(layers)
+        if apply:
+            self._clip(layers)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return apply
+
+    @torch.no_grad()
+    def _clip(self, layers: list[LayerShards]) -> None:
+        """As torch's clip_grad_norm_, which cannot sum over ranks what is offloaded to the CPU."""
+        if not self.max_grad_norm:
+            return
+        gradients = gradient_shards(layers)
+        share = self.max_grad_norm / (global_norm(gradients, self.world.device) + 1e-6)
+        if share < 1:
+            for gradient in gradients:
+                gradient.local.mul_(share)
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0
+
+
+class TorchPlaces(Places):
+    """Parameters, gradients and AdamW's moments as torch keeps them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def shard(self, tensor: Tensor) -> FlatShard:
+        """This rank's part of a parameter."""
+        return FlatShard(self.local(tensor), 0, as_matrix(tensor.shape))
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The 1-D view of what this rank holds of a parameter, gradient or moment."""
+        return tensor.detach().view(-1)
+
+    def weight(self, p: Tensor) -> FlatShard:
+        return self.shard(p)
+
+    def master(self, p: nn.Parameter) -> FlatShard:
+        return self.shard(p)
+
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        if p.grad is None:  # not reached by the forward: no movement, and moments that decay
+            p.grad = torch.zeros_like(p)
+        return self.local(p.grad)
+
+    def moments(self, p: nn.Parameter) -> list[Tensor]:
+        state: dict[str, Any] = self.optimizer.state.get(p, {})
+        return [self.local(state[key]) for key in MOMENTS if key in state]
+
+    def stepped(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]

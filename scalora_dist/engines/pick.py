@@ -1,0 +1,52 @@
+"""Which engine a command line asks for. Engines are imported when they are picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from scalora_dist.config import Options
+from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.world import World
+
+
+def pick_engine(options: Options, world: World, hidden_size: int) -> Callable[[], Engine]:
+    """What makes the engine, its settings checked: DeepSpeed, FSDP2, or none on one rank.
+
+    Args:
+        hidden_size: the model's width, which DeepSpeed's buffers are sized by.
+
+    Raises:
+        UserError: two engines, no engine for several ranks, bad settings.
+    """
+    train, launch = options.train, options.launch
+    if launch.fsdp_config and not launch.fsdp:
+        raise UserError("--fsdp_config without --fsdp: give both")
+    if launch.ds_config and launch.fsdp:
+        raise UserError("--ds_config and --fsdp are two engines: give one")
+    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    if launch.ds_config:
+        from scalora_dist.engines.deepspeed import DeepSpeedEngine
+        from scalora_dist.engines.ds_config import load_ds_config
+
+        config = load_ds_config(
+            launch.ds_config, train, world_size=world.size, hidden_size=hidden_size
+        )
+        return lambda: DeepSpeedEngine(world, config)
+    if launch.fsdp:
+        from scalora_dist.engines.fsdp import FSDPEngine
+        from scalora_dist.engines.fsdp_config import load_fsdp_config
+
+        settings = load_fsdp_config(launch.fsdp_config, train, world_size=world.size)
+        return lambda: FSDPEngine(world, settings, dtype=dtype, max_grad_norm=train.max_grad_norm)
+    if world.size > 1:
+        raise UserError(
+            f"{world.size} ranks need an engine: give --ds_config FILE (see ds_configs/) or --fsdp"
+        )
+    if train.fp16:
+        raise UserError("--fp16 needs DeepSpeed's loss scale: set --bf16, or give --ds_config")
+    from scalora_dist.engines.local import LocalEngine
+
+    return lambda: LocalEngine(world, dtype=dtype, max_grad_norm=train.max_grad_norm)
