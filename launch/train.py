@@ -14,14 +14,15 @@ import warnings
 from datetime import timedelta
 
 from scalora_dist.config import Options, parse_options
-from scalora_dist.errors import exit_on_user_error
+from scalora_dist.errors import exit_with_one_sentence
 
 
 def train(options: Options) -> None:
     # The options are checked before the seconds that these imports take.
     from scalora_dist.engines.pick import pick_engine
+    from scalora_dist.models import hidden_size
     from scalora_dist.summary import render
-    from scalora_dist.trainer import Trainer, hidden_size
+    from scalora_dist.trainer import Trainer
     from scalora_dist.world import World
 
     world = World.join(
@@ -42,5 +43,5 @@ if __name__ == "__main__":
     # Renamed functions that DeepSpeed, or the oldest transformers we run with, has by the old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    with exit_on_user_error():
+    with exit_with_one_sentence():
         train(parse_options(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and how a rank leaves after it."""
+"""The exceptions that end a run with one sentence, and how a rank leaves after them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,45 @@ from contextlib import contextmanager
 PATIENCE_SECONDS = 30
 
 
-class UserError(Exception):
+class Ending(Exception):
+    """Ends the run with a sentence and a status."""
+
+    status: int
+
+
+class UserError(Ending):
     """A mistake the user can mend: one sentence that says what to do."""
+
+    status = 2
+
+
+class Preempted(Ending):
+    """Asked to stop: all is saved, and the same command line goes on (EX_TEMPFAIL)."""
+
+    status = 75
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError into its sentence on rank 0's stderr and exit status 2 on every rank."""
+def exit_with_one_sentence() -> Iterator[None]:
+    """Turn an Ending into its sentence on rank 0's stderr and its exit status on every rank."""
     try:
         yield
-    except UserError as error:
+    except Preempted as ending:  # on all ranks at the same step
+        if os.environ.get("RANK", "0") == "0":
+            print(ending, file=sys.stderr)
+        _leave(ending.status)
+    except Ending as error:
         rank = int(os.environ.get("RANK", "0"))
         who = ""
         if rank:
             time.sleep(PATIENCE_SECONDS)
             who = f"rank {rank}: "  # still alive, so rank 0 did not see this mistake
         print(f"error: {who}{error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Without the interpreter's clean-up, which waits for ranks that may never answer.
-        os._exit(2)
+        _leave(error.status)
+
+
+def _leave(status: int) -> None:
+    """Without the interpreter's clean-up, which waits for ranks that may never answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

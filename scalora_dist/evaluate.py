@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, dataset: Dataset, collate: Collator, world: World, batch_size: int
+    module: nn.Module,
+    dataset: Dataset,
+    collate: Collator,
+    world: World,
+    batch_size: int,
+    each_batch: Callable[[], None],
 ) -> Evaluation:
     """Evaluate ``module`` on all of ``dataset``, ``batch_size`` examples per rank at a time.
 
-    Leaves the module in training mode.
+    Calls ``each_batch`` on the way. Leaves the module in training mode.
 
     Needs no generation: greedy decoding gives an example's targets exactly when, teacher-forced,
     the argmax at each target position is the target. Two scalars per batch stay on the device; one
@@ -40,6 +46,7 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64)  # loss, targets, exact matches
     module.eval()
     for batch in tqdm(batches, "evaluating", disable=None if world.is_main else True, leave=False):
+        each_batch()
         tensors = collate([examples[i] for i in batch])
         labels = tensors.pop("labels").to(world.device)
         inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}

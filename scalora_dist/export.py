@@ -125,13 +125,17 @@ class SafetensorsWriter:
     """One safetensors file, written a tensor at a time: a JSON header, then the bytes in order."""
 
     def __init__(
-        self, file: BinaryIO, entries: Mapping[str, tuple[torch.Size, torch.dtype]]
+        self,
+        file: BinaryIO,
+        entries: Mapping[str, tuple[torch.Size, torch.dtype]],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
             entries: {name: (shape, dtype)} in the order in which ``write`` will be called.
+            metadata: goes into the header.
         """
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         end = 0
         for name, (shape, dtype) in entries.items():
             start, end = end, end + shape.numel() * dtype.itemsize

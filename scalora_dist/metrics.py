@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,34 @@ from tqdm import tqdm
 class RunLog:
     """Writes on rank 0 and does nothing on the others, so that callers need not ask."""
 
-    def __init__(self, folder: Path, *, is_main: bool, steps: int, logging_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        first_step: int,
+        steps: int,
+        logging_steps: int,
+        history: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """
+        Args:
+            first_step: how many steps were taken before.
+            history: the lines that metrics.jsonl begins with.
+        """
         self.is_main, self.folder, self.logging_steps = is_main, folder, logging_steps
-        self.bar = tqdm(total=steps, unit="step", desc="training", disable=not is_main)
+        self.bar = tqdm(
+            total=steps, initial=first_step, unit="step", desc="training", disable=not is_main
+        )
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lines = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            aside = folder / "metrics.jsonl.partial"
+            aside.write_text("".join(json.dumps(_without_nan(record)) + "\n" for record in history))
+            aside.replace(folder / "metrics.jsonl")
+            self.lines = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            # What an earlier run drew beyond its checkpoint is taken back.
+            purge = first_step + 1 if history else None
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: a line, the bar, and every ``logging_steps`` the scalars."""
@@ -42,6 +65,11 @@ class RunLog:
             f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in record.items())
         )
 
+    def sync(self) -> None:
+        """Put on disk what was written, before a checkpoint counts on it."""
+        if self.is_main:
+            os.fsync(self.lines.fileno())
+
     def close(self) -> None:
         self.bar.close()
         if self.is_main:
@@ -57,6 +85,20 @@ class RunLog:
                 self._scalars(f"{prefix}/{name}", {"step": record["step"], **value})
             elif name != "step":
                 self.board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+
+def read_history(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of ``folder``'s metrics.jsonl up to a step; a last line cut short is left out."""
+    try:
+        text = (folder / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for record in records
+        if record["step"] <= step
+    ]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

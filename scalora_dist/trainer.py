@@ -11,39 +11,37 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_scheduler,
-)
+from transformers import get_scheduler
 
-from scalora_dist.config import ModelArguments, Options, TrainArguments
+from scalora_dist.checkpoint.manifest import clear_leftovers, prune, step_of
+from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.config import Options, TrainArguments
 from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
 from scalora_dist.engines.base import Engine, LayerShards, gradient_shards
-from scalora_dist.errors import UserError
+from scalora_dist.errors import Ending, UserError
 from scalora_dist.evaluate import Evaluation, evaluate
 from scalora_dist.export import export_model
+from scalora_dist.health import loss_spike
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.methods import add_layers, make_rescaler
-from scalora_dist.metrics import RunLog, write_json
+from scalora_dist.metrics import RunLog, read_history, write_json
+from scalora_dist.models import load_model, load_tokenizer
 from scalora_dist.rescale import RescaleReport
+from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
+from scalora_dist.saving import Saving
 from scalora_dist.shards import global_norm
 from scalora_dist.solve import Rule
 from scalora_dist.summary import summarize
 from scalora_dist.update_rank import UpdateRank
+from scalora_dist.watch import Watch
 from scalora_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -63,7 +61,13 @@ class Trainer:
         self.options, self.world = options, world
         train = options.train
         self.folder = Path(str(train.output_dir))
-        self.world.main_only(lambda: check_output_dir(self.folder, train))
+        self.checkpoints = Checkpoints(
+            self.folder,
+            world,
+            keep=train.save_total_limit,
+            timeout=timedelta(seconds=train.ddp_timeout),
+        )
+        self.resumes_from = self._find_checkpoint()
         name = options.model.model_name_or_path
         self.tokenizer = load_tokenizer(options.model)
         self.data = self.world.main_first(
@@ -94,7 +98,7 @@ class Trainer:
             num_warmup_steps=math.ceil(self.steps * train.warmup_ratio),
             num_training_steps=self.steps,
         )
-        self.steps_taken = 0  # those that were not skipped
+        self.first_step = self.steps_taken = 0  # steps taken are those that were not skipped
         self.collate = Collator(self.tokenizer)
         self.rescaler = make_rescaler(engine, options.method)
         self.update_rank = None
@@ -102,6 +106,21 @@ class Trainer:
             self.update_rank = UpdateRank(
                 engine.layers(gradients=False), train.update_rank_layers, world
             )
+        self.state = RunState(engine, self.rescaler, self.scheduler, options)
+        self.saving = Saving(self.checkpoints, train)
+        self.watch = Watch(world, train.hang_timeout)
+        self.records: list[dict[str, Any]] = []  # of each step
+
+    def _find_checkpoint(self) -> Path | None:
+        """Where to go on from; whether there is room to write."""
+        train = self.options.train
+        folder = find_checkpoint(self.checkpoints, train.resume_from_checkpoint)
+        if folder is None or folder.parent.resolve() != self.folder.resolve():
+            self.world.main_only(lambda: check_output_dir(self.folder, train))
+        if folder is not None:
+            check_same_run(folder, self.options)
+            check_no_newer(folder, self.folder, self.checkpoints.newest_first())
+        return folder
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         train = self.options.train
@@ -118,42 +137,102 @@ class Trainer:
         )
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate before and after, write the results; returns what summary.json holds."""
+        """Train, evaluate before and after, write the results; returns what summary.json holds.
+
+        Raises:
+            Ending: on every rank, after all was written that can be.
+        """
+        try:
+            with self.saving.signals:
+                before, after = self._train()
+            summary = self._finish(before, after)
+        except RuntimeError:
+            if gone := self.watch.blame():  # a collective failed, for a rank is no longer there
+                self.watch.end(gone)
+            raise
+        except Ending:
+            self.watch.close()
+            raise
+        self.watch.close()
+        return summary
+
+    def _train(self) -> tuple[Evaluation | None, Evaluation | None]:
+        """All steps; the evaluations before the first and after the last."""
         train = self.options.train
-        if self.world.is_main:
-            clear_results(self.folder)
+        micro_batches, history = self._start()
         log = RunLog(
             self.folder,
             is_main=self.world.is_main,
+            first_step=self.first_step,
             steps=self.steps,
             logging_steps=train.logging_steps,
+            history=history,
         )
+
+        def save(step: int) -> None:
+            self.watch.pause()  # a slow disk is no hung rank
+            log.sync()
+            self.state.save(self.checkpoints, step, self.steps_taken)
+
         self.engine.module.train()
-        before = after = self._evaluate(log, 0)
-        records = []
-        micro_batches = self._micro_batches()
-        for step in range(self.steps):
-            records.append(self._step(step, micro_batches))
-            log.step(records[-1])
+        before = self._evaluation_before(history)
+        if not self.first_step:
+            before = self._evaluate(log, 0)
+        for step in range(self.first_step, self.steps):
+            self.watch.at(f"step {step + 1}")
+            record, votes = self._step(step, micro_batches)
+            self.records.append(record)
+            log.step(record)
             if train.eval_steps and (step + 1) % train.eval_steps == 0 and step + 1 < self.steps:
                 self._evaluate(log, step + 1)
-        if before:
-            after = self._evaluate(log, self.steps)
+            self.saving.after(step + 1, self.records, votes, save)
+        self.watch.pause()
+        self.saving.finish()
+        after = self._evaluate(log, self.steps)
         log.close()
+        return before, after
+
+    def _start(self) -> tuple[Iterator[dict[str, Tensor]], list[dict[str, Any]]]:
+        """Go back to the checkpoint, if there is one; the data from there, the metrics up to it."""
+        if self.resumes_from is None:
+            if self.world.is_main:
+                clear_results(self.folder)
+            return self._micro_batches(), []
+        if self.world.is_main:
+            clear_leftovers(self.folder)
+        self.first_step = step_of(self.resumes_from) or 0
+        micro_batches = self._micro_batches()  # draws a seed, as it did at the beginning
+        self.steps_taken = self.state.restore(self.checkpoints, self.resumes_from)["steps_taken"]
+        history = [
+            record
+            for record in read_history(self.resumes_from.parent, self.first_step)
+            if "loss" in record or record["step"] < self.steps
+        ]
+        self.records = [record for record in history if "loss" in record]
+        logger.info("going on from %s", self.resumes_from)
+        return micro_batches, history
+
+    def _finish(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+        """Write summary and model."""
+        train = self.options.train
         low = self.rescaler.low if self.rescaler else {}
         ranks = []
         if self.update_rank:
             ranks = self.update_rank.measure(self.engine.layers(gradients=False), low)
         (peak,) = self.world.max(peak_memory_bytes(self.world.device))
-        summary = summarize(self.options, self.world.size, records, before, after, ranks, int(peak))
+        summary = summarize(
+            self.options, self.world.size, self.records, before, after, ranks, int(peak)
+        )
         if self.world.is_main:
             write_json(self.folder / "summary.json", summary)
         if train.save_model:
             export_model(self.folder / "model", self.engine, self.model, self.tokenizer, low)
         return summary
 
-    def _step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
-        """One optimizer step: its record for metrics.jsonl."""
+    def _step(
+        self, step: int, micro_batches: Iterator[dict[str, Tensor]]
+    ) -> tuple[dict[str, Any], list[float]]:
+        """One optimizer step: its record for metrics.jsonl, and all ranks' votes to stop."""
         started = time.perf_counter()
         accumulation = self.options.train.gradient_accumulation_steps
         targets = self.batches.target_tokens(step)
@@ -167,13 +246,22 @@ class Trainer:
             self.engine.backward(loss / targets, last=micro_step == accumulation - 1)
             loss_sum += loss.detach()
             tokens += batch["attention_mask"].sum()
-        total_loss, total_tokens = self.world.sum(float(loss_sum), float(tokens))
-
+        total_loss, total_tokens, *votes = self.world.sum(
+            float(loss_sum), float(tokens), *self.saving.votes()
+        )
         record: dict[str, Any] = {
             "step": step + 1,
             "loss": total_loss / targets,
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
+        if self.options.train.fp16:
+            record["loss_scale"] = self.engine.loss_scale
+        if spike := loss_spike(self.records, record["loss"]):
+            record["loss_spike"] = spike
+            logger.warning(
+                "step %d: the loss jumped to %.4f, %.0f deviations above the last steps' median",
+                *(step + 1, record["loss"], spike),
+            )
         if self.engine.step(self._transform(math.isfinite(total_loss), record)):
             self.scheduler.step()
             self.steps_taken += 1
@@ -181,7 +269,7 @@ class Trainer:
             record["skipped_step"] = True
             logger.warning("step %d skipped: loss or gradients are not finite", step + 1)
         record |= {"tokens": int(total_tokens), "seconds": time.perf_counter() - started}
-        return record
+        return record, votes
 
     def _transform(
         self, finite: bool, record: dict[str, Any]
@@ -217,6 +305,7 @@ class Trainer:
             micro_batch_size=self.options.train.per_device_train_batch_size,
             rank=self.world.rank,
             world=self.world.size,
+            start_step=self.first_step,
         )
         return iter(DataLoader(self.data.train, batch_sampler=sampler, collate_fn=self.collate))
 
@@ -229,9 +318,19 @@ class Trainer:
             self.collate,
             self.world,
             self.options.train.per_device_eval_batch_size,
+            each_batch=lambda: self.watch.at(f"the evaluation after step {step}"),
         )
+        self.watch.pause()
         log.evaluation(step, {"eval_loss": result.loss, "eval_exact_match": result.exact_match})
         return result
+
+    def _evaluation_before(self, history: list[dict[str, Any]]) -> Evaluation | None:
+        """The evaluation at step 0 that a run which goes on has behind it."""
+        for record in history:
+            if "eval_loss" in record and record["step"] == 0 and self.data.evaluation is not None:
+                loss, matches = record["eval_loss"], record["eval_exact_match"]
+                return Evaluation(loss, matches, len(self.data.evaluation))
+        return None
 
     def _check_data(self) -> None:
         """Warn of examples that were cut; make sure that all nodes prepared the same."""
@@ -252,21 +351,17 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
     """Refuse to write where there is something already.
 
     Raises:
-        UserError: ``folder`` is a file, or not empty without ``overwrite_output_dir``.
+        UserError: ``folder`` is a file, or not empty without ``overwrite_output_dir``; what a run
+            left that died before its first checkpoint may be overwritten by one that would resume.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not train.overwrite_output_dir:
+    resumes = train.resume_from_checkpoint == "latest" and (folder / "metrics.jsonl").is_file()
+    empty = not folder.is_dir() or not any(folder.iterdir())
+    if not (empty or resumes or train.overwrite_output_dir):
         raise UserError(
             f"--output_dir {folder} is not empty: name another, or give --overwrite_output_dir"
         )
-
-
-def hidden_size(args: ModelArguments) -> int:
-    """The model's width, which engines size their buffers by."""
-    with _known_model(args) as name:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    return config.get_text_config().hidden_size
 
 
 def clear_results(folder: Path) -> None:
@@ -275,46 +370,8 @@ def clear_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("tensorboard", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    with _known_model(args) as name:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-
-
-def load_model(args: ModelArguments, dtype: torch.dtype, *, weights: bool) -> PreTrainedModel:
-    """The model in ``dtype``, sharded where the engine's ``loading()`` says so.
-
-    Without ``weights``, its parameters are on "meta" (its buffers are not).
-    """
-    given = {
-        "dtype": dtype,
-        "attn_implementation": args.attn_implementation,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    with _known_model(args) as name:
-        if weights:
-            return AutoModelForCausalLM.from_pretrained(name, **given)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, **given)
-        model.tie_weights()
-        return model
-
-
-@contextmanager
-def _known_model(args: ModelArguments) -> Iterator[str]:
-    """The model's name; what transformers raises where it cannot be read, as one sentence."""
-    name = args.model_name_or_path
-    if not name:
-        raise UserError("--model_name_or_path is missing: name a folder or a model of the hub")
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise UserError(f"--model_name_or_path {name}: there is no such folder")
-    try:
-        yield name
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {name} cannot be loaded: {reason}") from error
+    clear_leftovers(folder)
+    prune(folder, keep=0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

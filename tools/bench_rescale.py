@@ -39,15 +39,15 @@ from scalora_dist.config import option
 from scalora_dist.data import DataArguments
 from scalora_dist.engines.base import LayerShards, gradient_shards
 from scalora_dist.engines.ds_config import load_ds_config
-from scalora_dist.errors import UserError, exit_on_user_error
+from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.methods import add_layers, make_rescaler
 from scalora_dist.metrics import write_json
+from scalora_dist.models import hidden_size, load_model
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.shards import global_norm
 from scalora_dist.solve import Scales
-from scalora_dist.trainer import hidden_size, load_model
 from scalora_dist.world import World
 
 DERIVED = ("scalora_step_interval_10", "rescale")  # not run by themselves
@@ -281,5 +281,5 @@ def run(argv: list[str]) -> None:
 if __name__ == "__main__":
     # torch renamed collectives that DeepSpeed still calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with exit_on_user_error():
+    with exit_with_one_sentence():
         run(sys.argv[1:])

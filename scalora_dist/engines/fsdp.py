@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scalora_dist.engines.base import LayerShards, as_matrix
+from scalora_dist.engines.base import LayerShards, NamedShard, as_matrix
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine, TorchPlaces
 from scalora_dist.shards import FlatShard
@@ -98,11 +99,21 @@ class FSDPEngine(LocalEngine):
         loss.backward()
 
     def layers(self, *, gradients: bool = True) -> list[LayerShards]:
-        # A block that is still gathered (after an evaluation) would go on with its old weights.
+        self._reshard()
+        return super().layers(gradients=gradients)
+
+    def frozen(self) -> Iterator[NamedShard]:
+        self._reshard()
+        return super().frozen()
+
+    def _reshard(self) -> None:
+        """Free what is still gathered, after an evaluation: the next forward gathers it anew.
+
+        Until then the model shows gathered parameters, and goes on with their old values.
+        """
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return super().layers(gradients=gradients)
 
 
 class ShardedPlaces(TorchPlaces):

@@ -6,11 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+import numpy as np
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from scalora_dist.config import parse_options
 from scalora_dist.engines.pick import pick_engine
-from scalora_dist.trainer import Trainer, hidden_size
+from scalora_dist.models import hidden_size
+from scalora_dist.solve import Rule, quadratic
+from scalora_dist.trainer import Trainer
 from scalora_dist.world import World
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,6 +55,49 @@ def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
     return seen
 
 
+def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[str, float]]]:
+    """Train; for each step {layer: (its rule, how far its column solution is from a bound)}."""
+    trainer = make(world, options)
+    rescaler, seen = trainer.rescaler, []
+    assert rescaler is not None
+    solve, bounds = rescaler.solve, rescaler.bounds
+    assert bounds is not None
+
+    def note(layers: Any, gram_a: Tensor, gram_b: Tensor) -> Any:
+        scales = solve(layers, gram_a, gram_b)
+        rules = [Rule(code).name.lower() for code in scales.rule.tolist()]
+        names = [layer.name for layer in layers]
+        far = distances(gram_a, gram_b, bounds)
+        seen.append(dict(zip(names, zip(rules, far, strict=True), strict=True)))
+        return scales
+
+    rescaler.solve = note  # type: ignore[method-assign]
+    trainer.run()
+    return seen
+
+
+def distances(gram_a: Tensor, gram_b: Tensor, bounds: tuple[float, float]) -> list[float]:
+    """Per layer: what relative change of the grams would change whether z = H⁺λ is in the box.
+
+    To first order, entry by entry: x = C⁺c moves by at most |C⁺|(|c| + |C||x|) times that change,
+    x and C being z and H in the units where H has a unit diagonal. Negative: z is outside.
+    """
+    found = []
+    H, lam = (part.numpy() for part in quadratic(gram_a, gram_b))
+    rank = gram_a.shape[-1] // 2
+    for i in range(len(H)):
+        squares = np.concatenate([np.diag(gram.numpy())[:rank] for gram in (gram_a[i], gram_b[i])])
+        used = np.diag(H[i]) > 0  # a side without a gradient is free
+        unit = np.sqrt(np.diag(H[i])[used])
+        C, c = H[i][np.ix_(used, used)] / np.outer(unit, unit), lam[i][used] / unit
+        lower, upper = (bound**2 * unit / squares[used] for bound in bounds)
+        inverse = np.linalg.inv(C)
+        x = inverse @ c
+        moves = np.abs(inverse) @ (np.abs(c) + np.abs(C) @ np.abs(x))
+        found.append(float((np.minimum(x - lower, upper - x) / moves).min()))
+    return found
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -76,6 +129,57 @@ def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte: with the demo model's 49152, the LM head would be all of a tiny model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+# Rows that neither 2, 3 nor 4 divides (35, 37, and a vocabulary of 259), fewer rows than 4 ranks
+# can share (6), and weights large enough for attention to matter.
+ODD_SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 35,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+
+
+def save_odd_model(folder: Path, architecture: str) -> None:
+    """A tiny random "llama" or "gemma3" whose rows divide by nothing, with a byte tokenizer."""
+    import torch
+
+    torch.manual_seed(0)
+    if architecture == "gemma3":
+        config = Gemma3TextConfig(
+            **ODD_SIZES,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=5,
+            query_pre_attn_scalar=6,
+            tie_word_embeddings=True,
+        )
+        model = Gemma3ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**ODD_SIZES, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

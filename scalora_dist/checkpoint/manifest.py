@@ -1,0 +1,136 @@
+"""A checkpoint as files: which ones there are, whether they are whole, how one appears at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+FOLDER = re.compile(r"checkpoint-(\d+)")
+LEFTOVER = re.compile(r"checkpoint-\d+\.(partial|old)")
+MANIFEST, STATE = "manifest.json", "state.json"
+READ_BYTES = 2**24
+
+
+class FileRecord(TypedDict):
+    bytes: int
+    sha256: str
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step a checkpoint's folder is called by; None for any other name."""
+    match = FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Every checkpoint in a folder, sound or not, the newest first."""
+    found = {step_of(path): path for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    return [found[step] for step in sorted(step for step in found if step is not None)][::-1]
+
+
+def write_synced(path: Path, data: bytes) -> FileRecord:
+    """Write a small file so that it survives a crash of the machine."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def publish(partial: Path, folder: Path, files: dict[str, FileRecord]) -> None:
+    """Make the files in ``partial``, already on disk, the checkpoint ``folder``: all at once.
+
+    Raises:
+        OSError: the disk is full, or a file is not there: nodes do not share the folder.
+    """
+    for name, record in files.items():
+        if (partial / name).stat().st_size != record["bytes"]:
+            raise OSError(f"{name} is not all there: do all nodes share {partial.parent}?")
+    write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2).encode())
+    _sync_folder(partial)
+    remove(folder)
+    partial.replace(folder)
+    _sync_folder(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: it is gone at once, whenever the deletion is cut short."""
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Delete what a run that was killed had begun to write or to delete."""
+    for path in output_dir.glob("checkpoint-*"):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
+    for folder in checkpoints(output_dir)[keep:]:
+        remove(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord] | str:
+    """{file: its size and checksum}, or what is wrong with the manifest."""
+    try:
+        files: dict[str, FileRecord] = json.loads((folder / MANIFEST).read_bytes())["files"]
+        # A name from the file must not lead out of the folder.
+        return {str(Path(name).name): record for name, record in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return f"{MANIFEST} is damaged"
+
+
+def faults(folder: Path, files: dict[str, FileRecord], names: Sequence[str]) -> list[str]:
+    """What is wrong with the files ``names``: one clause each."""
+    found = []
+    for name in names:
+        path, record = folder / name, files[name]
+        try:
+            if path.stat().st_size != record["bytes"]:
+                found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
+            elif sha256(path) != record["sha256"]:
+                found.append(f"{name} is damaged (its checksum differs)")
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except (OSError, KeyError, TypeError) as error:
+            found.append(f"{name} cannot be read ({error})")
+    return found
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What ``state.json`` holds, of a checkpoint without faults."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,119 @@
+"""Flat ranges in the terms of torch.distributed.checkpoint, which reshards them when it loads.
+
+Every tensor is saved flat, so that two ways to cut it up differ in where 1-D ranges begin and end
+and in nothing else: ZeRO's fragments, FSDP2's rows and a whole tensor are read from each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from scalora_dist.shards import FlatShard
+from scalora_dist.world import World
+
+
+@dataclass(frozen=True)
+class FlatPart:
+    """Elements ``[offset, offset + local.numel())`` of a tensor of ``numel`` elements in all.
+
+    The two dunder methods are torch's ``_Checkpointable`` protocol.
+    """
+
+    local: Tensor  # 1-D
+    offset: int
+    numel: int
+
+    @classmethod
+    def of(cls, shard: FlatShard) -> FlatPart:
+        """All that this rank holds: what to read."""
+        return cls(shard.local, shard.offset, shard.shape[0] * shard.shape[1])
+
+    @classmethod
+    def share_of(cls, shard: FlatShard, world: World) -> FlatPart:
+        """What this rank writes: of a range that several ranks hold, each writes a slice."""
+        holders = world.size // (dist.get_world_size(shard.group) if shard.group else 1)
+        size = shard.local.numel()
+        # The ranks of one group follow each other, so the n-th group holds the n-th copy.
+        copy = world.rank // (world.size // holders)
+        first, end = size * copy // holders, size * (copy + 1) // holders
+        whole = cls.of(shard)
+        return replace(whole, local=shard.local[first:end], offset=shard.offset + first)
+
+    def size(self) -> torch.Size:
+        return torch.Size([self.numel])
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if not self.local.numel():
+            return []
+        return [ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.local.numel()]))]
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.local.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+
+class SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        # The default would make None of everything that is no tensor.
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
+
+
+class Stager(AsyncStager):
+    """Copies this rank's parts to the CPU: when it is done, training may go on."""
+
+    def stage(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        staged = {name: replace(part, local=_copy(part.local)) for name, part in state_dict.items()}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def _copy(local: Tensor) -> Tensor:
+    # Pinned memory is several times faster for a GPU, and torch keeps it for the next copy.
+    copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+    return copy.copy_(local.detach(), non_blocking=local.is_cuda)

@@ -1,0 +1,217 @@
+"""Writing and reading checkpoints on all ranks, with torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    StorageWriter,
+)
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlanner as Planner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from scalora_dist.checkpoint.manifest import (
+    STATE,
+    FileRecord,
+    checkpoint_folder,
+    checkpoints,
+    faults,
+    prune,
+    publish,
+    read_manifest,
+    write_synced,
+)
+from scalora_dist.checkpoint.parts import FlatPart, LoadPlanner, SavePlanner, Stager
+from scalora_dist.export import SafetensorsWriter
+from scalora_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``output_dir``, which all ranks must share.
+
+    Writing goes on in a thread while the run trains. It has a process group of its own, so that its
+    messages and training's cannot be taken for each other's.
+    """
+
+    def __init__(self, output_dir: Path, world: World, *, keep: int, timeout: timedelta) -> None:
+        """
+        Args:
+            keep: how many to keep; older ones are deleted when a new one is complete.
+        """
+        self.output_dir, self.world, self.keep = output_dir, world, keep
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self._writing: Future[Any] | None = None
+        self._target = output_dir
+
+    def save(self, step: int, parts: Mapping[str, FlatPart], state: dict[str, Any]) -> None:
+        """Begin to write ``checkpoint-<step>``; returns when ``parts`` may change again.
+
+        The last save must have been waited for. Called on every rank.
+
+        Args:
+            parts: what this rank writes, by name; all ranks' parts make up whole tensors.
+            state: for state.json; rank 0's counts.
+        """
+        self._target = checkpoint_folder(self.output_dir, step)
+        self._writing = cast(
+            "Future[Any]",
+            dcp.async_save(
+                dict(parts),
+                storage_writer=_Writer(self._target, self.keep, state),
+                planner=SavePlanner(),
+                process_group=self.group,
+                async_stager=Stager(),
+            ),
+        )
+
+    def outcome(self, *, wait: bool) -> str | None:
+        """Why the last save failed: told once; None when it did not, or is still under way."""
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except CheckpointException as error:  # on all ranks alike
+            reasons = {f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()}
+            if self.world.is_main:
+                shutil.rmtree(_partial(self._target), ignore_errors=True)
+            return f"{self._target.name} could not be written ({'; '.join(sorted(reasons))})"
+        return None
+
+    def load(self, folder: Path, parts: Mapping[str, FlatPart]) -> None:
+        """Fill ``parts`` from a sound checkpoint that may have been cut up otherwise."""
+        dcp.load(
+            dict(parts),
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            planner=LoadPlanner(),
+            process_group=self.group,
+        )
+
+    def faults(self, folder: Path) -> list[str]:
+        """What is wrong with a checkpoint, on every rank; the ranks share the reading."""
+        found = [read_manifest(folder) if self.world.is_main else None]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        files = found[0]
+        if isinstance(files, str):
+            return [files]
+        assert files is not None
+        mine = faults(folder, files, list(files)[self.world.rank :: self.world.size])
+        everyone: list[list[str]] = [[]] * self.world.size
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return [fault for some in everyone for fault in some]
+
+    def newest_first(self) -> list[Path]:
+        """The run's checkpoints as rank 0 sees them, on every rank."""
+        found = [checkpoints(self.output_dir) if self.world.is_main else None]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        return found[0] or []
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One rank's file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def record(self) -> FileRecord:
+        return {"bytes": self.bytes, "sha256": self.sha256}
+
+
+class _Writer(StorageWriter):
+    """One safetensors file per rank, then state.json and the manifest, then the folder's name."""
+
+    def __init__(self, folder: Path, keep: int, state: dict[str, Any]) -> None:
+        self.folder, self.keep, self.state = folder, keep, state
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """The folder is given once."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing is there to be set up before the plan."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On rank 0 alone, when all ranks have come and none has begun to write."""
+        shutil.rmtree(_partial(self.folder), ignore_errors=True)
+        _partial(self.folder).mkdir(parents=True)
+        return plans
+
+    def write_data(
+        self, plan: SavePlan, planner: Planner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        name = f"rank-{dist.get_rank():05d}.safetensors"
+        entries, offsets = {}, {}
+        for item in plan.items:
+            data = item.tensor_data
+            assert data is not None
+            entries[item.index.fqn] = (data.chunk.sizes, data.properties.dtype)
+            offsets[item.index.fqn] = {SAVED_OFFSETS_KEY: list(data.chunk.offsets)}
+        with open(_partial(self.folder) / name, "wb") as file:
+            hashed = _Hashed(file)
+            writer = SafetensorsWriter(
+                cast(BinaryIO, hashed), entries, {CUSTOM_METADATA_KEY: json.dumps(offsets)}
+            )
+            for item in plan.items:
+                writer.write(cast(torch.Tensor, planner.resolve_data(item)))
+            file.flush()
+            os.fsync(file.fileno())
+        written = _Written(name, hashed.bytes, hashed.digest.hexdigest())
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([WriteResult(item.index, hashed.bytes, written) for item in plan.items])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0 alone, when every rank has written."""
+        partial = _partial(self.folder)
+        written = {item.storage_data for rank in results for item in rank}
+        files = {file.name: file.record() for file in sorted(written, key=lambda file: file.name)}
+        files[STATE] = write_synced(partial / STATE, json.dumps(self.state, indent=2).encode())
+        publish(partial, self.folder, files)
+        prune(self.folder.parent, self.keep)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class _Hashed:
+    """A file that remembers how much went through it, and the checksum of that."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.bytes += memoryview(data).nbytes
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")

@@ -1,0 +1,251 @@
+"""What of a run goes into a checkpoint, where a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalora_dist import random_state
+from scalora_dist.checkpoint.manifest import checkpoint_folder, read_state, step_of
+from scalora_dist.checkpoint.parts import FlatPart
+from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.config import Options
+from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.errors import UserError
+from scalora_dist.rescale import Rescaler
+from scalora_dist.shards import FlatShard
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed")
+# A run with another one of these would not go on from the checkpoint, but from something else.
+FIXED_METHOD = ("method", "rank", "lora_alpha", "target_modules", "merge_rounding")
+FIXED_TRAIN = ("bf16", "fp16", "seed", "train_batch_size")
+# Another one of these changes where or how fast the run goes on, not what it computes.
+FREE_TRAIN = (
+    "output_dir",
+    "overwrite_output_dir",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "logging_steps",
+    "gradient_checkpointing",
+    "update_rank_layers",
+    "save_steps",
+    "save_total_limit",
+    "on_save_failure",
+    "resume_from_checkpoint",
+    "max_skipped_steps",
+    "hang_timeout",
+    "save_model",
+    "ddp_timeout",
+)
+
+
+class RunState:
+    """The tensors and numbers that make up a run between two steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rescaler: Rescaler | None,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        options: Options,
+    ) -> None:
+        """
+        Args:
+            rescaler: whose ``low`` belongs to the weights; None: weights stay as they were loaded,
+                and a checkpoint holds the factors only.
+        """
+        self.engine, self.world = engine, engine.world
+        self.rescaler, self.scheduler, self.options = rescaler, scheduler, options
+        self.base = fingerprint(engine)
+
+    def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
+        """Begin a checkpoint of the moment after ``step`` steps."""
+        shards = self._shards(self.engine.layers(gradients=False))
+        parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "steps_taken": steps_taken,
+            "world_size": self.world.size,
+            "engine": self.engine.state(),
+            "schedule": {"last_epoch": self.scheduler.last_epoch},
+            "base": self.base,
+            "options": options_as_json(self.options),
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        checkpoints.save(step, parts | self._random_parts(), state)
+
+    def restore(self, checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
+        """Go back to a sound checkpoint; returns its state.json.
+
+        Raises:
+            UserError: it was made on another base model.
+        """
+        state = read_state(folder)
+        if state["base"] != self.base:
+            raise UserError(
+                f"{folder} was made on another base model: --model_name_or_path "
+                f"{self.options.model.model_name_or_path} does not hold the same weights"
+            )
+        with self.engine.restoring(state["engine"]) as layers:
+            shards = self._shards(layers)
+            parts = {name: FlatPart.of(shard) for name, shard in shards.items()}
+            random = self._random_parts()
+            same_ranks = state["world_size"] == self.world.size
+            checkpoints.load(folder, parts | random if same_ranks else parts)
+        if same_ranks:
+            states = {name.rpartition(".")[2]: part.local for name, part in random.items()}
+            random_state.restore(states, self.world.device)
+        else:  # other dropout than on as many ranks as before, but not that of the first steps
+            seed = f"{self.options.train.seed}:{state['step']}:{self.world.rank}"
+            torch.manual_seed(zlib.crc32(seed.encode()))
+        self._restore_schedule(state["schedule"])
+        return state
+
+    def _shards(self, layers: Sequence[LayerShards]) -> dict[str, FlatShard]:
+        """{name: shard} of all that training changes."""
+        shards: dict[str, FlatShard] = {}
+        for layer in layers:
+            if self.rescaler:
+                shards[f"{layer.name}.weight"] = layer.W
+                if (low := self.rescaler.low.get(layer.name)) is not None:
+                    shards[f"{layer.name}.weight.low"] = layer.W.like(low)
+            shards[f"{layer.name}.A"], shards[f"{layer.name}.B"] = layer.A, layer.B
+            for key, moments in (("A", layer.moments_A), ("B", layer.moments_B)):
+                for moment, shard in zip(("m", "v"), moments, strict=False):
+                    shards[f"{layer.name}.{key}.{moment}"] = shard
+        return shards
+
+    def _random_parts(self) -> dict[str, FlatPart]:
+        """This rank's generators: parts that it writes and reads alone."""
+        states = random_state.capture(self.world.device)
+        return {
+            f"random.{self.world.rank}.{name}": FlatPart(state, 0, state.numel())
+            for name, state in states.items()
+        }
+
+    def _restore_schedule(self, saved: Mapping[str, int]) -> None:
+        """The learning rate of so many steps, by this run's own schedule."""
+        steps = saved["last_epoch"]
+        schedule = self.scheduler
+        rates = [
+            base * rate(steps)
+            for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule.load_state_dict(
+            {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates, "lr_lambdas": []}
+        )
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None:
+    """The sound checkpoint that ``--resume_from_checkpoint`` means; None: start at the beginning.
+
+    Raises:
+        UserError: on every rank, where there is none, or the one that was named is damaged.
+    """
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = checkpoints.newest_first()
+        for folder in found:
+            if not (faults := checkpoints.faults(folder)):
+                return folder
+            logger.warning("%s cannot be used: %s", folder, "; ".join(faults))
+        if found:
+            raise UserError(
+                f"none of the {len(found)} checkpoints in {checkpoints.output_dir} is sound: "
+                "start again with another --output_dir"
+            )
+        logger.info("no checkpoint in %s yet: starting at the beginning", checkpoints.output_dir)
+        return None
+    folder = Path(wanted)
+    if step_of(folder) is None:
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: name a folder checkpoint-<step>, or latest"
+        )
+    if faults := checkpoints.faults(folder):
+        raise UserError(
+            f"--resume_from_checkpoint {wanted} cannot be used: {'; '.join(faults)}; "
+            "latest takes the newest sound one in output_dir"
+        )
+    return folder
+
+
+def check_same_run(folder: Path, options: Options) -> None:
+    """Whether ``options`` go on with the run that ``folder`` was saved by.
+
+    Raises:
+        UserError: an option differs that decides what the checkpoint means.
+    """
+    state = read_state(folder)
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {state.get('format')}; this version reads {FORMAT}")
+    now = options_as_json(options)
+    for group in ("data", "method", "train"):
+        for name, before in state["options"][group].items():
+            after = now[group].get(name)
+            if before == after or (group == "train" and name in FREE_TRAIN):
+                continue
+            if group == "data" or name in FIXED_METHOD + FIXED_TRAIN:
+                raise UserError(
+                    f"{folder} was saved with --{name} {before}, and this run has {after}: "
+                    f"set --{name} {before}"
+                )
+            logger.warning("--%s was %s in %s and is %s now", name, before, folder, after)
+    for name, before in state["versions"].items():
+        if (after := version(name)) != before:
+            logger.warning("%s was %s in %s and is %s now", name, before, folder, after)
+
+
+def check_no_newer(folder: Path, output_dir: Path, found: Sequence[Path]) -> None:
+    """A run that goes on from an older checkpoint must not write among the newer ones.
+
+    Raises:
+        UserError: ``output_dir`` holds ``folder`` and newer ones.
+    """
+    step = step_of(folder)
+    assert step is not None
+    newer = [path.name for path in found if (step_of(path) or 0) > step]
+    if newer and folder.resolve() == checkpoint_folder(output_dir, step).resolve():
+        raise UserError(
+            f"{output_dir} has newer checkpoints than {folder.name} ({', '.join(newer)}): "
+            "give another --output_dir, or delete them"
+        )
+
+
+def options_as_json(options: Options) -> dict[str, Any]:
+    return {name: asdict(getattr(options, name)) for name in ("model", "data", "method", "train")}
+
+
+@torch.no_grad()
+def fingerprint(engine: Engine) -> str:
+    """A checksum of the frozen weights as they were loaded, however they are cut up.
+
+    The sum of their bit patterns as integers: it does not depend on the order. One all-reduce.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=engine.world.device)
+    for _, _, shard in engine.frozen():
+        total += _bit_sum(FlatPart.share_of(shard, engine.world).local).to(total.device)
+    dist.all_reduce(total)
+    return f"{int(total) & (2**64 - 1):016x}"
+
+
+def _bit_sum(values: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(integers[values.element_size()]).sum(dtype=torch.int64)

@@ -1,0 +1,110 @@
+"""When a run is saved, and what ends it early: a signal, a full disk, steps that stay NaN."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
+from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.config import TrainArguments
+from scalora_dist.errors import Preempted, UserError
+from scalora_dist.health import skipped_in_a_row
+from scalora_dist.signals import StopSignals
+
+Save = Callable[[int], None]
+logger = logging.getLogger(__name__)
+
+
+class Saving:
+    """Saves every ``save_steps`` steps and when asked to stop; ends the run where it must.
+
+    Attributes:
+        signals: to be entered around the loop.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, train: TrainArguments) -> None:
+        self.checkpoints, self.train, self.world = checkpoints, train, checkpoints.world
+        self.signals = StopSignals()
+        self._failure: str | None = None
+
+    def votes(self) -> list[float]:
+        """Whether this rank was asked to stop, and whether the last save failed.
+
+        To be summed over ranks on the way, so that all stop after the same step.
+        """
+        self._settle(wait=False)
+        return [float(self.signals.received is not None), float(self._failure is not None)]
+
+    def after(
+        self, step: int, records: Sequence[dict[str, Any]], votes: Sequence[float], save: Save
+    ) -> None:
+        """Save the moment after ``step`` where it is time; the same on all ranks.
+
+        Args:
+            records: of all steps so far.
+            votes: of this step, summed over ranks.
+            save: begins a checkpoint.
+
+        Raises:
+            Preempted: a rank was asked to stop, and all is saved.
+            UserError: the run cannot go on.
+        """
+        asked, failed = votes
+        due = self.train.save_steps and step % self.train.save_steps == 0
+        if asked or due or failed:
+            self._settle(wait=True)
+            if self._failure and self.train.on_save_failure == "stop":
+                self._give_up()
+            self._failure = None
+        if asked or due:
+            save(step)
+        if asked:
+            self._settle(wait=True)
+            self.world.sum(0.0)  # rank 0 must not leave before the others have heard
+            if self._failure:
+                self._give_up()
+            raise Preempted(
+                f"stopped by {self.signals.received or 'a signal'} after step {step}; "
+                f"{checkpoint_folder(self.checkpoints.output_dir, step)} is written: "
+                "go on with --resume_from_checkpoint latest"
+            )
+        skipped = skipped_in_a_row(records)
+        if skipped >= self.train.max_skipped_steps:
+            self._settle(wait=True)
+            raise UserError(
+                f"loss or gradients were not finite for {skipped} steps in a row, from step "
+                f"{step - skipped + 1} on; {self._last_good(step - skipped)}"
+            )
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written, and ``on_save_failure`` is stop.
+        """
+        self._settle(wait=True)
+        if self._failure and self.train.on_save_failure == "stop":
+            self._give_up()
+
+    def _settle(self, *, wait: bool) -> None:
+        failure = self.checkpoints.outcome(wait=wait)
+        if failure:
+            self._failure = failure
+            logger.warning("%s; earlier checkpoints are intact", failure)
+
+    def _give_up(self) -> None:
+        raise UserError(
+            f"{self._failure}; earlier checkpoints are intact: free some space, then go on with "
+            "--resume_from_checkpoint latest"
+        )
+
+    def _last_good(self, step: int) -> str:
+        for folder in self.checkpoints.newest_first():
+            if (step_of(folder) or 0) <= step:
+                return (
+                    f"the last good checkpoint is {folder}: go on from it with a smaller "
+                    "--learning_rate and another --output_dir"
+                )
+        return "there is no checkpoint from before: start again with a smaller --learning_rate"
