@@ -74,8 +74,6 @@ class RunState:
 
     def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
         """Begin a checkpoint of the moment after ``step`` steps."""
-        shards = self._shards(self.engine.layers(gradients=False))
-        parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
         state = {
             "format": FORMAT,
             "step": step,
@@ -87,7 +85,13 @@ class RunState:
             "options": options_as_json(self.options),
             "versions": {name: version(name) for name in LIBRARIES},
         }
-        checkpoints.save(step, parts | self._random_parts(), state)
+        checkpoints.save(step, self.parts(), state)
+
+    def parts(self) -> dict[str, FlatPart]:
+        """What this rank writes."""
+        shards = self._shards(self.engine.layers(gradients=False))
+        parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
+        return parts | self._random_parts()
 
     def restore(self, checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
         """Go back to a sound checkpoint; returns its state.json.

@@ -179,7 +179,6 @@ class Trainer:
         if not self.first_step:
             before = self._evaluate(log, 0)
         for step in range(self.first_step, self.steps):
-            self.watch.at(f"step {step + 1}")
             record, votes = self._step(step, micro_batches)
             self.records.append(record)
             log.step(record)
@@ -239,6 +238,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         tokens = torch.zeros((), dtype=torch.int64, device=self.world.device)
         for micro_step in range(accumulation):
+            self.watch.at(f"step {step + 1}")
             batch = {k: v.to(self.world.device) for k, v in next(micro_batches).items()}
             labels = batch.pop("labels")
             loss = summed_cross_entropy(self.engine.module(**batch, use_cache=False).logits, labels)
@@ -246,9 +246,7 @@ class Trainer:
             self.engine.backward(loss / targets, last=micro_step == accumulation - 1)
             loss_sum += loss.detach()
             tokens += batch["attention_mask"].sum()
-        total_loss, total_tokens, *votes = self.world.sum(
-            float(loss_sum), float(tokens), *self.saving.votes()
-        )
+        total_loss, total_tokens, *votes = self.world.sum(loss_sum, tokens, *self.saving.votes())
         record: dict[str, Any] = {
             "step": step + 1,
             "loss": total_loss / targets,

@@ -74,16 +74,19 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in float64: one all-reduce."""
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each number summed over all ranks, in float64: one all-reduce."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def max(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks, in float64: one all-reduce."""
+    def max(self, *values: float | Tensor) -> list[float]:
+        """The largest of each number over all ranks, in float64: one all-reduce."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
-        message = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def _reduce(
+        self, values: tuple[float | Tensor, ...], op: dist.ReduceOp.RedOpType
+    ) -> list[float]:
+        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
+        message = torch.stack(numbers)
         dist.all_reduce(message, op=op)
         return message.tolist()
 
