@@ -69,8 +69,9 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def loading(self) -> Iterator[None]:
         # transformers partitions a model while loading it for as long as this object lives.
-        self._keep = HfDeepSpeedConfig(self.config)
+        keep = HfDeepSpeedConfig(self.config)
         yield
+        del keep
 
     def attach(
         self,
