@@ -170,7 +170,6 @@ class Trainer:
         )
 
         def save(step: int) -> None:
-            self.watch.pause()  # a slow disk is no hung rank
             log.sync()
             self.state.save(self.checkpoints, step, self.steps_taken)
 
@@ -184,8 +183,8 @@ class Trainer:
             log.step(record)
             if train.eval_steps and (step + 1) % train.eval_steps == 0 and step + 1 < self.steps:
                 self._evaluate(log, step + 1)
+            self.watch.pause()  # a slow disk is no hung rank
             self.saving.after(step + 1, self.records, votes, save)
-        self.watch.pause()
         self.saving.finish()
         after = self._evaluate(log, self.steps)
         log.close()
