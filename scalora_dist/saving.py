@@ -14,6 +14,8 @@ from scalora_dist.health import skipped_in_a_row
 from scalora_dist.signals import StopSignals
 
 Save = Callable[[int], None]
+# Left in output_dir by a run that was asked to stop: torchrun does not pass its ranks' status on.
+PREEMPTED = "preempted"
 logger = logging.getLogger(__name__)
 
 
@@ -62,9 +64,11 @@ class Saving:
             save(step)
         if asked:
             self._settle(wait=True)
-            self.world.sum(0.0)  # rank 0 must not leave before the others have heard
             if self._failure:
                 self._give_up()
+            if self.world.is_main:
+                (self.checkpoints.output_dir / PREEMPTED).write_text(f"{step}\n")
+            self.world.sum(0.0)  # no rank leaves, and the launcher with it, before all is done
             raise Preempted(
                 f"stopped by {self.signals.received or 'a signal'} after step {step}; "
                 f"{checkpoint_folder(self.checkpoints.output_dir, step)} is written: "

@@ -36,7 +36,7 @@ from scalora_dist.metrics import RunLog, read_history, write_json
 from scalora_dist.models import load_model, load_tokenizer
 from scalora_dist.rescale import RescaleReport
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
-from scalora_dist.saving import Saving
+from scalora_dist.saving import PREEMPTED, Saving
 from scalora_dist.shards import global_norm
 from scalora_dist.solve import Rule
 from scalora_dist.summary import summarize
@@ -198,6 +198,7 @@ class Trainer:
             return self._micro_batches(), []
         if self.world.is_main:
             clear_leftovers(self.folder)
+            (self.folder / PREEMPTED).unlink(missing_ok=True)
         self.first_step = step_of(self.resumes_from) or 0
         micro_batches = self._micro_batches()  # draws a seed, as it did at the beginning
         self.steps_taken = self.state.restore(self.checkpoints, self.resumes_from)["steps_taken"]
@@ -363,7 +364,7 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
 
 def clear_results(folder: Path) -> None:
     """Remove what an earlier run left, so that nothing of it stands beside ours."""
-    for name in ("metrics.jsonl", "summary.json"):
+    for name in ("metrics.jsonl", "summary.json", PREEMPTED):
         (folder / name).unlink(missing_ok=True)
     for name in ("tensorboard", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
