@@ -9,11 +9,12 @@ OUTPUT ?= runs/demo
 # The just-in-time builds of DeepSpeed look for ninja on the PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test test-heavy lint clean
 
 help:
 	@echo "make train   set up, fetch the demo model, fine-tune it on $(NPROC) ranks (ZeRO-3)"
 	@echo "make test    set up and run lint and tests"
+	@echo "make test-heavy  kill runs at random moments, and the slower signals (half an hour)"
 	@echo "make clean   remove .venv and runs/"
 
 setup: $(VENV)/installed
@@ -42,6 +43,10 @@ lint: setup
 
 test: lint
 	python -m pytest
+
+# What takes too long for every day; -s shows when runs were killed.
+test-heavy: setup
+	python -m pytest -m heavy -s
 
 clean:
 	rm -rf $(VENV) runs

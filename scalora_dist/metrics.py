@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 
 class RunLog:
-    """Writes on rank 0 and does nothing on the others, so that callers need not ask."""
+    """Writes on rank 0 and does nothing on the others, so that callers need not ask.
+
+    A full disk does not end the run: lines wait for space, TensorBoard goes without.
+    """
 
     def __init__(
         self,
@@ -40,10 +47,12 @@ class RunLog:
             aside = folder / "metrics.jsonl.partial"
             aside.write_text("".join(json.dumps(_without_nan(record)) + "\n" for record in history))
             aside.replace(folder / "metrics.jsonl")
-            self.lines = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self.lines = _Lines(folder / "metrics.jsonl")
             # What an earlier run drew beyond its checkpoint is taken back.
             purge = first_step + 1 if history else None
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self.board: SummaryWriter | None = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=purge
+            )
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: a line, the bar, and every ``logging_steps`` the scalars."""
@@ -68,13 +77,13 @@ class RunLog:
     def sync(self) -> None:
         """Put on disk what was written, before a checkpoint counts on it."""
         if self.is_main:
-            os.fsync(self.lines.fileno())
+            self.lines.sync()
 
     def close(self) -> None:
         self.bar.close()
         if self.is_main:
             self.lines.close()
-            self.board.close()
+            self._draw(lambda board: board.close())
 
     def _line(self, record: dict[str, Any]) -> None:
         self.lines.write(json.dumps(_without_nan(record)) + "\n")
@@ -84,7 +93,48 @@ class RunLog:
             if isinstance(value, dict):
                 self._scalars(f"{prefix}/{name}", {"step": record["step"], **value})
             elif name != "step":
-                self.board.add_scalar(f"{prefix}/{name}", value, record["step"])
+                tag, step = f"{prefix}/{name}", record["step"]
+                self._draw(
+                    partial(SummaryWriter.add_scalar, tag=tag, scalar_value=value, global_step=step)
+                )
+
+    def _draw(self, what: Callable[[SummaryWriter], None]) -> None:
+        if self.board is None:
+            return
+        try:
+            what(self.board)
+        except OSError as error:  # of the writer's thread, which has ended with it
+            logger.warning("no more TensorBoard events: %s", error)
+            self.board = None
+
+
+class _Lines:
+    """A file of lines that remembers what a full disk did not take, and tries again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.late, self.warned = path, b"", False
+        # Unbuffered, so that it is known how much of a line was taken.
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, text: str) -> None:
+        self.late += text.encode()
+        try:
+            while self.late:
+                self.late = self.late[self.file.write(self.late) :]
+        except OSError as error:
+            if not self.warned:
+                logger.warning("%s: %s; its lines wait for space", self.path, error.strerror)
+            self.warned = True
+
+    def sync(self) -> None:
+        self.write("")
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.write("")
+        if self.late:
+            logger.warning("%s lacks its last %d bytes", self.path, len(self.late))
+        self.file.close()
 
 
 def read_history(folder: Path, step: int) -> list[dict[str, Any]]:

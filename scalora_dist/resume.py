@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist import random_state
-from scalora_dist.checkpoint.manifest import checkpoint_folder, read_state, step_of
+from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_state, step_of
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config import Options
@@ -220,13 +220,17 @@ def check_same_run(folder: Path, options: Options) -> None:
 def check_no_newer(folder: Path, output_dir: Path, found: Sequence[Path]) -> None:
     """A run that goes on from an older checkpoint must not write among the newer ones.
 
+    Damaged ones do not count: the next save deletes them.
+
     Raises:
         UserError: ``output_dir`` holds ``folder`` and newer ones.
     """
     step = step_of(folder)
     assert step is not None
-    newer = [path.name for path in found if (step_of(path) or 0) > step]
-    if newer and folder.resolve() == checkpoint_folder(output_dir, step).resolve():
+    if folder.resolve() != checkpoint_folder(output_dir, step).resolve():
+        return
+    newer = [path.name for path in found if (step_of(path) or 0) > step and is_sound(path)]
+    if newer:
         raise UserError(
             f"{output_dir} has newer checkpoints than {folder.name} ({', '.join(newer)}): "
             "give another --output_dir, or delete them"

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 class Saving:
     """Saves every ``save_steps`` steps and when asked to stop; ends the run where it must.
 
+    A save that falls on a skipped step waits for the next good one.
+
     Attributes:
         signals: to be entered around the loop.
     """
@@ -30,6 +32,7 @@ class Saving:
         self.checkpoints, self.train, self.world = checkpoints, train, checkpoints.world
         self.signals = StopSignals()
         self._failure: str | None = None
+        self._due = False
 
     def votes(self) -> list[float]:
         """Whether this rank was asked to stop, and whether the last save failed.
@@ -54,7 +57,10 @@ class Saving:
             UserError: the run cannot go on.
         """
         asked, failed = votes
-        due = self.train.save_steps and step % self.train.save_steps == 0
+        skipped = skipped_in_a_row(records)
+        self._due |= bool(self.train.save_steps) and step % self.train.save_steps == 0
+        # A skipped step changed nothing: its checkpoint would only push out one that is known good.
+        due = self._due and not skipped
         if asked or due or failed:
             self._settle(wait=True)
             if self._failure and self.train.on_save_failure == "stop":
@@ -62,6 +68,7 @@ class Saving:
             self._failure = None
         if asked or due:
             save(step)
+            self._due = False
         if asked:
             self._settle(wait=True)
             if self._failure:
@@ -74,7 +81,6 @@ class Saving:
                 f"{checkpoint_folder(self.checkpoints.output_dir, step)} is written: "
                 "go on with --resume_from_checkpoint latest"
             )
-        skipped = skipped_in_a_row(records)
         if skipped >= self.train.max_skipped_steps:
             self._settle(wait=True)
             raise UserError(

@@ -79,9 +79,14 @@ def clear_leftovers(output_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for folder in checkpoints(output_dir)[keep:]:
+def prune(output_dir: Path, keep: int, newest: Path | None = None) -> None:
+    """Delete all but the newest ``keep`` checkpoints, counted from ``newest`` on.
+
+    Those after it are damaged ones, which the run that writes ``newest`` went back behind.
+    """
+    found = checkpoints(output_dir)
+    first = found.index(newest) if newest else 0
+    for folder in (*found[:first], *found[first + keep :]):
         remove(folder)
 
 
@@ -90,7 +95,12 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | str:
     try:
         files: dict[str, FileRecord] = json.loads((folder / MANIFEST).read_bytes())["files"]
         # A name from the file must not lead out of the folder.
-        return {str(Path(name).name): record for name, record in files.items()}
+        files = {str(Path(name).name): record for name, record in files.items()}
+        # All tensors' files are read, listed or not: what is not listed was not checked.
+        there = {STATE, *(path.name for path in folder.glob("*.safetensors"))}
+        if missed := sorted(there - files.keys()):
+            return f"{MANIFEST} is damaged (it does not list {', '.join(missed)})"
+        return files
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -112,6 +122,12 @@ def faults(folder: Path, files: dict[str, FileRecord], names: Sequence[str]) -> 
         except (OSError, KeyError, TypeError) as error:
             found.append(f"{name} cannot be read ({error})")
     return found
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether nothing is wrong with a checkpoint; reads all of it."""
+    files = read_manifest(folder)
+    return not isinstance(files, str) and not faults(folder, files, list(files))
 
 
 def sha256(path: Path) -> str:

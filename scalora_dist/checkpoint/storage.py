@@ -191,7 +191,7 @@ class _Writer(StorageWriter):
         files = {file.name: file.record() for file in sorted(written, key=lambda file: file.name)}
         files[STATE] = write_synced(partial / STATE, json.dumps(self.state, indent=2).encode())
         publish(partial, self.folder, files)
-        prune(self.folder.parent, self.keep)
+        prune(self.folder.parent, self.keep, newest=self.folder)
 
     def storage_meta(self) -> StorageMeta | None:
         return None

@@ -1,0 +1,114 @@
+"""What the ranks of the checkpoint tests run."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from scalora_dist.checkpoint.parts import FlatPart
+from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.errors import UserError
+from scalora_dist.resume import find_checkpoint
+from scalora_dist.shards import FlatShard
+from scalora_dist.world import World
+
+NUMEL = 1001
+
+
+def checkpoints(world: World, folder: Path, keep: int = 3) -> Checkpoints:
+    return Checkpoints(folder, world, keep=keep, timeout=timedelta(seconds=60))
+
+
+def whole(step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.arange(NUMEL) % 251 + step).to(dtype)
+
+
+def cut(world: World, tensor: torch.Tensor) -> FlatPart:
+    """This rank's slice of a tensor; the last rank's is shorter, or empty."""
+    share = -(-tensor.numel() // world.size)
+    first = min(world.rank * share, tensor.numel())
+    return FlatPart(tensor[first : first + share].clone(), first, tensor.numel())
+
+
+def parts(world: World, step: int) -> dict[str, FlatPart]:
+    """Two dtypes, a tensor with less elements than ranks, one that only this rank writes."""
+    return {
+        "wide": cut(world, whole(step)),
+        "half": cut(world, whole(step, torch.bfloat16)),
+        "short": cut(world, torch.tensor([float(step)])),
+        f"mine.{world.rank}": FlatPart(torch.full((3,), world.rank), 0, 3),
+    }
+
+
+def save(world: World, folder: Path, steps: list[int], keep: int = 3) -> list[str | None]:
+    """Save at each of ``steps`` and wait; how each ended."""
+    made = checkpoints(world, folder, keep)
+    outcomes = []
+    for step in steps:
+        tensors = parts(world, step)
+        made.save(step, tensors, {"step": step, "rank": world.rank})
+        for part in tensors.values():
+            part.local.zero_()  # training goes on at once
+        outcomes.append(made.outcome(wait=True))
+        world.sum(0.0)
+    return outcomes
+
+
+def load(world: World, folder: Path, step: int) -> bool:
+    """Whether everything comes back, on whatever ranks."""
+    made = checkpoints(world, folder)
+    assert made.faults(folder / f"checkpoint-{step}") == []
+    empty = {
+        name: FlatPart(torch.zeros_like(part.local), part.offset, part.numel)
+        for name, part in parts(world, 0).items()
+        if not name.startswith("mine")
+    }
+    made.load(folder / f"checkpoint-{step}", empty)
+    expected = parts(world, step)
+    return all(torch.equal(part.local, expected[name].local) for name, part in empty.items())
+
+
+def find(world: World, folder: Path, wanted: str) -> tuple[str, list[str]]:
+    """(the name of the checkpoint that is found, "" for none, or the refusal; warnings)"""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear, logger = Ear(logging.WARNING), logging.getLogger("scalora_dist")
+    logger.addHandler(ear)
+    try:
+        found = find_checkpoint(checkpoints(world, folder), wanted)
+    except UserError as error:
+        return str(error), heard
+    finally:
+        logger.removeHandler(ear)
+    return found.name if found else "", heard
+
+
+def shares(world: World, rows: int, cols: int, layout: str) -> list[list[tuple[int, list[float]]]]:
+    """Of a matrix that the layout cuts up: every rank's (offset, values) to be written."""
+    tensor = torch.arange(rows * cols, dtype=torch.float64)
+    group: Any = None
+    if layout == "whole":
+        first, end = 0, tensor.numel()
+    else:
+        group = dist.group.WORLD
+        if layout == "mesh":
+            mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("a", "b"))
+            group = mesh.get_group(1)
+        share = -(-rows // dist.get_world_size(group)) * cols
+        first = min(dist.get_rank(group) * share, tensor.numel())
+        end = min(first + share, tensor.numel())
+    shard = FlatShard(tensor[first:end], first, (rows, cols), group)
+    part = FlatPart.share_of(shard, world)
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, (part.offset, part.local.tolist(), part.numel))
+    return everyone
