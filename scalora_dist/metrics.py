@@ -75,15 +75,19 @@ class RunLog:
         )
 
     def sync(self) -> None:
-        """Put on disk what was written, before a checkpoint counts on it."""
+        """Put on disk what was written, before a checkpoint counts on it.
+
+        A run that goes on from there writes what comes later.
+        """
         if self.is_main:
             self.lines.sync()
+            self._draw(SummaryWriter.flush)
 
     def close(self) -> None:
         self.bar.close()
         if self.is_main:
             self.lines.close()
-            self._draw(lambda board: board.close())
+            self._draw(SummaryWriter.close)
 
     def _line(self, record: dict[str, Any]) -> None:
         self.lines.write(json.dumps(_without_nan(record)) + "\n")

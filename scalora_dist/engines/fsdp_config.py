@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -48,9 +49,10 @@ def load_fsdp_config(path: str | None, args: TrainArguments, *, world_size: int)
         raise UserError(f"{path}: unknown key {unknown[0]!r}; the keys are {', '.join(known)}")
     if args.fp16:
         raise UserError("--fp16 needs DeepSpeed's loss scale: set --bf16, or give --ds_config")
+    given = {key: value for key, value in given.items() if value is not None}
     config = FSDPConfig(
-        mesh=_mesh(given.get("mesh_shape") or [world_size], world_size, path),
-        **_mixed_precision(given.get("mixed_precision") or {}, args, path),
+        mesh=_mesh(given.get("mesh_shape", [world_size]), world_size, path),
+        **_mixed_precision(given.get("mixed_precision", {}), args, path),
     )
     for key, kinds in (("reshard_after_forward", (bool, int)), ("cpu_offload", (bool,))):
         if key in given:
@@ -69,7 +71,11 @@ def load_fsdp_config(path: str | None, args: TrainArguments, *, world_size: int)
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError:  # not YAML at once: YAML forbids JSON's tabs
+            given = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--fsdp_config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -97,7 +103,7 @@ def _mixed_precision(given: Any, args: TrainArguments, path: str | None) -> dict
         raise UserError(f"{path}: mixed_precision takes {' and '.join(keys)}, fp32 or bf16 each")
     dtypes = {"param_dtype": "bf16" if args.bf16 else "fp32", "reduce_dtype": "fp32"} | given
     for key, name in dtypes.items():
-        if name not in DTYPES:
+        if not isinstance(name, str) or name not in DTYPES:
             raise UserError(f"{path}: mixed_precision.{key} {name!r}: set fp32 or bf16")
     if args.bf16 and dtypes["param_dtype"] != "bf16":
         raise UserError(

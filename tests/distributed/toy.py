@@ -5,6 +5,7 @@ The functions here run on real ranks (``ranks.Ranks``) and answer with whole flo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,27 +17,50 @@ from torch import Tensor, nn
 from reference import State
 from scalora_dist.adapters.init import lora_init
 from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.engines.base import LayerShards
+from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.engines.deepspeed import DeepSpeedEngine
+from scalora_dist.engines.fsdp import FSDPEngine
+from scalora_dist.engines.fsdp_config import FSDPConfig
+from scalora_dist.engines.local import LocalEngine
 from scalora_dist.merge import join_halves
 from scalora_dist.rescale import Rescaler
-from scalora_dist.shards import Layout
+from scalora_dist.shards import FlatShard, Layout
 from scalora_dist.world import World
 
 SHAPES = {"first": (31, 24), "second": (13, 11)}
 EXAMPLES = 12  # per step: a multiple of 1, 2, 3 and 4 ranks
 SCALING, ETA_LIPSCHITZ, BOUNDS = 2.0, 0.5, (0.05, 5.0)
 LEARNING_RATE = 1e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+ENGINES = (*ZERO, "fsdp", "hybrid", "local")
+KEPT = ("W", "A", "B", "m_A", "v_A", "m_B", "v_B")  # of a State, from step to step
+HYBRID_MESH = [2, 2]  # ranks 0 and 1 hold what ranks 2 and 3 hold
+
+
+def ranks_of(engine: str) -> int:
+    """On how many ranks an engine is tested where any number would do."""
+    return {"local": 1, "hybrid": 4}.get(engine, 2)
+
+
+class Block(nn.Sequential):
+    """What a decoder block is to FSDP: a group of its own."""
 
 
 class Toy(nn.Module):
+    """The first layer is in a block, the second is not: FSDP's two kinds of groups."""
+
+    _no_split_modules = ("Block",)
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
+        self.linear = {}
         for name, (m, n) in SHAPES.items():
             linear = nn.Linear(n, m, bias=False, dtype=dtype)
             linear.weight.data = torch.randn(m, n, generator=generator).div(n**0.5).to(dtype)
-            setattr(self, name, linear.requires_grad_(False))
+            self.linear[name] = linear.requires_grad_(False)
+        self.first, self.second = Block(self.linear["first"]), self.linear["second"]
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: getattr(self, name)(x[name]) for name in x}
@@ -48,6 +72,46 @@ def data(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     x = {k: torch.randn(EXAMPLES, n, generator=generator) for k, (_, n) in SHAPES.items()}
     y = {k: torch.randn(EXAMPLES, m, generator=generator) for k, (m, _) in SHAPES.items()}
     return x, y
+
+
+def make_engine(
+    world: World,
+    name: str,
+    *,
+    dtype: str = "fp32",
+    offload: bool = False,
+    accumulation: int = 1,
+    persist: bool = False,
+    initial_scale_power: int = 8,
+    reshard: bool | int = True,
+) -> Engine:
+    """An engine by name: zero0 to zero3, local (one rank), fsdp, hybrid (four ranks).
+
+    Args:
+        persist: ZeRO-3 keeps small parameters gathered.
+        initial_scale_power: of fp16's loss scale.
+        reshard: FSDP frees a block's gathered weights after its forward (a number: down to so
+            many ranks' shards).
+    """
+    if name in ZERO:
+        config = ds_config(world, int(name[-1]), dtype, offload, accumulation)
+        config["fp16"]["initial_scale_power"] = initial_scale_power
+        if persist:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6
+        # DeepSpeed wants CPUs with fast fp16 for fp16; for a test the slow ones do.
+        get_accelerator().is_fp16_supported = lambda: True
+        return DeepSpeedEngine(world, config)
+    if name == "local":
+        assert world.size == 1
+        return LocalEngine(world, dtype=DTYPES[dtype], max_grad_norm=1.0)
+    fsdp = FSDPConfig(
+        mesh={"fsdp": [world.size], "hybrid": HYBRID_MESH}[name],
+        reshard_after_forward=reshard,
+        param_dtype=DTYPES[dtype],
+        reduce_dtype=torch.float32,
+        cpu_offload=offload,
+    )
+    return FSDPEngine(world, fsdp, dtype=DTYPES[dtype], max_grad_norm=1.0)
 
 
 def ds_config(world: World, stage: int, dtype: str, offload: bool, accumulation: int) -> dict:
@@ -75,33 +139,27 @@ class Run:
         self,
         world: World,
         *,
-        stage: int,
-        rank: int,
-        dtype: str = "fp32",
-        offload: bool = False,
+        engine: str,
+        rank: int = 3,
         accumulation: int = 1,
         rule: str = "paper",
-        persist: bool = False,
-        initial_scale_power: int = 8,
+        **settings: Any,
     ) -> None:
+        """``settings`` as for ``make_engine``."""
         self.world, self.accumulation = world, accumulation
-        config = ds_config(world, stage, dtype, offload, accumulation)
-        config["fp16"]["initial_scale_power"] = initial_scale_power
-        if persist:
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6
-        # DeepSpeed wants CPUs with fast fp16 for fp16; for a test the slow ones do.
-        get_accelerator().is_fp16_supported = lambda: True
-        self.engine = DeepSpeedEngine(world, config)
+        self.engine = make_engine(world, engine, accumulation=accumulation, **settings)
         model = Toy(self.engine.dtype)
         layers = {
             name: LowRankLinear.adapt(
-                getattr(model, name),
+                model.linear[name],
                 *lora_init(name, m, n, rank, seed=0, dtype=self.engine.dtype),
                 scaling=SCALING,
                 dropout=0.0,
             )
             for name, (m, n) in SHAPES.items()
         }
+        if not self.engine.reads_weights:
+            model.to("meta")
         self.engine.attach(
             model,
             layers,
@@ -136,6 +194,14 @@ class Run:
             loss = sum((out[k].float() - y[k][take]).square().sum() for k in reached) / 2
             last = j == self.accumulation - 1
             self.engine.backward(poison * loss / EXAMPLES, last=last)
+
+    def step(self, step: int) -> bool:
+        self.backward(step)
+        return self.engine.step(lambda layers: self.rescaler(layers).applied)
+
+    def look(self) -> tuple[dict[str, State], dict[str, np.ndarray]]:
+        """Everything between two steps, and what the forward makes of it."""
+        return self.whole(self.engine.layers(gradients=False)), self.output()
 
     def whole(self, layers: list[LayerShards]) -> dict[str, State]:
         """Every layer's state, gathered."""
@@ -176,12 +242,17 @@ def whole(shard: Any) -> np.ndarray:
     )
 
 
-def steps(world: World, count: int, **case: Any) -> list[dict[str, Any]]:
-    """``count`` steps with a rescale each; what was seen before and after each transform."""
+def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> list[dict[str, Any]]:
+    """``count`` steps with a rescale each; what was seen before and after each transform.
+
+    With ``evaluate`` the model is called without a gradient between each backward and the edit.
+    """
     run = Run(world, **case)
     seen = []
     for step in range(count):
         run.backward(step)
+        if evaluate:
+            run.output()
         loss_scale = run.engine.loss_scale
         record: dict[str, Any] = {"loss_scale": loss_scale}
 
@@ -215,8 +286,10 @@ def skipped_step(world: World, **case: Any) -> dict[str, Any]:
     return results
 
 
-def unreached_layer(world: World, *, skip_first: bool, **case: Any) -> list[dict[str, Any]]:
-    """Four steps; the forwards of the last two do not reach the second layer.
+def unreached_layer(
+    world: World, *, skip_first: bool, reached: str = "first", **case: Any
+) -> list[dict[str, Any]]:
+    """Four steps; the forwards of the last two reach one layer only.
 
     With ``skip_first`` the step before them is poisoned, and so discarded.
     """
@@ -224,7 +297,7 @@ def unreached_layer(world: World, *, skip_first: bool, **case: Any) -> list[dict
     seen = []
     for step in range(4):
         poison = float("nan") if skip_first and step == 1 else 1.0
-        run.backward(step, poison, tuple(SHAPES) if step < 2 else ("first",))
+        run.backward(step, poison, tuple(SHAPES) if step < 2 else (reached,))
         record: dict[str, Any] = {}
 
         def transform(layers: list[LayerShards], record: dict[str, Any] = record) -> bool:
@@ -234,3 +307,68 @@ def unreached_layer(world: World, *, skip_first: bool, **case: Any) -> list[dict
         record["applied"] = run.engine.step(transform)
         seen.append(record)
     return seen
+
+
+def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, bytes]]:
+    """After each step: the bytes of all that this rank holds, and of the last α and β."""
+    run = Run(world, **case)
+    seen = []
+    for step in range(count):
+        run.step(step)
+        held = {"alpha": run.scales.alpha, "beta": run.scales.beta}
+        for layer in run.engine.layers(gradients=False):
+            held |= {f"{layer.name}.{key}": getattr(layer, key).local for key in "WAB"}
+            if layer.name in run.rescaler.low:
+                held[f"{layer.name}.low"] = run.rescaler.low[layer.name]
+        seen.append(
+            {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in held.items()}
+        )
+    return seen
+
+
+def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np.ndarray]]:
+    """{"W": {layer: merged weight}, "frozen": {parameter: as the engine lists it}}."""
+    run = Run(world, **case)
+    run.step(0)
+    states = run.whole(run.engine.layers(gradients=False))
+    run.output()
+    frozen = {name: (shape, whole(shard)) for name, shape, shard in run.engine.frozen()}
+    assert all(array.shape == tuple(shape) for shape, array in frozen.values())
+    return {
+        "W": {name: state.W for name, state in states.items()},
+        "frozen": {name: array for name, (_, array) in frozen.items()},
+    }
+
+
+def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State], dict]]]:
+    """Step 3 of a run and of a fresh one into which its state after steps 0 to 2 was copied.
+
+    Under "first" and "second": (state, output) after step 2 and after step 3.
+    """
+    first = Run(world, **case)
+    for step in range(3):
+        first.step(step)
+    state = copy.deepcopy(first.engine.state())
+    saved = [shard.local.clone() for shard in checkpointed(first)]
+    low = {name: part.clone() for name, part in first.rescaler.low.items()}
+    seen = {"first": [first.look()]}
+    first.step(3)
+    seen["first"].append(first.look())
+
+    second = Run(world, **case)
+    with second.engine.restoring(state) as layers:
+        for shard, part in zip(checkpointed(second, layers), saved, strict=True):
+            shard.local.copy_(part)
+        for name, part in low.items():
+            second.rescaler.low[name].copy_(part)
+    seen["second"] = [second.look()]
+    assert second.engine.state() == state
+    second.step(3)
+    seen["second"].append(second.look())
+    return seen
+
+
+def checkpointed(run: Run, layers: list[LayerShards] | None = None) -> list[FlatShard]:
+    """All shards of ``layers`` that a checkpoint holds."""
+    layers = layers or run.engine.layers(gradients=False)
+    return [s for x in layers for s in (x.W, x.A, x.B, *x.moments_A, *x.moments_B)]

@@ -110,6 +110,29 @@ def ds_config(stage: str) -> str:
     return str(REPOSITORY / "ds_configs" / f"{stage}.json")
 
 
+FSDP_CONFIGS: dict[str, dict[str, Any]] = {
+    "fsdp_offload": {"cpu_offload": True},
+    "hybrid": {"mesh_shape": [2, 2]},
+}
+
+
+def engine_options(engine: str, folder: Path) -> dict[str, Any]:
+    """Options for "local" (none), a config of ds_configs/, "fsdp" or one of FSDP_CONFIGS.
+
+    Args:
+        folder: where an FSDP config may be written.
+    """
+    if engine == "local":
+        return {}
+    if engine == "fsdp":
+        return {"fsdp": True}
+    if engine in FSDP_CONFIGS:
+        path = folder / f"{engine}.json"
+        path.write_text(json.dumps(FSDP_CONFIGS[engine]))
+        return {"fsdp": True, "fsdp_config": path}
+    return {"ds_config": ds_config(engine)}
+
+
 def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Two layers whose row lengths divide by nothing, tied embeddings, random weights."""
     import torch

@@ -26,39 +26,37 @@ TASK = {
 }
 
 
-def options(model: str, folder: Path, stage: str, **others: Any) -> dict[str, Any]:
+def options(model: str, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
+    """``folder`` is the output; its parent is there already."""
     return {
         "model_name_or_path": model,
         "output_dir": folder,
-        "ds_config": runs.ds_config(stage),
+        **runs.engine_options(engine, folder.parent),
         **TASK,
         **others,
     }
 
 
-def test_losses_do_not_depend_on_the_sharding(
+def test_losses_of_the_demo_model_do_not_depend_on_the_sharding(
     ranks: GetRanks, demo_model: str, tmp_path: Path
 ) -> None:
-    """10 fp32 steps of the demo model, a rescale each, at every stage; accumulation for ranks."""
+    """10 fp32 steps, a rescale each, against one process; test_engines_agree.py has every case."""
     others = {"max_steps": 10, "eval_size": 0, "save_model": False, "update_rank_layers": 0}
+    others |= {"train_batch_size": 4}
     losses = {}
-    for stage in ("zero0", "zero1", "zero2", "zero3"):
-        folder = tmp_path / stage
-        ranks(2).run(runs.run, options(demo_model, folder, stage, **others), timeout=500)
-        losses[stage] = torch.tensor(runs.losses(folder), dtype=torch.float64)
-    alone = options(demo_model, tmp_path / "1", "zero3", gradient_accumulation_steps=2, **others)
-    ranks(1).run(runs.run, alone, timeout=500)
-    losses["1 rank"] = torch.tensor(runs.losses(tmp_path / "1"), dtype=torch.float64)
-    largest = {
-        k: float(((v - losses["zero3"]) / losses["zero3"]).abs().max()) for k, v in losses.items()
-    }
-    print("largest relative difference from ZeRO-3 on 2 ranks:", largest)
-    assert len(losses["zero3"]) == 10
+    for size, engine in ((1, "local"), (2, "zero2"), (2, "zero3"), (2, "fsdp")):
+        case = options(demo_model, tmp_path / engine, engine, **others)
+        ranks(size).run(runs.run, case, timeout=500)
+        losses[engine] = torch.tensor(runs.losses(tmp_path / engine), dtype=torch.float64)
+    alone = losses.pop("local")
+    largest = {k: float(((v - alone) / alone).abs().max()) for k, v in losses.items()}
+    print("largest relative difference from one process:", largest)
+    assert len(alone) == 10
     assert max(largest.values()) < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "others"),
+    ("world", "engine", "others"),
     [
         (2, "zero3", {}),
         (3, "zero2", {"gradient_checkpointing": True}),
@@ -66,14 +64,23 @@ def test_losses_do_not_depend_on_the_sharding(
         (2, "zero3", {"bf16": True, "gradient_accumulation_steps": 2}),
         (1, "zero1", {"method": "lora", "bf16": True}),
         (4, "zero3", {"scaling_interval": 2, "scaling_rule": "nnls"}),
+        (1, "local", {"gradient_accumulation_steps": 2}),
+        (1, "local", {"bf16": True, "gradient_checkpointing": True}),
+        (2, "fsdp", {"gradient_checkpointing": True}),
+        (2, "fsdp", {"bf16": True, "gradient_accumulation_steps": 2}),
+        (3, "fsdp_offload", {"method": "lora"}),
+        (2, "fsdp_offload", {"bf16": True}),
+        (4, "hybrid", {"bf16": True, "gradient_checkpointing": True}),
+        (4, "hybrid", {}),
     ],
 )
 def test_what_a_run_leaves(
-    ranks: GetRanks, tiny_model: str, tmp_path: Path, world: int, stage: str, others: dict
+    ranks: GetRanks, tiny_model: str, tmp_path: Path, world: int, engine: str, others: dict
 ) -> None:
-    case = options(tiny_model, tmp_path, stage, max_steps=4, eval_steps=3, **others)
+    folder = tmp_path / "run"
+    case = options(tiny_model, folder, engine, max_steps=4, eval_steps=3, **others)
     ranks(world).run(runs.run, case)
-    lines = runs.metrics(tmp_path)
+    lines = runs.metrics(folder)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     for line in steps:
@@ -88,11 +95,11 @@ def test_what_a_run_leaves(
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert list(evaluations) == [0, 3, 4]
     assert evaluations[4] < evaluations[0]
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["eval_loss"] == [evaluations[0], evaluations[4]]
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert list((folder / "tensorboard").glob("events*"))
     tolerance = 2e-3 if others.get("bf16") else 1e-5
-    assert merged_loss(tmp_path / "model", case) == pytest.approx(evaluations[4], rel=tolerance)
+    assert merged_loss(folder / "model", case) == pytest.approx(evaluations[4], rel=tolerance)
 
 
 def merged_loss(folder: Path, case: dict[str, Any]) -> float:
@@ -119,17 +126,18 @@ def test_without_held_out_data_the_model_is_in_training_mode(
     ranks: GetRanks, tiny_model: str, tmp_path: Path
 ) -> None:
     """Dropout and gradient checkpointing are off in evaluation mode."""
-    case = options(tiny_model, tmp_path, "zero3", max_steps=2, save_model=False)
+    case = options(tiny_model, tmp_path / "run", "zero3", max_steps=2, save_model=False)
     modes = ranks(1).run(runs.training_modes, {**case, "eval_size": 0, "lora_dropout": 0.5})[0]
     assert modes == [True, True]
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_persistent_buffers_are_part_of_the_model(
-    ranks: GetRanks, demo_model: str, tmp_path: Path
+    ranks: GetRanks, demo_model: str, tmp_path: Path, engine: str
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     expected = runs.save_tiny_deepseek(model, AutoTokenizer.from_pretrained(demo_model))
-    case = options(str(model), out, "zero3", max_steps=1, target_modules="o_proj")
+    case = options(str(model), out, engine, max_steps=1, target_modules="o_proj")
     ranks(2).run(runs.run, {**case, "eval_size": 0})
     state = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert expected

@@ -1,0 +1,225 @@
+"""Runs of a model of some kilobytes, on ranks that are there or as a user starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+import runs
+from scalora_dist.errors import UserError
+from scalora_dist.trainer import Trainer
+from scalora_dist.world import World
+
+# Dropout draws random numbers; the examples of three epochs are shuffled three times.
+TASK: dict[str, Any] = {
+    "max_length": 24,
+    "eval_size": 5,
+    "rank": 4,
+    "lora_alpha": 8,
+    "learning_rate": 1e-3,
+    "train_batch_size": 12,
+    "lora_dropout": 0.1,
+    "save_model": False,
+    "update_rank_layers": 0,
+}
+TIMINGS = ("seconds", "seconds_per_step", "rescale_share", "tokens_per_second", "peak_memory_bytes")
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "local": [sys.executable],
+    "fsdp": [str(BIN / "torchrun"), "--nproc_per_node", "2"],
+    "zero3": [str(BIN / "deepspeed"), "--num_gpus", "2"],
+}
+
+
+def save_task(folder: Path) -> Path:
+    """A tiny model with texts beside it."""
+    runs.save_odd_model(folder, "llama")
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abc "))
+    with open(folder / "texts.jsonl", "w") as file:
+        for length in generator.integers(8, 24, 41):
+            file.write(json.dumps({"text": "".join(generator.choice(letters, length))}) + "\n")
+    return folder
+
+
+def options(task: Path, output_dir: Path, engine: str, **others: Any) -> dict[str, Any]:
+    """Options of a run on "local", "fsdp" or a ZeRO stage; None takes one back."""
+    engine_options = {"local": {}, "fsdp": {"fsdp": True}}.get(engine)
+    if engine_options is None:
+        engine_options = {"ds_config": runs.ds_config(engine)}
+    given = {"model_name_or_path": task, "dataset": task / "texts.jsonl", "output_dir": output_dir}
+    given |= TASK | engine_options | others
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def timeless(value: Any) -> Any:
+    """Without what two runs cannot have in common."""
+    if isinstance(value, list):
+        return [timeless(item) for item in value]
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name not in TIMINGS}
+    return value
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without timings."""
+    return timeless(runs.metrics(folder))
+
+
+# On ranks that are there already.
+
+
+@contextlib.contextmanager
+def warnings_of(logger_name: str = "scalora_dist") -> Iterator[list[str]]:
+    """What is logged as a warning inside it; the ranks' processes have no other ear."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear, logger = Ear(logging.WARNING), logging.getLogger(logger_name)
+    logger.addHandler(ear)
+    try:
+        yield heard
+    finally:
+        logger.removeHandler(ear)
+
+
+def train(
+    world: World, case: dict[str, Any], trainer: type[Trainer] = Trainer
+) -> tuple[int, dict[str, Any], list[str]]:
+    """Train; (the step it began at, the summary without timings, warnings)."""
+    with warnings_of() as heard:
+        made = runs.make(world, case, trainer)
+        summary = made.run()
+    return made.first_step, timeless(summary), heard
+
+
+def train_fp16(world: World, case: dict[str, Any]) -> tuple[int, dict[str, Any], list[str]]:
+    """As ``train``, where DeepSpeed is told that this CPU has fp16 (slow, but it has)."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    had, accelerator.is_fp16_supported = accelerator.is_fp16_supported, lambda: True
+    try:
+        return train(world, case)
+    finally:
+        accelerator.is_fp16_supported = had
+
+
+def refusal(
+    world: World, case: dict[str, Any], trainer: type[Trainer] = Trainer
+) -> tuple[str, int, list[str]]:
+    """The sentence a run ends with, its status, and the warnings before."""
+    with warnings_of() as heard:
+        try:
+            runs.make(world, case, trainer).run()
+        except UserError as error:
+            return str(error), error.status, heard
+    raise AssertionError("nothing was refused")
+
+
+# As a user starts them.
+
+
+class Launched:
+    """One started command with everything it started; ``with`` leaves none of it behind."""
+
+    def __init__(self, engine: str, case: dict[str, Any], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        launcher = LAUNCHERS[engine] + ["--master_port", port] * (engine != "local")
+        command = [*launcher, "launch/train.py", *runs.words(case)]
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=runs.REPOSITORY,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ
+                | {
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "DS_ACCELERATOR": "cpu",
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    # By these the processes are found, and nobody else's.
+                    "SMALL_RUN": str(log),
+                },
+            )
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill(self.everyone())
+        self.process.wait(60)
+
+    def everyone(self) -> list[psutil.Process]:
+        """The launcher, if it lives, before all others; orphans too."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SMALL_RUN") == str(self.log):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.pid != self.process.pid)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks' processes in rank order; the launcher itself, where there is none."""
+        ranks = {}
+        for process in self.everyone():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if "launch/train.py" in command and process.pid != self.process.pid:
+                    rank = process.environ().get("RANK")
+                    if rank is not None and Path(command[0]).name.startswith("python"):
+                        ranks[int(rank)] = process
+        return [ranks[rank] for rank in sorted(ranks)] or [psutil.Process(self.process.pid)]
+
+    @staticmethod
+    def kill(processes: list[psutil.Process]) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+
+    def wait_for(self, condition: Callable[[], object], pause: float = 0.005) -> bool:
+        """Until ``condition`` holds; False where the command ended before."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(pause)
+        return True
+
+    def wait(self) -> int:
+        return self.process.wait(300)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def last_step(folder: Path) -> int:
+    """The last step whose line is whole; 0 before the first."""
+    try:
+        text = (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return 0
+    whole = [json.loads(line) for line in text.split(b"\n")[:-1]]
+    return max((line["step"] for line in whole if "loss" in line), default=0)

@@ -1,0 +1,343 @@
+"""How a run ends early: a signal, a full disk, a loss that stays NaN, a checkpoint that is bad."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import runs
+import small
+from ranks import Ranks
+from scalora_dist.checkpoint.manifest import checkpoints, is_sound, read_state, step_of
+from scalora_dist.metrics import RunLog
+from scalora_dist.saving import PREEMPTED as PREEMPTED_MARK
+from scalora_dist.trainer import Trainer
+from scalora_dist.world import World
+
+GetRanks = Callable[[int], Ranks]
+
+PREEMPTED = 75  # EX_TEMPFAIL
+LONG = {"max_steps": 40, "save_steps": 0, "eval_steps": 16}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_task(tmp_path_factory.mktemp("task"))
+
+
+def sound(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest first; all must be whole."""
+    assert all(is_sound(checkpoint) for checkpoint in checkpoints(folder))
+    return [step_of(checkpoint) or 0 for checkpoint in checkpoints(folder)]
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_one_process_with_75(
+    ranks: GetRanks, task: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    case = small.options(task, tmp_path / "run", "local", **LONG)
+    with small.Launched("local", case, tmp_path / "log") as run:
+        assert run.wait_for(lambda: small.last_step(tmp_path / "run") >= 3), run.text()
+        run.process.send_signal(number)
+        assert run.wait() == PREEMPTED, run.text()
+    check_preempted(ranks(1), case, run.text(), number)
+
+
+@pytest.mark.parametrize(
+    ("engine", "number", "whom"),
+    [
+        ("fsdp", signal.SIGTERM, "launcher"),
+        ("fsdp", signal.SIGUSR1, "one rank"),
+        pytest.param("fsdp", signal.SIGTERM, "ranks", marks=pytest.mark.heavy),
+        pytest.param("zero3", signal.SIGTERM, "launcher", marks=pytest.mark.heavy),
+        pytest.param("zero3", signal.SIGTERM, "ranks", marks=pytest.mark.heavy),
+        pytest.param("zero3", signal.SIGUSR1, "one rank", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_signal_ends_ranks_after_a_save(
+    ranks: GetRanks,
+    task: Path,
+    tmp_path: Path,
+    engine: str,
+    number: signal.Signals,
+    whom: str,
+) -> None:
+    """Through its launcher, all ranks, or only the last rank; what the launcher makes of it."""
+    case = small.options(task, tmp_path / "run", engine, **LONG)
+    with small.Launched(engine, case, tmp_path / "log") as run:
+        assert run.wait_for(lambda: small.last_step(tmp_path / "run") >= 3), run.text()
+        targets = {"launcher": [run.process], "ranks": run.ranks(), "one rank": run.ranks()[-1:]}
+        for process in targets[whom]:
+            process.send_signal(number)
+        status = run.wait()
+        print(f"{engine}, {number.name} to {whom}: status {status}")
+        assert status == STATUS[engine, whom], run.text()
+    check_preempted(ranks(2), case, run.text(), number)
+
+
+def check_preempted(ranks: Ranks, case: dict[str, Any], text: str, number: signal.Signals) -> None:
+    """The step was finished and saved, one sentence says so, and the run goes on as if never."""
+    folder = case["output_dir"]
+    step = small.last_step(folder)
+    assert 3 <= step < case["max_steps"]
+    assert sound(folder) == [step]
+    sentences = [line for line in text.splitlines() if "stopped by" in line]
+    assert len(sentences) == 1 and f"checkpoint-{step} is written" in sentences[0], text
+    assert "Traceback" not in text.partition("stopped by")[0]
+    assert (folder / PREEMPTED_MARK).read_text() == f"{step}\n"
+    answers = ranks.run(small.train, {**case, "resume_from_checkpoint": "latest"})
+    assert [first for first, *_ in answers] == [step] * ranks.size
+    assert not (folder / PREEMPTED_MARK).exists()
+    whole = {**case, "output_dir": folder.with_name("uninterrupted")}
+    ranks.run(small.train, whole)
+    assert small.lines(folder) == small.lines(whole["output_dir"])
+    assert drawn(folder) == drawn(whole["output_dir"]) == list(range(1, case["max_steps"] + 1))
+
+
+def drawn(folder: Path) -> list[int]:
+    """The steps whose loss TensorBoard shows."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    return [event.step for event in events.Reload().Scalars("train/loss")]
+
+
+# A launcher's own status: see README.
+STATUS = {
+    ("fsdp", "launcher"): 1,
+    ("fsdp", "ranks"): 1,
+    ("fsdp", "one rank"): 1,
+    ("zero3", "launcher"): 1,
+    ("zero3", "ranks"): PREEMPTED,
+    ("zero3", "one rank"): PREEMPTED,
+}
+
+
+# A full disk.
+
+# Room for one checkpoint of 2 ranks (some 170 kB), metrics and events, not for two.
+DISK_BYTES = 300_000
+ALONE_BYTES = 70_000  # so much smaller is one process's
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a disk can only be filled where tmpfs may be mounted: {mounted.stderr}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+FULL = {"max_steps": 9, "save_steps": 2, "save_total_limit": 3, "eval_steps": 4}
+
+
+def full_disk_case(task: Path, disk: Path, engine: str, on_failure: str) -> dict[str, Any]:
+    if engine == "local":
+        (disk / "ballast").write_bytes(bytes(ALONE_BYTES))
+    return small.options(task, disk / "run", engine, on_save_failure=on_failure, **FULL)
+
+
+def check_disk(folder: Path, warned: str) -> None:
+    """Only the second checkpoint's failure shows."""
+    assert sound(folder) == [2]
+    assert not list(folder.glob("*.partial"))
+    assert "checkpoint-4 could not be written (rank " in warned
+    assert "No space left on device" in warned and "earlier checkpoints are intact" in warned
+
+
+@pytest.mark.parametrize(("size", "engine"), [(1, "local"), (2, "fsdp"), (2, "zero3")])
+def test_a_full_disk_does_not_end_the_run(
+    ranks: GetRanks, task: Path, disk: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    """All lines are there, although the disk was full while some were written."""
+    case = full_disk_case(task, disk, engine, "continue")
+    answers = ranks(size).run(small.train, case)
+    for _, _, warned in answers:
+        check_disk(disk / "run", "\n".join(warned))
+    elsewhere = {**case, "output_dir": tmp_path / "elsewhere"}
+    ranks(size).run(small.train, elsewhere)
+    assert small.lines(disk / "run") == small.lines(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(("size", "engine"), [(2, "fsdp"), (2, "zero3")])
+def test_a_full_disk_ends_the_run_where_asked(
+    ranks: GetRanks, task: Path, disk: Path, size: int, engine: str
+) -> None:
+    case = full_disk_case(task, disk, engine, "stop")
+    for sentence, status, warned in ranks(size).run(small.refusal, case):
+        assert status == 2
+        assert "checkpoint-4 could not be written" in sentence and "\n" not in sentence
+        assert "free some space" in sentence
+        check_disk(disk / "run", "\n".join(warned))
+    assert 4 <= small.last_step(disk / "run") <= 6
+
+
+@pytest.mark.parametrize(("on_failure", "status"), [("continue", 0), ("stop", 2)])
+def test_the_status_after_a_full_disk(
+    task: Path, disk: Path, tmp_path: Path, on_failure: str, status: int
+) -> None:
+    case = full_disk_case(task, disk, "local", on_failure)
+    with small.Launched("local", case, tmp_path / "log") as run:
+        assert run.wait() == status, run.text()
+    check_disk(disk / "run", run.text())
+    assert run.text().count("error: ") == (on_failure == "stop")
+    assert "Traceback" not in run.text()
+
+
+def test_lines_wait_for_space(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """metrics.jsonl on a disk that is full for some steps, in the middle of a line."""
+    log = RunLog(disk, is_main=True, first_step=0, steps=900, logging_steps=1000)
+    for step in range(1, 901):
+        if step == 200:
+            with open(disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+                while ballast.write(bytes(4096)):
+                    pass
+        if step == 700:
+            assert small.last_step(disk) < 600
+            (disk / "ballast").unlink()
+        log.step({"step": step, "loss": step / 7, "tokens": 1, "seconds": 1.0})
+    log.sync()
+    log.close()
+    assert [line["step"] for line in runs.metrics(disk)] == list(range(1, 901))
+    told = [r.getMessage() for r in caplog.records if "wait for space" in r.getMessage()]
+    assert len(told) == 1 and "No space left" in told[0] and "metrics.jsonl" in told[0]
+
+
+# A loss that stays NaN.
+
+POISONED = 6  # the first step whose loss is NaN
+
+
+class Poisoned(Trainer):
+    def _step(self, step: int, *args: Any) -> Any:
+        if step + 1 == POISONED:
+            self.model.lm_head.register_forward_hook(lambda *call: call[2] * math.nan)
+        return super()._step(step, *args)
+
+
+def poisoned(world: World, case: dict[str, Any]) -> tuple[str, int, list[str]]:
+    return small.refusal(world, case, Poisoned)
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that rank 0 wrote but random states."""
+    found = load_file(checkpoint / "rank-00000.safetensors")
+    return {name: tensor for name, tensor in found.items() if not name.startswith("random")}
+
+
+@pytest.mark.parametrize(
+    ("size", "engine"), [(1, "local"), (2, "fsdp"), (2, "zero0"), (2, "zero2"), (2, "zero3")]
+)
+def test_a_loss_that_stays_nan_ends_the_run(
+    ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    """The last good checkpoint is named, is still there, and goes on with another rate."""
+    folder = tmp_path / "run"
+    case = small.options(
+        task,
+        folder,
+        engine,
+        max_steps=20,
+        save_steps=1,
+        save_total_limit=2,
+        max_skipped_steps=4,
+        lr_scheduler_type="constant",
+    )
+    for sentence, status, warned in ranks(size).run(poisoned, case):
+        assert status == 2 and "\n" not in sentence
+        assert f"not finite for 4 steps in a row, from step {POISONED} on" in sentence
+        assert f"the last good checkpoint is {folder / f'checkpoint-{POISONED - 1}'}:" in sentence
+        assert len([line for line in warned if "skipped" in line]) == 4
+    assert sound(folder) == [POISONED - 1, POISONED - 2]
+    steps = [line for line in small.lines(folder) if "loss" in line]
+    assert [line["step"] for line in steps if "skipped_step" in line] == [6, 7, 8, 9]
+    assert [line["loss"] is None for line in steps] == [False] * 5 + [True] * 4
+    healthy = {**case, "output_dir": tmp_path / "healthy", "max_steps": POISONED - 1}
+    ranks(size).run(small.train, healthy)
+    good = folder / f"checkpoint-{POISONED - 1}"
+    expected = tensors(tmp_path / "healthy" / good.name)
+    found = tensors(good)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def asked_while_poisoned(world: World, case: dict[str, Any]) -> None:
+    """As if the run were preempted after two skipped steps."""
+    from scalora_dist.errors import Preempted
+
+    class Asked(Poisoned):
+        def _step(self, step: int, *args: Any) -> Any:
+            if step + 1 == POISONED + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super()._step(step, *args)
+
+    with pytest.raises(Preempted):
+        runs.make(world, case, Asked).run()
+
+
+@pytest.mark.parametrize(
+    ("size", "engine"), [(1, "local"), (2, "fsdp"), (2, "zero0"), (2, "zero3")]
+)
+def test_skipped_steps_change_nothing(
+    ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    """Weights, factors and moments after two skipped steps are those before them."""
+    case = small.options(task, tmp_path / "run", engine, max_steps=20, save_steps=POISONED - 1)
+    ranks(size).run(asked_while_poisoned, case)
+    assert sound(tmp_path / "run") == [POISONED + 1, POISONED - 1]
+    before, after = (tensors(tmp_path / "run" / f"checkpoint-{n}") for n in (5, 7))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    states = [read_state(tmp_path / "run" / f"checkpoint-{n}") for n in (5, 7)]
+    for key in ("steps_taken", "engine", "schedule"):
+        assert states[0][key] == states[1][key]
+
+
+# A damaged checkpoint.
+
+
+def test_a_damaged_checkpoint_in_a_whole_run(task: Path, tmp_path: Path) -> None:
+    """Named: status 2. latest: the one before, with a warning, and the same run in the end."""
+    case = small.options(task, tmp_path / "run", "local", max_steps=7, save_steps=2)
+    with small.Launched("local", case, tmp_path / "log") as run:
+        assert run.wait() == 0, run.text()
+    expected = small.lines(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-6"
+    file = newest / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    named = {**case, "resume_from_checkpoint": newest}
+    with small.Launched("local", named, tmp_path / "named") as run:
+        assert run.wait() == 2, run.text()
+    errors = [line for line in run.text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and file.name in errors[0] and "Traceback" not in run.text()
+    assert small.lines(tmp_path / "run") == expected
+    latest = {**case, "resume_from_checkpoint": "latest"}
+    with small.Launched("local", latest, tmp_path / "latest") as run:
+        assert run.wait() == 0, run.text()
+    assert f"{newest} cannot be used: {file.name} has " in run.text()
+    assert f"going on from {newest.with_name('checkpoint-4')}" in run.text()
+    assert small.lines(tmp_path / "run") == expected
+    assert sound(tmp_path / "run") == [6, 4, 2]  # the damaged one is replaced
+    for checkpoint in checkpoints(tmp_path / "run"):
+        (checkpoint / "state.json").unlink()
+    with small.Launched("local", latest, tmp_path / "none") as run:
+        assert run.wait() == 2, run.text()
+    assert "none of the 3 checkpoints" in run.text() and "Traceback" not in run.text()

@@ -1,0 +1,144 @@
+"""fp32 training is the same on every engine and any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import runs
+from ranks import Ranks
+
+GetRanks = Callable[[int], Ranks]
+Rules = list[dict[str, tuple[str, float]]]
+
+STEPS, LAYERS = 20, 14
+TOLERANCE = 1e-5  # of a loss, relative
+ROUNDING = 1e-5  # a relative change of the grams that two runs may differ by
+GLOBAL_BATCH = 12
+# Examples of a micro-batch by ranks: accumulation on 1 and 2 ranks, none on 3 and 4.
+MICRO_BATCH = {1: 6, 2: 3, 3: 4, 4: 3}
+# Larger steps than these amplify rounding.
+TASK = {
+    "train_batch_size": GLOBAL_BATCH,
+    "max_length": 32,
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.1,  # all steps of both models are clipped
+    "rank": 4,
+    "lora_alpha": 8,
+    "eta_lipschitz": 0.5,
+    "scaling_interval": 1,
+    "save_model": False,
+    "save_steps": 0,
+    "update_rank_layers": 0,
+}
+
+
+class Outcome(NamedTuple):
+    losses: np.ndarray  # (steps,)
+    rules: Rules
+
+
+def train(ranks: Ranks, model: Path, folder: Path, **others: Any) -> Outcome:
+    given = {"model_name_or_path": model, "dataset": model / "texts.jsonl", "output_dir": folder}
+    answers = ranks.run(runs.rules_taken, {**given, **TASK, **others})
+    assert all(answer == answers[0] for answer in answers[1:])  # bit for bit
+    return Outcome(np.array(runs.losses(folder)), answers[0])
+
+
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``odd_model(architecture)``: the folder of a tiny random model, its texts beside it."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            folder = made[architecture] = tmp_path_factory.mktemp(architecture)
+            runs.save_odd_model(folder, architecture)
+            generator = np.random.default_rng(0)
+            letters = np.array(list(string.ascii_letters))
+            with open(folder / "texts.jsonl", "w") as file:
+                for length in generator.integers(8, 32, 60):
+                    text = "".join(generator.choice(letters, length))
+                    file.write(json.dumps({"text": text}) + "\n")
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference(
+    ranks: GetRanks, odd_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Outcome]:
+    """``reference(architecture)``: one process without an engine, the global batch at once."""
+    made: dict[str, Outcome] = {}
+
+    def get(architecture: str) -> Outcome:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            batch = {"per_device_train_batch_size": GLOBAL_BATCH}
+            made[architecture] = train(ranks(1), odd_model(architecture), folder, **batch)
+        return made[architecture]
+
+    return get
+
+
+ENGINES = [(1, "local")]
+ENGINES += [
+    (size, engine)
+    for size in (1, 2, 3, 4)
+    for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp")
+]
+ENGINES += [(4, "hybrid")]
+
+
+@pytest.mark.parametrize(("size", "engine"), ENGINES)
+@pytest.mark.parametrize("architecture", ["gemma3", "llama"])
+def test_losses_and_rules_agree_with_one_process(
+    ranks: GetRanks,
+    odd_model: Callable[[str], Path],
+    reference: Callable[[str], Outcome],
+    tmp_path: Path,
+    architecture: str,
+    size: int,
+    engine: str,
+) -> None:
+    """20 fp32 steps, a rescale each: losses to 1e-5 relative, and the rule that each layer takes.
+
+    A layer may take another rule only where its column solution is within rounding of a bound.
+    """
+    expected = reference(architecture)
+    ours = train(
+        ranks(size),
+        odd_model(architecture),
+        tmp_path / "run",
+        per_device_train_batch_size=MICRO_BATCH[size],
+        **runs.engine_options(engine, tmp_path),
+    )
+    assert len(ours.losses) == len(expected.losses) == STEPS
+    largest = float(np.abs(ours.losses / expected.losses - 1).max())
+    others = check_rules(ours.rules, expected.rules)
+    print(f"{architecture}, {engine}, {size} rank(s): {largest:.1e} {others} other rule(s)")
+    assert largest < TOLERANCE
+
+
+def check_rules(ours: Rules, expected: Rules) -> int:
+    """How many layers took another rule at some step, having been free to."""
+    others = 0
+    for step, (here, there) in enumerate(zip(ours, expected, strict=True)):
+        assert len(here) == LAYERS and list(here) == list(there)
+        for layer, (rule, distance) in here.items():
+            other_rule, other_distance = there[layer]
+            if rule != other_rule:
+                others += 1
+                assert max(abs(distance), abs(other_distance)) < ROUNDING, (
+                    f"step {step}, {layer}: {rule} at {distance}, {other_rule} at {other_distance}"
+                )
+    return others

@@ -1,0 +1,288 @@
+"""A run that goes on from a checkpoint is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runs
+import small
+from ranks import Ranks
+
+GetRanks = Callable[[int], Ranks]
+
+STEPS = 7
+ENGINES = [(2, "zero1"), (2, "zero2"), (2, "zero3"), (2, "fsdp"), (1, "local")]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_task(tmp_path_factory.mktemp("task"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{safetensors file of the merged model: checksum}"""
+    files = folder.glob("model/*.safetensors")
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert found
+    return found
+
+
+def left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
+    """Everything that must not depend on an interruption."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return small.lines(folder), small.timeless(summary), digests(folder)
+
+
+def check_goes_on(ranks: Ranks, work: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run, delete the newest checkpoint, resume: nothing differs. The lines of the first run."""
+    folder = case["output_dir"]
+    ranks.run(work, case)
+    expected = left(folder)
+    assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
+    shutil.rmtree(folder / "checkpoint-6")
+    shutil.rmtree(folder / "model")
+    answers = ranks.run(work, {**case, "resume_from_checkpoint": "latest"})
+    assert [first for first, _, _ in answers] == [3] * ranks.size
+    assert left(folder) == expected
+    assert (folder / "checkpoint-6").is_dir()
+    assert not list(folder.glob("*.partial"))
+    return expected[0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("size", "engine"), ENGINES)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str, dtype: str
+) -> None:
+    """Metrics to the last digit, the update's rank, and the model, with dropout and merges."""
+    case = small.options(
+        task,
+        tmp_path / "run",
+        engine,
+        max_steps=STEPS,
+        save_steps=3,
+        eval_steps=2,
+        warmup_ratio=0.5,
+        update_rank_layers=2,
+        save_model=True,
+        bf16=True if dtype == "bf16" else None,
+    )
+    lines = check_goes_on(ranks(size), small.train, case)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    # Otherwise nothing was merged, and the equality would say little.
+    assert all(sum(line["rescale"].values()) > line["rescale"]["skipped"] for line in steps)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_the_loss_scale_goes_on(ranks: GetRanks, task: Path, tmp_path: Path, stage: str) -> None:
+    """fp16: the scale grows every second good step, also over the checkpoint at step 3."""
+    config = json.loads(Path(runs.ds_config(stage)).read_text())
+    config["fp16"] = {
+        "enabled": "auto",
+        "loss_scale_window": 2,
+        "initial_scale_power": 5,
+        "hysteresis": 1,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    case = small.options(
+        task,
+        tmp_path / "run",
+        stage,
+        ds_config=tmp_path / "ds.json",
+        max_steps=STEPS,
+        save_steps=3,
+        fp16=True,
+        save_model=True,
+    )
+    lines = check_goes_on(ranks(2), small.train_fp16, case)
+    scales = [line["loss_scale"] for line in lines if "loss" in line]
+    # What the checkpoint holds is another scale than the first, and half-way to the next.
+    assert scales[0] < scales[3] == scales[4] < scales[5], scales
+
+
+def test_a_run_goes_on_elsewhere(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    """A checkpoint named by its path: the other folder gets the lines before it too."""
+    case = small.options(task, tmp_path / "a", "local", max_steps=5, save_steps=2, eval_steps=2)
+    ranks(1).run(small.train, case)
+    there = {
+        **case,
+        "output_dir": tmp_path / "b",
+        "resume_from_checkpoint": tmp_path / "a" / "checkpoint-2",
+    }
+    assert ranks(1).run(small.train, there)[0][0] == 2
+    assert small.lines(tmp_path / "b") == small.lines(tmp_path / "a")
+
+
+RESHARDED = [
+    # saved on, resumed on
+    ((2, "zero3"), (1, "zero3")),
+    ((2, "zero3"), (3, "zero3")),
+    ((2, "zero3"), (4, "zero3")),
+    ((2, "zero3"), (3, "fsdp")),
+    ((2, "fsdp"), (4, "zero3")),
+    ((2, "fsdp"), (1, "local")),
+    ((2, "zero2"), (3, "zero1")),
+    ((2, "zero2"), (1, "local")),
+]
+ResumedFrom = Callable[[int, str], Path]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory) -> ResumedFrom:
+    """``saved(size, engine)``: the folder of a run of 8 steps with a checkpoint at step 4."""
+    made: dict[tuple[int, str], Path] = {}
+
+    def get(size: int, engine: str) -> Path:
+        if (size, engine) not in made:
+            folder = made[size, engine] = tmp_path_factory.mktemp("saved") / "run"
+            ranks(size).run(small.train, steady(task, folder, engine))
+        return made[size, engine]
+
+    return get
+
+
+def steady(task: Path, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
+    """No dropout, which other ranks draw otherwise."""
+    return small.options(
+        task,
+        folder,
+        engine,
+        **{"max_steps": 8, "save_steps": 4, "eval_steps": 4, "lora_dropout": 0.0, **others},
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), RESHARDED)
+def test_other_ranks_and_engines_go_on(
+    ranks: GetRanks,
+    task: Path,
+    saved: ResumedFrom,
+    tmp_path: Path,
+    before: tuple[int, str],
+    after: tuple[int, str],
+) -> None:
+    folder, (size, engine) = saved(*before), after
+    case = steady(task, tmp_path, engine, resume_from_checkpoint=folder / "checkpoint-4")
+    answers = ranks(size).run(small.train, case)
+    assert [first for first, _, _ in answers] == [4] * size
+    ours, theirs = np.array(runs.losses(tmp_path)), np.array(runs.losses(folder))
+    assert (ours[:4] == theirs[:4]).all()
+    difference = np.abs(ours / theirs - 1)[4:].max()
+    print(f"{before} → {after}: {difference:.1e}")
+    assert len(ours) == len(theirs) == 8 and difference < 1e-5
+    evaluated = [
+        [line["eval_loss"] for line in small.lines(run) if "eval_loss" in line]
+        for run in (tmp_path, folder)
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+
+
+REFUSED: dict[str, Any] = {
+    "rank": 3,
+    "seed": 7,
+    "train_batch_size": 6,
+    "max_length": 20,
+    "method": "lora",
+    "bf16": True,
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_another_run_is_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path, option: str
+) -> None:
+    checkpoint = saved(2, "fsdp") / "checkpoint-4"
+    others = {"resume_from_checkpoint": checkpoint, option: REFUSED[option]}
+    case = steady(task, tmp_path / "run", "local", **others)
+    sentence, status, _ = ranks(1).run(small.refusal, case)[0]
+    assert status == 2
+    assert f"set --{option} " in sentence and "\n" not in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_is_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_text((task / "texts.jsonl").read_text())
+    others = {
+        "resume_from_checkpoint": saved(2, "fsdp") / "checkpoint-4",
+        "dataset": tmp_path / "texts.jsonl",
+    }
+    sentence, *_ = ranks(1).run(small.refusal, steady(task, tmp_path / "run", "local", **others))[0]
+    assert f"set --dataset {task / 'texts.jsonl'}" in sentence
+
+
+def test_another_base_model_is_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
+) -> None:
+    """One number of one frozen weight is another; every rank says so."""
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(task, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 3] += 1e-3
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    others = {
+        "resume_from_checkpoint": saved(2, "fsdp") / "checkpoint-4",
+        "model_name_or_path": model,
+    }
+    case = steady(task, tmp_path / "run", "zero3", **others)
+    for sentence, status, _ in ranks(2).run(small.refusal, case):
+        assert status == 2
+        assert "--model_name_or_path" in sentence and "\n" not in sentence
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
+) -> None:
+    others = {
+        "resume_from_checkpoint": saved(2, "fsdp") / "checkpoint-4",
+        "per_device_train_batch_size": 5,
+    }
+    case = steady(task, tmp_path / "run", "zero3", **others)
+    sentence, status, _ = ranks(2).run(small.refusal, case)[0]
+    assert status == 2
+    assert "--train_batch_size 12" in sentence and "2 rank(s)" in sentence and "\n" not in sentence
+
+
+def test_another_learning_rate_is_taken_with_a_warning(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
+) -> None:
+    others = {
+        "resume_from_checkpoint": saved(2, "fsdp") / "checkpoint-4",
+        "learning_rate": 5e-4,
+    }
+    case = steady(task, tmp_path, "local", **others)
+    _, _, warned = ranks(1).run(small.train, case)[0]
+    assert [line for line in warned if "--learning_rate" in line]
+    rates = [line["learning_rate"] for line in small.lines(tmp_path) if "loss" in line]
+    linear = [1 - step / 8 for step in range(8)]
+    expected = [1e-3 * part for part in linear[:4]] + [5e-4 * part for part in linear[4:]]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_older_checkpoint_among_newer_ones_is_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom
+) -> None:
+    folder = saved(2, "fsdp")
+    before = small.lines(folder)
+    case = steady(
+        task, folder, "local", resume_from_checkpoint=folder / "checkpoint-4", max_steps=9
+    )
+    sentence, status, _ = ranks(1).run(small.refusal, case)[0]
+    assert status == 2
+    assert "checkpoint-8" in sentence
+    assert small.lines(folder) == before

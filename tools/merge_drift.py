@@ -1,0 +1,252 @@
+"""What a frozen weight keeps of many merges: fp32, bf16 in two halves (split), bf16 (nearest).
+
+    python tools/merge_drift.py --model_name_or_path MODEL [--merges 1 100 1000] [--json out.json]
+
+A real training on one process (the demo's recipe with one example a step; launch/train.py's other
+options are passed on) rescales before every step. What it merges into the linear layers of a few
+decoder blocks is also merged, by the project's own `add_low_rank_`, into copies of those layers,
+which start at the loaded weight rounded to bf16; the reference adds the same in float64. Nothing
+is replayed: real increments go back and forth (1 − α∘β is of either sign), each a little
+different, and repeating a few of them, with random signs or in pairs, would flatter `nearest`.
+
+    stored drift    ‖W − W_ref‖ / ‖W_ref − W_0‖: of the number that is stored (the halves joined),
+                    as a share of the update accumulated so far
+    forward drift   ‖(W − W_ref) x‖ / ‖W_ref x‖: of what the forward reads (split: the bf16 half),
+                    in exact arithmetic, on inputs x that the layer had in training
+
+The last row is the reference itself, rounded to bf16 once: what any bf16 weight comes to.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from scalora_dist.config import Parser, option, parse_options
+from scalora_dist.engines.base import LayerShards
+from scalora_dist.engines.pick import pick_engine
+from scalora_dist.errors import UserError, exit_with_one_sentence
+from scalora_dist.merge import add_low_rank_, join_halves, zero_low_half
+from scalora_dist.methods import METHODS
+from scalora_dist.metrics import write_json
+from scalora_dist.models import hidden_size
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.shards import FlatShard
+from scalora_dist.solve import Scales
+from scalora_dist.trainer import Trainer
+from scalora_dist.world import World
+
+RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.yaml"
+INPUTS = 64  # of a layer's inputs that are kept
+FIGURES = ("stored", "forward", "update")  # what is aggregated over layers
+ONCE = "reference, rounded once"
+
+
+@dataclass
+class DriftArguments:
+    _argument_group_name = "drift"
+
+    merges: list[int] = option([1, 100, 1000], "After how many merges to measure.")
+    blocks: int = option(3, "Decoder blocks, spread over the model, whose layers are measured.")
+    json: Optional[str] = option(None, "A file to write the figures to.")
+
+    def __post_init__(self) -> None:
+        self.merges = sorted(set(self.merges))
+        if not self.merges or self.merges[0] < 1 or self.blocks < 1:
+            raise UserError("set --merges and --blocks to at least 1")
+        if self.json and not Path(self.json).parent.is_dir():
+            raise UserError(f"--json {self.json}: its folder does not exist")
+
+
+class Stored:
+    """A weight in one way of storing it."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, *, split: bool = False) -> None:
+        rows, cols = weight.shape
+        self.shard = FlatShard(weight.to(dtype, copy=True).view(-1), 0, (rows, cols))
+        self.low = zero_low_half(self.shard) if split else None
+
+    def forward(self) -> Tensor:
+        """What a forward reads: (m, n)."""
+        return self.shard.local.view(self.shard.shape)
+
+    def value(self) -> Tensor:
+        """The numbers that are stored: (m, n)."""
+        high = self.forward()
+        return high if self.low is None else join_halves(high, self.low.view_as(high))
+
+    def bytes_per_weight(self) -> list[int]:
+        """Of each tensor that is kept."""
+        kept = [self.shard.local] if self.low is None else [self.shard.local, self.low]
+        return [tensor.nbytes // self.shard.local.numel() for tensor in kept]
+
+
+class Layer:
+    """One adapted layer's weight, stored in every way, and the float64 reference.
+
+    Attributes:
+        inputs: (k, n), any float dtype: what the layer was given in the latest forward.
+        merges: so far.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """All start at ``weight`` (m, n), rounded to bfloat16."""
+        weight = weight.to(torch.bfloat16)
+        self.ways = {
+            "fp32": Stored(weight, torch.float32),
+            "bf16, split": Stored(weight, torch.bfloat16, split=True),
+            "bf16, nearest": Stored(weight, torch.bfloat16),
+        }
+        self.start, self.reference = weight.double(), weight.double()
+        self.inputs, self.merges = weight[:0], 0
+
+    def keep_inputs(self, module: nn.Module, x: tuple[Tensor]) -> None:
+        self.inputs = x[0].detach().flatten(0, -2)[:INPUTS].clone()
+
+    def merge(self, left: Tensor, right: Tensor) -> None:
+        """``W += left @ rightᵀ``: (m, r) and (n, r), float32."""
+        for way in self.ways.values():
+            add_low_rank_(way.shard, left, right, way.low)
+        self.reference.addmm_(left.double(), right.double().T)
+        self.merges += 1
+
+    def measure(self) -> list[dict[str, Any]]:
+        """One row per way; ``update`` is ‖W_ref − W_0‖ / ‖W_0‖."""
+        x, rows = self.inputs.double().T, []
+        update, y = (self.reference - self.start).norm(), (self.reference @ x).norm()
+        for name, way in (self.ways | {ONCE: Stored(self.reference, torch.bfloat16)}).items():
+            stored, forward = (w.double() - self.reference for w in (way.value(), way.forward()))
+            drifts = (stored.norm() / update, (forward @ x).norm() / y, update / self.start.norm())
+            row = {"merges": self.merges, "way": name, "bytes": way.bytes_per_weight()}
+            rows.append(row | dict(zip(FIGURES, map(float, drifts), strict=True)))
+        return rows
+
+
+class Watcher:
+    """Merges what a trainer merges into copies of a few of its layers, and measures them."""
+
+    def __init__(self, trainer: Trainer, blocks: int, merges: Sequence[int]) -> None:
+        assert trainer.rescaler is not None
+        shards = {layer.name: layer.W for layer in trainer.engine.layers(gradients=False)}
+        self.layers = {
+            name: Layer(shards[name].local.view(shards[name].shape))
+            for name in spread_over_blocks(list(shards), blocks)
+        }
+        for name, layer in self.layers.items():
+            trainer.model.get_submodule(name).register_forward_pre_hook(layer.keep_inputs)
+        self.at, self.rows = merges, list[dict[str, Any]]()
+        self.merge, trainer.rescaler.merge = trainer.rescaler.merge, self  # type: ignore
+
+    def __call__(self, shards: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
+        """In the place of ``Rescaler.merge``."""
+        for shard, alpha, beta in zip(shards, scales.alpha, scales.beta, strict=True):
+            if layer := self.layers.get(shard.name):
+                a, b = (factor.local.view(factor.shape) for factor in (shard.A, shard.B))
+                left = a * (shard.scaling * (1 - alpha * beta)).to(a)
+                # Rescales before the first step with a learning rate find A = 0: not counted.
+                if layer.merges or left.any():
+                    layer.merge(left, b)
+                    if layer.merges in self.at:
+                        self.rows += [{"layer": shard.name, **row} for row in layer.measure()]
+        self.merge(shards, scales, clock)
+
+
+def spread_over_blocks(names: Sequence[str], count: int) -> list[str]:
+    """The layers of ``count`` blocks, the first and the last among them; a block is a number."""
+    block_of = {name: next(filter(str.isdigit, name.split(".")), "") for name in names}
+    blocks = list(dict.fromkeys(block_of.values()))
+    count = min(count, len(blocks))
+    chosen = {blocks[i * (len(blocks) - 1) // max(1, count - 1)] for i in range(count)}
+    return [name for name in names if block_of[name] in chosen]
+
+
+def over_layers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of many layers as one: the median of each figure, and its largest as ``max_…``."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["merges"], row["way"]), []).append(row)
+    return [
+        group[0]
+        | {key: median(row[key] for row in group) for key in FIGURES}
+        | {f"max_{key}": max(row[key] for row in group) for key in FIGURES}
+        for group in groups.values()
+    ]
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """The medians as a Markdown table, a line per way."""
+    counts = sorted({row["merges"] for row in rows})
+    heads = ["", "bytes per weight"]
+    heads += [f"{key} drift, {count}" for key in ("stored", "forward") for count in counts]
+    lines = [heads, ["---"] * len(heads)]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        of_way = [row for row in rows if row["way"] == way]
+        figures = [row[key] for key in ("stored", "forward") for row in of_way]
+        size = " + ".join(map(str, of_way[0]["bytes"]))
+        lines.append([way, size, *(f"{figure:.1e}" for figure in figures)])
+    updates = {row["merges"]: f"{row['update']:.1%} after {row['merges']}" for row in rows}
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\nMedians over the layers; the update, of W: {', '.join(updates.values())}."
+
+
+def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str, Any]]:
+    """A training on this process alone: what was measured meanwhile, and its options."""
+    with tempfile.TemporaryDirectory(prefix="merge_drift-") as folder:
+        # Two steps more: the first rescale finds A = 0, and the next one if warm-up starts at 0.
+        given = {"config": RECIPE, "output_dir": folder, "max_steps": args.merges[-1] + 2}
+        given |= {"per_device_train_batch_size": 1, "eval_size": 0, "update_rank_layers": 0}
+        given |= {"save_steps": 0, "save_model": False}
+        options = parse_options([*(f"--{name}={value}" for name, value in given.items()), *argv])
+        if not METHODS[options.method.method].rescales:
+            raise UserError(f"--method {options.method.method} merges nothing: leave it out")
+        if options.launch.ds_config or options.launch.fsdp:
+            raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
+        world = World.join(timeout=timedelta(minutes=30))
+        options.train.settle_batch(world.size)
+        make_engine = pick_engine(options, world, hidden_size(options.model))
+        trainer = Trainer(options, world, make_engine)
+        watcher = Watcher(trainer, args.blocks, args.merges)
+        trainer.run()
+        world.leave()
+    fewest = min(layer.merges for layer in watcher.layers.values())
+    if fewest < args.merges[-1]:
+        raise UserError(f"only {fewest} rescales merged anything: set --max_steps higher")
+    return watcher, {**asdict(options.method), **asdict(options.train)}
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser([DriftArguments], allow_abbrev=False, description=__doc__.partition("\n")[0])
+    args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    watcher, settings = watch(rest, args)
+    rows = over_layers(watcher.rows)
+    print(render(rows))
+    if args.json:
+        cuda = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
+        result = {
+            "device": f"{device}, {torch.get_num_threads()} threads",
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "settings": {**settings, **asdict(args)},
+            "over_layers": rows,
+            "layers": watcher.rows,
+        }
+        write_json(Path(args.json), result)
+
+
+if __name__ == "__main__":
+    # torch renamed a collective; releases before 2.13 have the old name only.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with exit_with_one_sentence():
+        run(sys.argv[1:])
