@@ -47,7 +47,7 @@ def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
     seen: list[bool] = []
 
     class Watched(Trainer):
-        def _step(self, *args: Any) -> dict[str, Any]:
+        def _step(self, *args: Any) -> Any:
             seen.append(all(module.training for module in self.model.modules()))
             return super()._step(*args)
 

@@ -192,6 +192,13 @@ class Launched:
                         ranks[int(rank)] = process
         return [ranks[rank] for rank in sorted(ranks)] or [psutil.Process(self.process.pid)]
 
+    def launcher(self) -> psutil.Process:
+        """What started the ranks: the command, or the process of this node under `deepspeed`.
+
+        `deepspeed` itself dies of a SIGTERM without a word to anybody, and the ranks train on.
+        """
+        return self.ranks()[0].parent()
+
     @staticmethod
     def kill(processes: list[psutil.Process]) -> None:
         for process in processes:

@@ -80,7 +80,7 @@ def test_a_signal_ends_ranks_after_a_save(
     case = small.options(task, tmp_path / "run", engine, **LONG)
     with small.Launched(engine, case, tmp_path / "log") as run:
         assert run.wait_for(lambda: small.last_step(tmp_path / "run") >= 3), run.text()
-        targets = {"launcher": [run.process], "ranks": run.ranks(), "one rank": run.ranks()[-1:]}
+        targets = {"launcher": [run.launcher()], "ranks": run.ranks(), "one rank": run.ranks()[-1:]}
         for process in targets[whom]:
             process.send_signal(number)
         status = run.wait()
