@@ -175,19 +175,22 @@ class Trainer:
 
         self.engine.module.train()
         before = self._evaluation_before(history)
-        if not self.first_step:
-            before = self._evaluate(log, 0)
-        for step in range(self.first_step, self.steps):
-            record, votes = self._step(step, micro_batches)
-            self.records.append(record)
-            log.step(record)
-            if train.eval_steps and (step + 1) % train.eval_steps == 0 and step + 1 < self.steps:
-                self._evaluate(log, step + 1)
-            self.watch.pause()  # a slow disk is no hung rank
-            self.saving.after(step + 1, self.records, votes, save)
-        self.saving.finish()
-        after = self._evaluate(log, self.steps)
-        log.close()
+        try:
+            if not self.first_step:
+                before = self._evaluate(log, 0)
+            for step in range(self.first_step, self.steps):
+                record, votes = self._step(step, micro_batches)
+                self.records.append(record)
+                log.step(record)
+                done = step + 1
+                if train.eval_steps and done % train.eval_steps == 0 and done < self.steps:
+                    self._evaluate(log, done)
+                self.watch.pause()  # a slow disk is no hung rank
+                self.saving.after(done, self.records, votes, save)
+            self.saving.finish()
+            after = self._evaluate(log, self.steps)
+        finally:
+            log.close()  # before the sentence that a run may end with
         return before, after
 
     def _start(self) -> tuple[Iterator[dict[str, Tensor]], list[dict[str, Any]]]:

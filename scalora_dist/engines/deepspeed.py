@@ -130,7 +130,9 @@ class DeepSpeedEngine(Engine):
     def state(self) -> dict[str, Any]:
         state = super().state()
         if self.dtype == torch.float16:
-            state["loss_scaler"] = dict(vars(self.engine.optimizer.loss_scaler))
+            scaler = vars(self.engine.optimizer.loss_scaler)
+            # The scale and its counters; what else it holds comes from the options.
+            state["loss_scaler"] = {k: v for k, v in scaler.items() if isinstance(v, int | float)}
         return state
 
     @contextmanager

@@ -37,6 +37,7 @@ def options(model: str, folder: Path, engine: str, **others: Any) -> dict[str, A
     }
 
 
+@pytest.mark.heavy
 def test_losses_of_the_demo_model_do_not_depend_on_the_sharding(
     ranks: GetRanks, demo_model: str, tmp_path: Path
 ) -> None:
