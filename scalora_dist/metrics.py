@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ class _Lines:
 
     def sync(self) -> None:
         self.write("")
-        os.fsync(self.file.fileno())
+        with suppress(OSError):  # a full disk again, on file systems that allocate late
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.write("")

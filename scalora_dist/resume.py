@@ -79,6 +79,7 @@ class RunState:
             "step": step,
             "steps_taken": steps_taken,
             "world_size": self.world.size,
+            "device": self.world.device.type,
             "engine": self.engine.state(),
             "schedule": {"last_epoch": self.scheduler.last_epoch},
             "base": self.base,
@@ -109,7 +110,8 @@ class RunState:
             shards = self._shards(layers)
             parts = {name: FlatPart.of(shard) for name, shard in shards.items()}
             random = self._random_parts()
-            same_ranks = state["world_size"] == self.world.size
+            here = (self.world.size, self.world.device.type)
+            same_ranks = (state["world_size"], state["device"]) == here
             checkpoints.load(folder, parts | random if same_ranks else parts)
         if same_ranks:
             states = {name.rpartition(".")[2]: part.local for name, part in random.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
@@ -74,7 +75,8 @@ class Saving:
             if self._failure:
                 self._give_up()
             if self.world.is_main:
-                (self.checkpoints.output_dir / PREEMPTED).write_text(f"{step}\n")
+                with suppress(OSError):  # the checkpoint has taken the last of the disk
+                    (self.checkpoints.output_dir / PREEMPTED).write_text(f"{step}\n")
             self.world.sum(0.0)  # no rank leaves, and the launcher with it, before all is done
             raise Preempted(
                 f"stopped by {self.signals.received or 'a signal'} after step {step}; "

@@ -117,9 +117,11 @@ class Trainer:
         folder = find_checkpoint(self.checkpoints, train.resume_from_checkpoint)
         if folder is None or folder.parent.resolve() != self.folder.resolve():
             self.world.main_only(lambda: check_output_dir(self.folder, train))
-        if folder is not None:
-            check_same_run(folder, self.options)
-            check_no_newer(folder, self.folder, self.checkpoints.newest_first())
+        if folder is None:
+            return None
+        found = self.checkpoints.newest_first()
+        self.world.main_only(lambda: check_same_run(folder, self.options))
+        self.world.main_only(lambda: check_no_newer(folder, self.folder, found))
         return folder
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -199,9 +201,11 @@ class Trainer:
             if self.world.is_main:
                 clear_results(self.folder)
             return self._micro_batches(), []
-        if self.world.is_main:
+        if self.world.is_main and self.resumes_from.parent.resolve() == self.folder.resolve():
             clear_leftovers(self.folder)
             (self.folder / PREEMPTED).unlink(missing_ok=True)
+        elif self.world.is_main:
+            clear_results(self.folder)
         self.first_step = step_of(self.resumes_from) or 0
         micro_batches = self._micro_batches()  # draws a seed, as it did at the beginning
         self.steps_taken = self.state.restore(self.checkpoints, self.resumes_from)["steps_taken"]
@@ -357,7 +361,9 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
-    resumes = train.resume_from_checkpoint == "latest" and (folder / "metrics.jsonl").is_file()
+    done = any((folder / name).exists() for name in ("summary.json", "model"))
+    begun = (folder / "metrics.jsonl").is_file() and not done
+    resumes = train.resume_from_checkpoint == "latest" and begun
     empty = not folder.is_dir() or not any(folder.iterdir())
     if not (empty or resumes or train.overwrite_output_dir):
         raise UserError(

@@ -58,18 +58,24 @@ def publish(partial: Path, folder: Path, files: dict[str, FileRecord]) -> None:
             raise OSError(f"{name} is not all there: do all nodes share {partial.parent}?")
     write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2).encode())
     _sync_folder(partial)
-    remove(folder)
+    old = _aside(folder)  # an earlier one of the same step stays whole until this one is there
     partial.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
     _sync_folder(folder.parent)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint: it is gone at once, whenever the deletion is cut short."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Give ``folder``, where it exists, the name of a leftover; returns that name."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         folder.replace(old)
-        shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def clear_leftovers(output_dir: Path) -> None:

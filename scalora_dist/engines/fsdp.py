@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from scalora_dist.engines.base import LayerShards, NamedShard, as_matrix
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine, TorchPlaces
+from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
@@ -48,6 +50,7 @@ class FSDPEngine(LocalEngine):
         """Cut ``model`` up while it has no storage, then send each rank its part of rank 0's."""
         source = {name: p.detach() for name, p in model.named_parameters()}
         buffers = dict(model.named_buffers())
+        self._check_alike(source | buffers)
         _to_meta(model)
         self._shard(model)
         model.to_empty(device="cpu" if self.config.cpu_offload else self.world.device)
@@ -60,6 +63,17 @@ class FSDPEngine(LocalEngine):
             for name, buffer in buffers.items():  # on the device, even where parameters are not
                 holder, _, attribute = name.rpartition(".")
                 model.get_submodule(holder)._buffers[attribute] = self._from_main(buffer)
+
+    def _check_alike(self, tensors: Mapping[str, Tensor]) -> None:
+        """Ranks that know only the config must expect what rank 0 sends."""
+        known = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
+        check = zlib.crc32(repr(known).encode())
+        high, low = self.world.max(check, -check)
+        if high != -low:
+            raise UserError(
+                "the model's files hold other tensors than its config.json says "
+                "(tie_word_embeddings?): correct it, or train with --ds_config"
+            )
 
     def _from_main(self, tensor: Tensor) -> Tensor:
         """Rank 0's ``tensor`` on every rank's device; elsewhere only its shape and dtype count."""

@@ -80,7 +80,9 @@ class LocalEngine(Engine):
         if not self.max_grad_norm:
             return
         gradients = gradient_shards(layers)
-        share = self.max_grad_norm / (global_norm(gradients, self.world.device) + 1e-6)
+        # Replicas of a hybrid mesh add up alike but for rounding: all must clip by one number.
+        (norm,) = self.world.max(global_norm(gradients, self.world.device))
+        share = self.max_grad_norm / (norm + 1e-6)
         if share < 1:
             for gradient in gradients:
                 gradient.local.mul_(share)

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -99,6 +100,7 @@ def check_preempted(ranks: Ranks, case: dict[str, Any], text: str, number: signa
     assert len(sentences) == 1 and f"checkpoint-{step} is written" in sentences[0], text
     assert "Traceback" not in text.partition("stopped by")[0]
     assert (folder / PREEMPTED_MARK).read_text() == f"{step}\n"
+    time.sleep(1.1)  # TensorBoard takes its files in the order of the seconds in their names
     answers = ranks.run(small.train, {**case, "resume_from_checkpoint": "latest"})
     assert [first for first, *_ in answers] == [step] * ranks.size
     assert not (folder / PREEMPTED_MARK).exists()
