@@ -62,7 +62,7 @@ def test_a_signal_ends_one_process_with_75(
     ("engine", "number", "whom"),
     [
         ("fsdp", signal.SIGTERM, "launcher"),
-        ("fsdp", signal.SIGUSR1, "one rank"),
+        pytest.param("fsdp", signal.SIGUSR1, "one rank", marks=pytest.mark.heavy),
         pytest.param("fsdp", signal.SIGTERM, "ranks", marks=pytest.mark.heavy),
         pytest.param("zero3", signal.SIGTERM, "launcher", marks=pytest.mark.heavy),
         pytest.param("zero3", signal.SIGTERM, "ranks", marks=pytest.mark.heavy),
@@ -316,6 +316,7 @@ def test_skipped_steps_change_nothing(
 # A damaged checkpoint.
 
 
+@pytest.mark.heavy
 def test_a_damaged_checkpoint_in_a_whole_run(task: Path, tmp_path: Path) -> None:
     """Named: status 2. latest: the one before, with a warning, and the same run in the end."""
     case = small.options(task, tmp_path / "run", "local", max_steps=7, save_steps=2)
