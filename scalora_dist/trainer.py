@@ -119,9 +119,10 @@ class Trainer:
             self.world.main_only(lambda: check_output_dir(self.folder, train))
         if folder is None:
             return None
-        found = self.checkpoints.newest_first()
         self.world.main_only(lambda: check_same_run(folder, self.options))
-        self.world.main_only(lambda: check_no_newer(folder, self.folder, found))
+        if train.resume_from_checkpoint != "latest":  # which has just read the newer ones
+            found = self.checkpoints.newest_first()
+            self.world.main_only(lambda: check_no_newer(folder, self.folder, found))
         return folder
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -343,8 +344,7 @@ class Trainer:
         # Each rank reads its own batches and counts the global targets by itself.
         check = zlib.crc32(np.asarray(data.train["target_tokens"], dtype=np.int64).tobytes())
         check = zlib.crc32(json.dumps([data.train[0], data.train[-1]]).encode(), check)
-        high, low = self.world.max(check, -check)
-        if high != -low:
+        if not self.world.agree(check):
             raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
         if data.truncated:
             logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, length)

@@ -82,6 +82,11 @@ class World:
         """The largest of each number over all ranks, in float64: one all-reduce."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def agree(self, number: float) -> bool:
+        """Whether all ranks hold the same number, the same answer everywhere: one all-reduce."""
+        high, low = self.max(number, -number)
+        return high == -low
+
     def _reduce(
         self, values: tuple[float | Tensor, ...], op: dist.ReduceOp.RedOpType
     ) -> list[float]:

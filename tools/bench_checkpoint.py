@@ -6,8 +6,8 @@
 
 Takes the options of launch/train.py; any launcher and engine. A round is a step with nothing going
 on beside it, a save, a step that begins while the save is being written, and, when that is done, a
-save that is waited for. All
-durations are of the slowest rank. The checkpoints are deleted at the end.
+save that is waited for. All durations are of the slowest rank. The checkpoints are deleted at the
+end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scalora_dist.checkpoint.manifest import checkpoint_folder, remove
+from scalora_dist.checkpoint.manifest import checkpoint_folder, prune
 from scalora_dist.config import Options, parse_options
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.metrics import write_json
@@ -96,8 +96,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
     }
     world.sum(0.0)  # all have seen the folder
     if world.is_main:
-        for path in checkpoints.output_dir.glob("checkpoint-*"):
-            remove(path)
+        prune(checkpoints.output_dir, keep=0)
     world.leave()
     return figures
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -42,8 +41,6 @@ from scalora_dist.checkpoint.manifest import (
 from scalora_dist.checkpoint.parts import FlatPart, LoadPlanner, SavePlanner, Stager
 from scalora_dist.export import SafetensorsWriter
 from scalora_dist.world import World
-
-logger = logging.getLogger(__name__)
 
 
 class Checkpoints:

@@ -60,6 +60,9 @@ class NamedShard(NamedTuple):
 class Places(ABC):
     """Where an engine keeps this rank's part of a parameter, as views that writes stick to."""
 
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
     @abstractmethod
     def weight(self, p: Tensor) -> FlatShard:
         """A frozen weight."""
@@ -76,9 +79,9 @@ class Places(ABC):
     def moments(self, p: nn.Parameter) -> list[Tensor]:
         """AdamW's m and v of the master's range; [] before they exist."""
 
-    @abstractmethod
     def stepped(self) -> list[Tensor]:
         """The tensors whose state the optimizer keeps: masters, or flat buffers of them."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 class Engine(ABC):

@@ -160,6 +160,7 @@ class _Places(Places):
     checks_overflow = True  # the engine's step discards non-finite gradients by itself
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        super().__init__(engine.basic_optimizer)
         self.engine, self.zero = engine, engine.optimizer
         offload = engine.zero_offload_optimizer()
         self.offloads = offload is not None and str(offload.device) not in ("none", "None")
@@ -167,9 +168,6 @@ class _Places(Places):
     def weight(self, p: ZeroParameter) -> FlatShard:
         """A frozen weight; whole on every rank below stage 3."""
         return FlatShard(p.data.view(-1), 0, as_matrix(p.shape))
-
-    def stepped(self) -> list[Tensor]:
-        return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
 
     @abstractmethod
     def refresh(self) -> None:
@@ -221,7 +219,7 @@ class _WholePlaces(_Places):
         return p.grad
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:
-        state = self.engine.basic_optimizer.state.get(self._master(p), {})
+        state = self.optimizer.state.get(self._master(p), {})
         return [state[key].view(-1) for key in MOMENTS if key in state]
 
 

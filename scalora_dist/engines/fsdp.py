@@ -67,9 +67,7 @@ class FSDPEngine(LocalEngine):
     def _check_alike(self, tensors: Mapping[str, Tensor]) -> None:
         """Ranks that know only the config must expect what rank 0 sends."""
         known = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
-        check = zlib.crc32(repr(known).encode())
-        high, low = self.world.max(check, -check)
-        if high != -low:
+        if not self.world.agree(zlib.crc32(repr(known).encode())):
             raise UserError(
                 "the model's files hold other tensors than its config.json says "
                 "(tie_word_embeddings?): correct it, or train with --ds_config"

@@ -95,9 +95,6 @@ class LocalEngine(Engine):
 class TorchPlaces(Places):
     """Parameters, gradients and AdamW's moments as torch keeps them."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
     def shard(self, tensor: Tensor) -> FlatShard:
         """This rank's part of a parameter."""
         return FlatShard(self.local(tensor), 0, as_matrix(tensor.shape))
@@ -120,6 +117,3 @@ class TorchPlaces(Places):
     def moments(self, p: nn.Parameter) -> list[Tensor]:
         state: dict[str, Any] = self.optimizer.state.get(p, {})
         return [self.local(state[key]) for key in MOMENTS if key in state]
-
-    def stepped(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]

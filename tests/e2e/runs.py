@@ -205,6 +205,14 @@ def save_odd_model(folder: Path, architecture: str) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
+def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
+    """texts.jsonl: random texts of these letters, from 8 letters to fewer than ``longest``."""
+    generator, choices = np.random.default_rng(0), np.array(list(letters))
+    with open(folder / "texts.jsonl", "w") as file:
+        for length in generator.integers(8, longest, count):
+            file.write(json.dumps({"text": "".join(generator.choice(choices, length))}) + "\n")
+
+
 def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A tiny random DeepSeek-V3, and its persistent buffers, {name: tensor}."""
     import torch

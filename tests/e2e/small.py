@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 import runs
@@ -47,21 +46,14 @@ LAUNCHERS = {
 def save_task(folder: Path) -> Path:
     """A tiny model with texts beside it."""
     runs.save_odd_model(folder, "llama")
-    generator = np.random.default_rng(0)
-    letters = np.array(list("abc "))
-    with open(folder / "texts.jsonl", "w") as file:
-        for length in generator.integers(8, 24, 41):
-            file.write(json.dumps({"text": "".join(generator.choice(letters, length))}) + "\n")
+    runs.save_texts(folder, "abc ", longest=24, count=41)
     return folder
 
 
 def options(task: Path, output_dir: Path, engine: str, **others: Any) -> dict[str, Any]:
     """Options of a run on "local", "fsdp" or a ZeRO stage; None takes one back."""
-    engine_options = {"local": {}, "fsdp": {"fsdp": True}}.get(engine)
-    if engine_options is None:
-        engine_options = {"ds_config": runs.ds_config(engine)}
     given = {"model_name_or_path": task, "dataset": task / "texts.jsonl", "output_dir": output_dir}
-    given |= TASK | engine_options | others
+    given |= TASK | runs.engine_options(engine, output_dir.parent) | others
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -62,14 +61,9 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if architecture not in made:
             folder = made[architecture] = tmp_path_factory.mktemp(architecture)
             runs.save_odd_model(folder, architecture)
-            generator = np.random.default_rng(0)
             # With few letters gradients are alike; A after Adam's first step, the sign of one, then
             # has columns that are exactly parallel, and rounding decides whether H is singular.
-            letters = np.array(list(string.ascii_letters))
-            with open(folder / "texts.jsonl", "w") as file:
-                for length in generator.integers(8, 32, 60):
-                    text = "".join(generator.choice(letters, length))
-                    file.write(json.dumps({"text": text}) + "\n")
+            runs.save_texts(folder, string.ascii_letters, longest=32, count=60)
         return made[architecture]
 
     return get
