@@ -64,8 +64,8 @@ class ModelArguments:
 class MethodArguments:
     _argument_group_name = "method"
 
-    method: Literal["scalora", "lora"] = option("scalora", "How the factors are trained.")
-    rank: int = option(8, "Columns r of A and B.")
+    method: str = option("scalora", "How the model is trained; the README lists the methods.")
+    rank: int = option(8, "Columns r of A and B; r × r cores; mora: as many parameters as A and B.")
     lora_alpha: float = option(16.0, "The update is scaled by s = lora_alpha / rank.")
     lora_dropout: float = option(
         0.0, "Dropout before B; functions are preserved in evaluation mode."
@@ -78,7 +78,12 @@ class MethodArguments:
         "paper: Theorem 5's column scaling where it holds, else Theorem 3's scalar one; "
         "nnls: the optimum under the bounds, always.",
     )
-    scaling_interval: int = option(1, "Rescale at steps 0, I, 2I … (ScaLoRA-I).")
+    scaling_interval: str = option(
+        "1", "Rescale at steps 0, I, 2I … (ScaLoRA-I); auto: solve at each, merge what has moved."
+    )
+    auto_threshold: float = option(
+        0.1, "scaling_interval auto merges a layer when |ln α| or |ln β| of a column passes this."
+    )
     eta_lipschitz: float = option(
         0.5, "The product ηL: smaller means larger columns, and steps as lr/√ηL."
     )
@@ -88,13 +93,43 @@ class MethodArguments:
     merge_rounding: Literal["split", "nearest"] = option(
         "split", "16-bit bases: keep the low halves of merged weights (2 bytes each), or lose them."
     )
+    alpha_variant: Literal["I", "II"] = option(
+        "I", "lora-alpha: I, α = 256·√r for all layers; II, α = √(3·n·r) for n inputs."
+    )
+    alpha_multiplier: float = option(1.0, "lora-alpha: multiplies α.")
+    lr_ratio: float = option(16.0, "lora-plus: A's learning rate over B's (the paper's B over A).")
+    relora_interval: int = option(500, "relora: merge and start anew every so many steps.")
+    relora_prune: float = option(0.99, "relora: share of the moments that become 0; 1 resets all.")
+    relora_warmup_steps: int = option(10, "relora: steps of warm-up after a merge.")
+    start_samples: Optional[int] = option(
+        None, "lora-sb, lora-ga: samples of the first gradient; by default 0.1 %%, at least 25."
+    )
+    start_memory: int = option(256, "lora-sb, lora-ga: MiB of a rank for gradients at the start.")
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "rank", "scaling_interval")
-        _check_positive(self, "eta_lipschitz", "lora_alpha")
+        _check_at_least(self, 1, "rank", "relora_interval", "start_memory")
+        _check_at_least(self, 0, "relora_warmup_steps", "relora_prune")
+        _check_positive(self, "eta_lipschitz", "lora_alpha", "alpha_multiplier", "lr_ratio")
+        _check_positive(self, "auto_threshold")
+        if self.start_samples is not None:
+            _check_at_least(self, 1, "start_samples")
+        if self.relora_prune > 1:
+            raise UserError(f"--relora_prune {self.relora_prune}: set a share, 0 to 1")
+        self.interval  # noqa: B018 - raises where the option cannot be read
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: set a number in [0, 1)")
         self.bounds  # noqa: B018 - raises where the option cannot be read
+
+    @property
+    def interval(self) -> int | None:
+        """``scaling_interval`` as a number of steps; None: auto."""
+        if self.scaling_interval == "auto":
+            return None
+        if not str(self.scaling_interval).isdecimal() or int(self.scaling_interval) < 1:
+            raise UserError(
+                f"--scaling_interval {self.scaling_interval}: set a number of steps, or auto"
+            )
+        return int(self.scaling_interval)
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -144,6 +179,9 @@ class TrainArguments:
     update_rank_layers: int = option(
         8, "Layers whose accumulated update's rank is measured; 0: none."
     )
+    rank_monitor_steps: int = option(
+        0, "Estimate the update's rank live every so many steps, on update_rank_layers layers."
+    )
     save_steps: int = option(500, "Write a checkpoint every so many steps; 0: only on a signal.")
     save_total_limit: int = option(3, "Keep the newest so many checkpoints.")
     on_save_failure: Literal["continue", "stop"] = option(
@@ -165,6 +203,7 @@ class TrainArguments:
         _check_positive(self, "learning_rate", "num_train_epochs")
         _check_at_least(self, 0, "weight_decay", "max_grad_norm", "eval_steps", "seed")
         _check_at_least(self, 0, "warmup_ratio", "update_rank_layers", "save_steps")
+        _check_at_least(self, 0, "rank_monitor_steps")
         _check_at_least(self, 1, "save_total_limit", "max_skipped_steps", "hang_timeout")
         _check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
         _check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", "ddp_timeout")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,9 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalora_dist.engines.base import Engine, NamedShard, factor_shards
-from scalora_dist.merge import merged_weight
-from scalora_dist.shards import Layout
+from scalora_dist.engines.base import Engine
+from scalora_dist.merged import MergedWeights
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -45,19 +44,18 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     low: Mapping[str, Tensor],
 ) -> None:
-    """Write ``W + s·A Bᵀ`` of every adapted layer and all else as it is, in the model's dtype.
+    """Write every adapted layer's merged weight and all else as it is, in the model's dtype.
 
     Called on every rank; only rank 0 writes. Written aside, then renamed, so that ``folder`` never
     holds half a model.
 
     Args:
-        low: {layer: int16 remainders of its 16-bit W} (``Rescaler.low``).
+        low: {layer: int16 remainders of its 16-bit W} (``Merger.low``).
     """
-    merged = _Merged(engine, low)
-    index = {p.name: i for i, p in enumerate(merged)}
+    merged = MergedWeights(engine, low)
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    entries = {p.name: (p.shape, p.shard.local.dtype) for p in merged}
+    entries = {name: (p.shape, engine.dtype) for name, p in merged.base.items()}
     entries |= {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
     # The plan needs sizes only: meta tensors.
     plan = split_torch_state_dict_into_shards(
@@ -75,9 +73,9 @@ def export_model(
         with open(aside / filename if is_main else os.devnull, "wb") as file:
             writer = SafetensorsWriter(file, {name: entries[name] for name in names})
             for name in names:
-                tensor = buffers[name] if name in buffers else merged.whole(index[name])
+                tensor = buffers[name] if name in buffers else merged.whole(name)
                 if is_main:
-                    writer.write(tensor)
+                    writer.write(tensor.to(entries[name][1]))
                 progress.update()
     progress.close()
     if not is_main:
@@ -91,34 +89,6 @@ def export_model(
     tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     aside.replace(folder)
-
-
-class _Merged:
-    """Gathers one tensor of the merged model at a time."""
-
-    def __init__(self, engine: Engine, low: Mapping[str, Tensor]) -> None:
-        self.low = low
-        self.layers = engine.layers(gradients=False)
-        self.layer_of = {f"{layer.name}.weight": i for i, layer in enumerate(self.layers)}
-        self.factors = factor_shards(self.layers)
-        self.factor_layout = Layout.of(self.factors, engine.world.device)
-        self.frozen = list(engine.frozen())
-        self.frozen_layout = Layout.of([p.shard for p in self.frozen], engine.world.device)
-
-    def __iter__(self) -> Iterator[NamedShard]:
-        return iter(self.frozen)
-
-    def whole(self, i: int) -> Tensor:
-        """The i-th frozen parameter, merged, in its own dtype and shape, on every rank."""
-        name, shape, shard = self.frozen[i]
-        if name in self.layer_of:
-            at = self.layer_of[name]
-            a, b = self.factor_layout.gather(self.factors, range(2 * at, 2 * at + 2))
-            layer = self.layers[at]
-            merged = merged_weight(layer.W, layer.scaling * a, b, self.low.get(layer.name))
-            shard = shard.like(merged.local.to(shard.local.dtype))
-        (whole,) = self.frozen_layout.gather({i: shard}, range(i, i + 1))
-        return whole.view(shape)
 
 
 class SafetensorsWriter:

@@ -70,14 +70,3 @@ def add_low_rank_(weight: FlatShard, left: Tensor, right: Tensor, low: Tensor | 
 def zero_low_half(weight: FlatShard) -> Tensor:
     """The remainders of a weight that nothing was merged into yet: int16 zeros, sharded like it."""
     return torch.zeros_like(weight.local, dtype=torch.int16)
-
-
-def merged_weight(weight: FlatShard, left: Tensor, right: Tensor, low: Tensor | None) -> FlatShard:
-    """A float32 copy of this rank's range of ``W + left @ rightᵀ``, remainders included.
-
-    Arguments as ``add_low_rank_``; nothing is changed.
-    """
-    local = weight.local
-    merged = weight.like(local.float().clone() if low is None else join_halves(local, low))
-    add_low_rank_(merged, left, right, None)
-    return merged

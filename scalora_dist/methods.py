@@ -1,18 +1,35 @@
-"""Methods by name: which layers, how they start, whether they are rescaled."""
+"""Methods by name: which layers, how they start, what happens to them while they train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from scalora_dist.adapters.inject import inject
-from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.adapters.init import lora_init
+from scalora_dist.adapters.inject import find_targets, inject
+from scalora_dist.adapters.layers import CoreLinear, LowRankLinear, SquareLinear
+from scalora_dist.adapters.peft import Kind, add_peft_layers
 from scalora_dist.config import MethodArguments
 from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.lora_pro import LoraPro
+from scalora_dist.merger import Merger
+from scalora_dist.relora import Restarts
 from scalora_dist.rescale import Rescaler
+from scalora_dist.starts.cores import start_lora_sb, start_lora_xs
+from scalora_dist.starts.factors import start_lora_ga, start_pissa
+from scalora_dist.starts.start import Start
+from scalora_dist.transform import Transform
+
+# (model, options, seed, dtype of what is added) → {name: adapted layer} in model order.
+Layers: TypeAlias = Mapping[str, nn.Module]
+Add: TypeAlias = Callable[[PreTrainedModel, MethodArguments, int, torch.dtype], Layers]
+Scaling: TypeAlias = Callable[[MethodArguments, int], float]
 
 
 @dataclass(frozen=True)
@@ -20,48 +37,175 @@ class Method:
     """One method of the papers.
 
     Attributes:
-        scaling: s of ``W x + s·A Bᵀ x``.
-        rescales: whether the ScaLoRA transform runs before the optimizer's step.
+        add: puts its layers into a model and decides by ``requires_grad`` what is trained.
+        options: the fields of MethodArguments that it reads; others must be left alone.
+        start: fills in what was added, once the model is sharded, and may edit W.
+        transform: made once; runs between backward and the optimizer's step.
+        restarts: made once; runs between two steps.
+        edits_weights: whether W changes although it is not trained: checkpoints then hold it.
+        rate: a trained parameter's multiple of the learning rate, by its name.
     """
 
-    scaling: Callable[[MethodArguments], float]
-    rescales: bool
+    add: Add
+    options: tuple[str, ...]
+    start: Callable[[Start], None] | None = None
+    transform: Callable[[Engine, Merger | None, MethodArguments], Transform] | None = None
+    restarts: Callable[[Merger, MethodArguments, int], Restarts] | None = None
+    edits_weights: bool = False
+    rate: Callable[[str, MethodArguments], float] = lambda name, args: 1.0
+
+    @property
+    def merges(self) -> bool:
+        """Whether W changes while training, and needs the low halves of 16-bit weights."""
+        return self.edits_weights and self.start is None
 
 
-def _lora_scaling(args: MethodArguments) -> float:
+def find_method(args: MethodArguments) -> Method:
+    """The method that ``args`` names.
+
+    Raises:
+        UserError: there is no such method, or an option was set that it does not read.
+    """
+    if args.method not in METHODS:
+        raise UserError(f"--method {args.method}: choose one of {', '.join(METHODS)}")
+    method = METHODS[args.method]
+    default = MethodArguments()
+    for field in fields(args):
+        unread = field.name not in ("method", *method.options)
+        if unread and getattr(args, field.name) != getattr(default, field.name):
+            raise UserError(f"--method {args.method} does not read --{field.name}: leave it out")
+    return method
+
+
+# --- what is added -------------------------------------------------------------------------------
+
+
+def _low_rank(scaling: Scaling) -> Add:
+    def add(
+        model: PreTrainedModel, args: MethodArguments, seed: int, dtype: torch.dtype
+    ) -> dict[str, LowRankLinear]:
+        def adapt(name: str, linear: nn.Linear) -> LowRankLinear:
+            m, n = linear.out_features, linear.in_features
+            a, b = lora_init(name, m, n, args.rank, seed=seed, dtype=dtype)
+            return LowRankLinear.adapt(
+                linear, a, b, scaling=scaling(args, n), dropout=args.lora_dropout
+            )
+
+        return inject(model, args.target_modules, args.rank, adapt)
+
+    return add
+
+
+def _zero(kind: type[CoreLinear] | type[SquareLinear], scaling: Scaling) -> Add:
+    def add(
+        model: PreTrainedModel, args: MethodArguments, seed: int, dtype: torch.dtype
+    ) -> Mapping[str, nn.Module]:
+        def adapt(_: str, linear: nn.Linear) -> nn.Module:
+            s = scaling(args, linear.in_features)
+            return kind.adapt(linear, args.rank, scaling=s, dropout=args.lora_dropout, dtype=dtype)
+
+        return inject(model, args.target_modules, args.rank, adapt)
+
+    return add
+
+
+def _by_peft(kind: Kind) -> Add:
+    return lambda model, args, seed, dtype: add_peft_layers(model, args, kind, seed=seed)
+
+
+def _nothing(
+    model: PreTrainedModel, args: MethodArguments, seed: int, dtype: torch.dtype
+) -> Mapping[str, nn.Module]:
+    """Full fine-tuning: every parameter is trained; the layers are those that others adapt."""
+    model.requires_grad_(True)
+    return find_targets(model, args.target_modules)
+
+
+# --- s, learning rates ---------------------------------------------------------------------------
+
+
+def lora_scaling(args: MethodArguments, in_features: int) -> float:
     return args.lora_alpha / args.rank
 
 
-METHODS = {
-    "lora": Method(scaling=_lora_scaling, rescales=False),
-    "scalora": Method(scaling=_lora_scaling, rescales=True),
-}
+def rslora_scaling(args: MethodArguments, in_features: int) -> float:
+    """arXiv 2312.03732: s = α/√r."""
+    return args.lora_alpha / args.rank**0.5
 
 
-def add_layers(
-    model: PreTrainedModel, args: MethodArguments, *, seed: int, dtype: torch.dtype
-) -> dict[str, LowRankLinear]:
-    """Freeze ``model`` and add the method's layers, {name: layer} in model order."""
-    return inject(
-        model,
-        args.target_modules,
-        rank=args.rank,
-        scaling=METHODS[args.method].scaling(args),
-        dropout=args.lora_dropout,
-        seed=seed,
-        dtype=dtype,
-    )
+def lora_alpha_scaling(args: MethodArguments, in_features: int) -> float:
+    """Seed 002: s = α/r with α = 256·√r (variant I) or √(3·n·r) for each layer (variant II)."""
+    alpha = {"I": 256 * args.rank**0.5, "II": (3 * in_features * args.rank) ** 0.5}
+    return args.alpha_multiplier * alpha[args.alpha_variant] / args.rank
 
 
-def make_rescaler(engine: Engine, args: MethodArguments) -> Rescaler | None:
-    """What transforms the layers every ``scaling_interval`` steps, or None."""
-    if not METHODS[args.method].rescales:
-        return None
+def _unscaled(args: MethodArguments, in_features: int) -> float:
+    return 1.0
+
+
+def lora_plus_rate(name: str, args: MethodArguments) -> float:
+    """LoRA+ (arXiv 2402.12354): the paper's B, our A, learns ``lr_ratio`` times as fast."""
+    return args.lr_ratio if name.endswith(".A") else 1.0
+
+
+# --- what happens while training -----------------------------------------------------------------
+
+
+def _rescaler(engine: Engine, merger: Merger | None, args: MethodArguments) -> Rescaler:
+    assert merger is not None
     return Rescaler(
-        engine.layers(gradients=False),
-        engine.world,
+        merger,
         rule=args.scaling_rule,
         eta_lipschitz=args.eta_lipschitz,
         bounds=args.bounds,
-        merge_rounding=args.merge_rounding,
+        interval=args.interval or 1,
+        threshold=0.0 if args.interval else args.auto_threshold,
     )
+
+
+def _restarts(merger: Merger, args: MethodArguments, seed: int) -> Restarts:
+    return Restarts(merger, interval=args.relora_interval, prune=args.relora_prune, seed=seed)
+
+
+# --- the registry --------------------------------------------------------------------------------
+
+_LAYERS = ("rank", "lora_dropout", "target_modules")
+_LORA = (*_LAYERS, "lora_alpha")
+_SAMPLES = ("start_samples", "start_memory")
+_RESCALE = ("scaling_rule", "scaling_interval", "auto_threshold", "eta_lipschitz", "scale_bounds")
+_RELORA = ("relora_interval", "relora_prune", "relora_warmup_steps")
+
+METHODS = {
+    "scalora": Method(
+        _low_rank(lora_scaling),
+        (*_LORA, *_RESCALE, "merge_rounding"),
+        transform=_rescaler,
+        edits_weights=True,
+    ),
+    "lora": Method(_low_rank(lora_scaling), _LORA),
+    "rslora": Method(_low_rank(rslora_scaling), _LORA),
+    "lora-alpha": Method(
+        _low_rank(lora_alpha_scaling), (*_LAYERS, "alpha_variant", "alpha_multiplier")
+    ),
+    "lora-plus": Method(_low_rank(lora_scaling), (*_LORA, "lr_ratio"), rate=lora_plus_rate),
+    "lora-pro": Method(
+        _low_rank(lora_scaling), _LORA, transform=lambda engine, merger, args: LoraPro(engine)
+    ),
+    "relora": Method(
+        _low_rank(lora_scaling),
+        (*_LORA, *_RELORA, "merge_rounding"),
+        restarts=_restarts,
+        edits_weights=True,
+    ),
+    "lora-xs": Method(_zero(CoreLinear, lora_scaling), _LORA, start=start_lora_xs),
+    "lora-sb": Method(_zero(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), start=start_lora_sb),
+    "mora": Method(_zero(SquareLinear, _unscaled), _LAYERS),
+    "full": Method(_nothing, ()),
+    "peft-lora": Method(_by_peft("lora"), _LORA),
+    "dora": Method(_by_peft("dora"), _LORA),
+    "hira": Method(_by_peft("hira"), _LAYERS),
+    "pissa": Method(_by_peft("lora"), _LORA, start=start_pissa, edits_weights=True),
+    "lora-ga": Method(
+        _by_peft("lora"), (*_LORA, *_SAMPLES), start=start_lora_ga, edits_weights=True
+    ),
+}

@@ -11,99 +11,94 @@ Between the last backward and the optimizer's step (arXiv 2510.23818, Algorithm 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from scalora_dist.engines.base import LayerShards, factor_shards, gradient_shards
-from scalora_dist.merge import MergeRounding, add_low_rank_, zero_low_half
+from scalora_dist.merger import Merger
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.shards import Layout
 from scalora_dist.solve import Rule, Scales, solve
-from scalora_dist.world import World
+from scalora_dist.transform import Report, Transform
 
 
-@dataclass(frozen=True)
-class RescaleReport:
-    """What one rescale did.
+class Rescaler(Transform):
+    """Rescales all layers of one model."""
 
-    Attributes:
-        applied: False when a gram was not finite, or a scaled gradient would not fit its dtype:
-            then nothing was changed and the step must be discarded.
-        rules: the rule each layer took, in model order.
-        grad_norm_before, grad_norm: of the gradients as they came and as the optimizer sees them,
-            over all layers and ranks (loss scale included).
-        seconds: of this rank, by part: grams, solve, gather, merge, scale.
-    """
-
-    applied: bool
-    rules: list[Rule] = field(default_factory=list)
-    grad_norm_before: float = float("nan")
-    grad_norm: float = float("nan")
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class Rescaler:
-    """Rescales all layers of one model; holds what does not change between steps.
-
-    Attributes:
-        low: {layer: int16 remainders of its 16-bit W}, with ``split`` only; sharded like W.
-    """
+    name = "rescale"
 
     def __init__(
         self,
-        layers: Sequence[LayerShards],
-        world: World,
+        merger: Merger,
         *,
         rule: str,
         eta_lipschitz: float,
         bounds: tuple[float, float] | None,
-        merge_rounding: MergeRounding,
+        interval: int = 1,
+        threshold: float = 0.0,
     ) -> None:
-        """Exchange who holds what (one all-gather); ``layers`` in the order of every later call."""
-        self.world = world
+        """
+        Args:
+            interval: rescale before steps 0, I, 2I … (ScaLoRA-I).
+            threshold: merge a layer only when one of its scales is further than this from 1, as
+                |ln α| or |ln β|; else the layer stays as it is. 0: always.
+        """
+        self.merger, self.world = merger, merger.world
         self.rule, self.eta_lipschitz, self.bounds = rule, eta_lipschitz, bounds
-        self.layout = Layout.of(factor_shards(layers), world.device)
-        self.low: dict[str, Tensor] = {}
-        if merge_rounding == "split":
-            self.low = {
-                layer.name: zero_low_half(layer.W)
-                for layer in layers
-                if layer.W.local.dtype != torch.float32
-            }
+        self.interval, self.threshold = interval, threshold
+
+    def due(self, steps_taken: int) -> bool:
+        return steps_taken % self.interval == 0
 
     @torch.no_grad()
-    def __call__(self, layers: Sequence[LayerShards]) -> RescaleReport:
-        """Transform ``layers`` in place, or leave all of them as they were (``applied`` False)."""
+    def __call__(self, layers: Sequence[LayerShards]) -> Report:
         clock = Clock(self.world.device)
         gram_a, gram_b = self.grams(layers)
         clock.lap("grams")
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
-            return RescaleReport(applied=False, seconds=clock.seconds)
-        scales = self.solve(layers, gram_a, gram_b)
+            return self._refused(layers, clock)
+        scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
         # Squared norms of the gradients' columns (layers, r); A's gradient takes β and B's takes α.
         norms_a, norms_b = (_gradient_diagonal(gram) for gram in (gram_a, gram_b))
         scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
         if not self.fits(layers, scales):
-            return RescaleReport(applied=False, seconds=clock.seconds)
+            return self._refused(layers, clock)
         clock.lap("solve")
         self.merge(layers, scales, clock)
         scale_factors_(layers, scales)
         clock.lap("scale")
-        return RescaleReport(
+        return Report(
             applied=True,
-            rules=[Rule(code) for code in scales.rule.tolist()],
             grad_norm_before=float((norms_a.sum() + norms_b.sum()).sqrt()),
             grad_norm=float((scaled_a.sum() + scaled_b.sum()).sqrt()),
             seconds=clock.seconds,
+            record=_count(scales.rule),
+        )
+
+    def _refused(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+        skipped = _count(torch.full((len(layers),), int(Rule.SKIPPED)))
+        return Report(applied=False, seconds=clock.seconds, record=skipped)
+
+    def keep_unmoved(self, scales: Scales) -> Scales:
+        """``scales`` with 1 for the layers whose scales are all within the threshold."""
+        logs = torch.cat([scales.alpha, scales.beta], dim=1).log().abs()
+        moved = logs.amax(dim=1) > self.threshold
+        if self.threshold == 0 or bool(moved.all()):
+            return scales
+        kept = torch.full_like(scales.rule, int(Rule.KEPT))
+        one = torch.ones_like(scales.alpha)
+        return Scales(
+            torch.where(moved[:, None], scales.alpha, one),
+            torch.where(moved[:, None], scales.beta, one),
+            torch.where(moved, scales.rule, kept),
         )
 
     def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
         """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: (layers, 2r, 2r) float64 on the CPU each."""
         stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
-        grams = torch.stack(self.layout.grams(stacks)).cpu()
+        grams = torch.stack(self.merger.layout.grams(stacks)).cpu()
         return grams[0::2], grams[1::2]
 
     def solve(self, layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
@@ -142,21 +137,10 @@ class Rescaler:
                     largest = max(largest, float(columns.max()))
         return self.world.max(largest)[0] < torch.finfo(torch.float16).max
 
-    @torch.no_grad()
     def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
         """``W += s·A diag(1 − α∘β) Bᵀ`` with the A and B of before the scaling."""
-        shards = factor_shards(layers)
-        scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=torch.float64)
-        # One copy to the device for all layers: a copy each would wait for it each time.
-        weights = (scalings * (1 - scales.alpha * scales.beta)).to(self.world.device)
-        for bucket in self.layout.buckets(together=2):
-            gathered = self.layout.gather(shards, bucket)
-            clock.lap("gather")
-            for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
-                layer = layers[i // 2]
-                left = a * weights[i // 2].to(a)
-                add_low_rank_(layer.W, left, b, self.low.get(layer.name))
-            clock.lap("merge")
+        moved = (scales.rule != int(Rule.KEPT)).nonzero()[:, 0].tolist()
+        self.merger(layers, 1 - scales.alpha * scales.beta, clock, moved)
 
 
 def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
@@ -178,3 +162,9 @@ def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
 def _gradient_diagonal(gram: Tensor) -> Tensor:
     """diag(∇ᵀ∇), (layers, r), of [M,∇M]ᵀ[M,∇M], (layers, 2r, 2r)."""
     return gram.diagonal(dim1=-2, dim2=-1)[:, gram.shape[-1] // 2 :]
+
+
+def _count(rules: Tensor) -> dict[str, int]:
+    """How many layers took each rule, by its name."""
+    counts = Counter(rules.tolist())
+    return {rule.name.lower(): counts[int(rule)] for rule in Rule}

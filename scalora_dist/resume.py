@@ -19,9 +19,8 @@ from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_s
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config import Options
-from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
-from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,16 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed")
 # A run with another one of these would not go on from the checkpoint, but from something else.
-FIXED_METHOD = ("method", "rank", "lora_alpha", "target_modules", "merge_rounding")
+FIXED_METHOD = (
+    "method",
+    "rank",
+    "lora_alpha",
+    "alpha_variant",
+    "alpha_multiplier",
+    "target_modules",
+    "merge_rounding",
+    "relora_interval",
+)
 FIXED_TRAIN = ("bf16", "fp16", "seed", "train_batch_size")
 # Another one of these changes where or how fast the run goes on, not what it computes.
 FREE_TRAIN = (
@@ -59,17 +67,20 @@ class RunState:
     def __init__(
         self,
         engine: Engine,
-        rescaler: Rescaler | None,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         options: Options,
+        *,
+        edits_weights: bool,
+        low: Mapping[str, Tensor],
     ) -> None:
         """
         Args:
-            rescaler: whose ``low`` belongs to the weights; None: weights stay as they were loaded,
-                and a checkpoint holds the factors only.
+            edits_weights: frozen weights of adapted layers change and are saved; else they stay as
+                they were loaded, and a checkpoint holds what the method added only.
+            low: {layer: int16 remainders of its 16-bit W}.
         """
-        self.engine, self.world = engine, engine.world
-        self.rescaler, self.scheduler, self.options = rescaler, scheduler, options
+        self.engine, self.world, self.low = engine, engine.world, low
+        self.edits_weights, self.scheduler, self.options = edits_weights, scheduler, options
         self.base = fingerprint(engine)
 
     def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
@@ -90,7 +101,7 @@ class RunState:
 
     def parts(self) -> dict[str, FlatPart]:
         """What this rank writes."""
-        shards = self._shards(self.engine.layers(gradients=False))
+        shards = self._shards()
         parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
         return parts | self._random_parts()
 
@@ -106,9 +117,8 @@ class RunState:
                 f"{folder} was made on another base model: --model_name_or_path "
                 f"{self.options.model.model_name_or_path} does not hold the same weights"
             )
-        with self.engine.restoring(state["engine"]) as layers:
-            shards = self._shards(layers)
-            parts = {name: FlatPart.of(shard) for name, shard in shards.items()}
+        with self.engine.restoring(state["engine"]):
+            parts = {name: FlatPart.of(shard) for name, shard in self._shards().items()}
             random = self._random_parts()
             here = (self.world.size, self.world.device.type)
             same_ranks = (state["world_size"], state["device"]) == here
@@ -122,18 +132,19 @@ class RunState:
         self._restore_schedule(state["schedule"])
         return state
 
-    def _shards(self, layers: Sequence[LayerShards]) -> dict[str, FlatShard]:
-        """{name: shard} of all that training changes."""
-        shards: dict[str, FlatShard] = {}
-        for layer in layers:
-            if self.rescaler:
-                shards[f"{layer.name}.weight"] = layer.W
-                if (low := self.rescaler.low.get(layer.name)) is not None:
-                    shards[f"{layer.name}.weight.low"] = layer.W.like(low)
-            shards[f"{layer.name}.A"], shards[f"{layer.name}.B"] = layer.A, layer.B
-            for key, moments in (("A", layer.moments_A), ("B", layer.moments_B)):
-                for moment, shard in zip(("m", "v"), moments, strict=False):
-                    shards[f"{layer.name}.{key}.{moment}"] = shard
+    def _shards(self) -> dict[str, FlatShard]:
+        """{name: shard} of all that starts and training change."""
+        shards: dict[str, FlatShard] = {p.name: p.shard for p in self.engine.added()}
+        if self.edits_weights:
+            loaded = {p.name: p.shard for p in self.engine.base()}
+            for layer in self.engine.adapted:
+                weight = shards[f"{layer}.weight"] = loaded[f"{layer}.weight"]
+                if (low := self.low.get(layer)) is not None:
+                    shards[f"{layer}.weight.low"] = weight.like(low)
+        for trained in self.engine.trained(gradients=False):
+            shards[trained.name] = trained.master
+            for moment, shard in zip(("m", "v"), trained.moments, strict=False):
+                shards[f"{trained.name}.{moment}"] = shard
         return shards
 
     def _random_parts(self) -> dict[str, FlatPart]:
@@ -245,12 +256,12 @@ def options_as_json(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def fingerprint(engine: Engine) -> str:
-    """A checksum of the frozen weights as they were loaded, however they are cut up.
+    """A checksum of the weights as they were loaded, however they are cut up.
 
     The sum of their bit patterns as integers: it does not depend on the order. One all-reduce.
     """
     total = torch.zeros((), dtype=torch.int64, device=engine.world.device)
-    for _, _, shard in engine.frozen():
+    for _, _, shard in engine.base():
         total += _bit_sum(FlatPart.share_of(shard, engine.world).local).to(total.device)
     dist.all_reduce(total)
     return f"{int(total) & (2**64 - 1):016x}"

@@ -55,6 +55,11 @@ class FlatShard:
         """The same range of a matrix of the same shape: a gradient, a moment, a copy."""
         return FlatShard(local, self.offset, self.shape, self.group)
 
+    def write_(self, whole: Tensor) -> None:
+        """Copy this rank's range of ``whole`` (rows, cols), any dtype and device; local."""
+        end = self.offset + self.local.numel()
+        self.local.copy_(whole.reshape(-1)[self.offset : end])
+
     def pieces(self, max_rows: int | None = None) -> Iterator[Piece]:
         """The range as rectangles: a part row, whole rows (``max_rows`` at a time), a part row."""
         cols = self.shape[1]
@@ -154,14 +159,21 @@ class Layout:
     def grams(self, stacks: Sequence[Sequence[FlatShard]]) -> list[Tensor]:
         """Per matrix ``XᵀX``, X = its stack side by side, summed over the ranks: ONE all-reduce.
 
-        A row that lies on two ranks cannot be multiplied by either: each writes its part into a
-        slot of the same message, the slots come back whole, and their product is added everywhere.
-
         Args:
             stacks: per matrix one or more shards with that matrix's range (M, its gradient, …).
 
         Returns:
             per matrix (k·cols, k·cols) float64 on ``device``, k = number of shards in its stack.
+        """
+        return self.grams_and_split_rows(stacks)[0]
+
+    def grams_and_split_rows(
+        self, stacks: Sequence[Sequence[FlatShard]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """``grams``, and per matrix X's rows ``split`` whole, (rows, k·cols): the same message.
+
+        A row that lies on two ranks cannot be multiplied by either: each writes its part into a
+        slot of the same message, the slots come back whole, and their product is added everywhere.
         """
         widths = [len(stack) * cols for stack, (_, cols) in zip(stacks, self.shapes, strict=True)]
         sizes = [
@@ -171,8 +183,7 @@ class Layout:
         for part, stack, width, split in zip(
             message.split(sizes), stacks, widths, self.split, strict=True
         ):
-            first = stack[0].offset // stack[0].shape[1]
-            rows = torch.cat([shard.padded_rows()[1].double() for shard in stack], dim=1)
+            first, rows = side_by_side(stack)
             gram, slots = part.view(-1, width).tensor_split([width])
             for slot, row in zip(slots, split.tolist(), strict=True):
                 if first <= row < first + len(rows):
@@ -181,30 +192,35 @@ class Layout:
             gram.copy_(rows.T @ rows)
         if self.group is not None:
             dist.all_reduce(message, group=self.group)
-        grams = []
+        grams, whole_rows = [], []
         for part, width in zip(message.split(sizes), widths, strict=True):
             gram, slots = part.view(-1, width).tensor_split([width])
             grams.append(gram + slots.T @ slots if len(slots) else gram)
-        return grams
+            whole_rows.append(slots)
+        return grams, whole_rows
 
-    def buckets(self, together: int = 1) -> Iterator[range]:
-        """Runs of matrices that one all-gather takes: some bytes each, ``together`` kept together.
+    def buckets(self, groups: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Runs of matrices that one all-gather takes: some bytes each, a group's kept together.
 
         How many there are depends on the bytes of all matrices, not on their number.
+
+        Args:
+            groups: matrices by number.
         """
-        start, size = 0, 0
-        for i in range(0, len(self.shapes), together):
+        bucket: list[int] = []
+        size = 0
+        for group in groups:
             # Factors are gathered from fp32 masters: 4 bytes an element.
-            more = sum(4 * rows * cols for rows, cols in self.shapes[i : i + together])
-            if i > start and size + more > GATHER_BUCKET_BYTES:
-                yield range(start, i)
-                start, size = i, 0
-            size += more
-        if self.shapes:
-            yield range(start, len(self.shapes))
+            more = sum(4 * rows * cols for rows, cols in (self.shapes[i] for i in group))
+            if bucket and size + more > GATHER_BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket, size = [*bucket, *group], size + more
+        if bucket:
+            yield bucket
 
     def gather(
-        self, shards: Sequence[FlatShard] | Mapping[int, FlatShard], which: range
+        self, shards: Sequence[FlatShard] | Mapping[int, FlatShard], which: Sequence[int]
     ) -> list[Tensor]:
         """The whole matrices ``which`` on every rank, on ``device``: one all-gather per call.
 
@@ -213,7 +229,8 @@ class Layout:
         """
         if self.group is None:
             return [shards[i].local.view(shards[i].shape) for i in which]
-        lengths = (self.ranges[:, which, 1] - self.ranges[:, which, 0]).tolist()  # per rank
+        ranges = self.ranges[:, list(which)]
+        lengths = (ranges[..., 1] - ranges[..., 0]).tolist()  # per rank
         longest = max(sum(row) for row in lengths)
         mine = torch.cat([shards[i].local for i in which]).to(self.device)
         padded = torch.nn.functional.pad(mine, (0, longest - mine.numel()))
@@ -239,6 +256,15 @@ def global_norm(shards: Sequence[FlatShard], device: torch.device) -> float:
     if shards[0].group is not None:
         dist.all_reduce(square, group=shards[0].group)
     return float(square.sqrt())
+
+
+def side_by_side(stack: Sequence[FlatShard]) -> tuple[int, Tensor]:
+    """(first row, the rows this rank touches (rows, k·cols) float64) of shards of one range.
+
+    Zero where others own the elements.
+    """
+    first = stack[0].offset // stack[0].shape[1]
+    return first, torch.cat([shard.padded_rows()[1].double() for shard in stack], dim=1)
 
 
 def split_rows(ranges: Tensor, cols: int) -> Tensor:

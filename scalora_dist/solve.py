@@ -48,6 +48,7 @@ class Rule(enum.IntEnum):
     COLUMN = 1
     SCALAR = 2
     NNLS = 3
+    KEPT = 4  # near enough to 1 to be left as they are; not of `solve`
 
 
 class Scales(NamedTuple):

@@ -11,16 +11,19 @@ from scalora_dist.evaluate import Evaluation
 
 def summarize(
     options: Options,
-    world_size: int,
     records: list[dict[str, Any]],
     before: Evaluation | None,
     after: Evaluation | None,
+    *,
+    world_size: int,
+    parameters: int,
     update_rank: list[int],
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """
     Args:
         records: the steps' lines of metrics.jsonl.
+        parameters: how many are trained, over all ranks.
         update_rank: of the layers that were measured.
         peak_memory_bytes: of the rank that needed most.
     """
@@ -35,6 +38,7 @@ def summarize(
         "method": options.method.method,
         "scaling_rule": options.method.scaling_rule,
         "rank": options.method.rank,
+        "trained_parameters": parameters,
         "world_size": world_size,
         "steps": len(records),
         "skipped_steps": sum("skipped_step" in record for record in records),

@@ -9,8 +9,7 @@ import resource
 import shutil
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,24 @@ from scalora_dist.checkpoint.manifest import clear_leftovers, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config import Options, TrainArguments
 from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
-from scalora_dist.engines.base import Engine, LayerShards, gradient_shards
+from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.errors import Ending, UserError
 from scalora_dist.evaluate import Evaluation, evaluate
 from scalora_dist.export import export_model
 from scalora_dist.health import loss_spike
 from scalora_dist.loss import summed_cross_entropy
-from scalora_dist.methods import add_layers, make_rescaler
+from scalora_dist.merger import Merger
+from scalora_dist.methods import find_method
 from scalora_dist.metrics import RunLog, read_history, write_json
 from scalora_dist.models import load_model, load_tokenizer
-from scalora_dist.rescale import RescaleReport
+from scalora_dist.relora import warmed_up_again
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
 from scalora_dist.saving import PREEMPTED, Saving
 from scalora_dist.shards import global_norm
-from scalora_dist.solve import Rule
+from scalora_dist.starts.samples import SamplePass
+from scalora_dist.starts.start import Start
 from scalora_dist.summary import summarize
+from scalora_dist.transform import Report
 from scalora_dist.update_rank import UpdateRank
 from scalora_dist.watch import Watch
 from scalora_dist.world import World
@@ -59,6 +61,7 @@ class Trainer:
             UserError: on every rank, for every mistake in the options or the data.
         """
         self.options, self.world = options, world
+        self.method = method = find_method(options.method)
         train = options.train
         self.folder = Path(str(train.output_dir))
         self.checkpoints = Checkpoints(
@@ -78,11 +81,12 @@ class Trainer:
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         with engine.loading():
             self.model = load_model(options.model, engine.dtype, weights=engine.reads_weights)
-        layers = add_layers(self.model, options.method, seed=train.seed, dtype=engine.dtype)
+        layers = method.add(self.model, options.method, train.seed, engine.dtype)
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         engine.attach(self.model, layers, self._make_optimizer)
-        logger.info("%s: %d layers adapted", name, len(layers))
+        self.parameters = sum(math.prod(p.master.shape) for p in engine.trained(gradients=False))
+        logger.info("%s: %d layers, %d parameters trained", name, len(layers), self.parameters)
 
         assert train.train_batch_size is not None  # settled by settle_batch
         self.batches = GlobalBatches(
@@ -98,15 +102,37 @@ class Trainer:
             num_warmup_steps=math.ceil(self.steps * train.warmup_ratio),
             num_training_steps=self.steps,
         )
+        if method.restarts:
+            self.scheduler.lr_lambdas = [
+                warmed_up_again(
+                    rate,
+                    interval=options.method.relora_interval,
+                    warmup_steps=options.method.relora_warmup_steps,
+                )
+                for rate in self.scheduler.lr_lambdas
+            ]
         self.first_step = self.steps_taken = 0  # steps taken are those that were not skipped
         self.collate = Collator(self.tokenizer)
-        self.rescaler = make_rescaler(engine, options.method)
+        self.merger = None
+        if method.merges:
+            sharded = engine.layers(gradients=False)
+            self.merger = Merger(sharded, world, options.method.merge_rounding)
+        self.transform = self.restarts = None
+        if method.transform:
+            self.transform = method.transform(engine, self.merger, options.method)
+        if method.restarts:
+            assert self.merger is not None
+            self.restarts = method.restarts(self.merger, options.method, train.seed)
         self.update_rank = None
         if train.update_rank_layers:
-            self.update_rank = UpdateRank(
-                engine.layers(gradients=False), train.update_rank_layers, world
-            )
-        self.state = RunState(engine, self.rescaler, self.scheduler, options)
+            self.update_rank = UpdateRank(engine, train.update_rank_layers)
+        self.state = RunState(
+            engine,
+            self.scheduler,
+            options,
+            edits_weights=method.edits_weights,
+            low=self.merger.low if self.merger else {},
+        )
         self.saving = Saving(self.checkpoints, train)
         self.watch = Watch(world, train.hang_timeout)
         self.records: list[dict[str, Any]] = []  # of each step
@@ -125,14 +151,22 @@ class Trainer:
             self.world.main_only(lambda: check_no_newer(folder, self.folder, found))
         return folder
 
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def _make_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         train = self.options.train
+        rates: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, parameter in parameters.items():
+            rate = self.method.rate(name, self.options.method)
+            rates.setdefault(rate, []).append(parameter)
         if train.weight_decay and self.options.method.method == "scalora":
             logger.warning(
                 "weight_decay on A and B pulls towards W − s·A Bᵀ of the moment, not the start"
             )
         return torch.optim.AdamW(
-            parameters,
+            [
+                {"params": group, "lr": rate * train.learning_rate}
+                for rate, group in rates.items()
+                if group
+            ],
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
@@ -201,6 +235,7 @@ class Trainer:
         if self.resumes_from is None:
             if self.world.is_main:
                 clear_results(self.folder)
+            self._fill_in()
             return self._micro_batches(), []
         if self.world.is_main and self.resumes_from.parent.resolve() == self.folder.resolve():
             clear_leftovers(self.folder)
@@ -219,16 +254,45 @@ class Trainer:
         logger.info("going on from %s", self.resumes_from)
         return micro_batches, history
 
+    def _fill_in(self) -> None:
+        """The method's start, which a run that goes on has behind it."""
+        if self.method.start is None:
+            return
+        started = time.perf_counter()
+        train, method = self.options.train, self.options.method
+        count = method.start_samples or max(25, math.ceil(0.001 * len(self.data.train)))
+        losses = SamplePass(
+            self.model,
+            self.data.train,
+            self.collate,
+            self.world,
+            count=count,
+            micro_batch_size=train.per_device_train_batch_size,
+            seed=train.seed,
+        )
+        self.watch.pause()
+        self.method.start(Start(self.engine, method, losses, train.learning_rate, train.seed))
+        (peak,) = self.world.max(peak_memory_bytes(self.world.device))
+        logger.info(
+            "%s's start: %.1f s, peak memory of a rank so far %.2f GiB",
+            *(method.method, time.perf_counter() - started, peak / 2**30),
+        )
+
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         """Write summary and model."""
         train = self.options.train
-        low = self.rescaler.low if self.rescaler else {}
-        ranks = []
-        if self.update_rank:
-            ranks = self.update_rank.measure(self.engine.layers(gradients=False), low)
+        low = self.merger.low if self.merger else {}
+        ranks = self.update_rank.measure(low) if self.update_rank else []
         (peak,) = self.world.max(peak_memory_bytes(self.world.device))
         summary = summarize(
-            self.options, self.world.size, self.records, before, after, ranks, int(peak)
+            self.options,
+            self.records,
+            before,
+            after,
+            world_size=self.world.size,
+            parameters=self.parameters,
+            update_rank=ranks,
+            peak_memory_bytes=int(peak),
         )
         if self.world.is_main:
             write_json(self.folder / "summary.json", summary)
@@ -268,42 +332,42 @@ class Trainer:
                 "step %d: the loss jumped to %.4f, %.0f deviations above the last steps' median",
                 *(step + 1, record["loss"], spike),
             )
-        if self.engine.step(self._transform(math.isfinite(total_loss), record)):
+        if self.engine.step(self._before_step(math.isfinite(total_loss), record)):
             self.scheduler.step()
             self.steps_taken += 1
+            if self.restarts and self.restarts.due(self.steps_taken):
+                record[self.restarts.name] = self.restarts(self.engine, self.steps_taken)
         else:
             record["skipped_step"] = True
             logger.warning("step %d skipped: loss or gradients are not finite", step + 1)
         record |= {"tokens": int(total_tokens), "seconds": time.perf_counter() - started}
         return record, votes
 
-    def _transform(
+    def _before_step(
         self, finite: bool, record: dict[str, Any]
     ) -> Callable[[list[LayerShards]], bool]:
         """What happens between backward and the optimizer's step; it fills in ``record``."""
         loss_scale = self.engine.loss_scale
 
-        def measure(layers: list[LayerShards]) -> bool:
-            record["grad_norm"] = (
-                global_norm(gradient_shards(layers), self.world.device) / loss_scale
-            )
+        def measure(_: list[LayerShards]) -> bool:
+            gradients = [parameter.gradient for parameter in self.engine.trained()]
+            record["grad_norm"] = global_norm(gradients, self.world.device) / loss_scale
             return finite and math.isfinite(record["grad_norm"])
 
-        rescaler = self.rescaler
-        if rescaler is None or self.steps_taken % self.options.method.scaling_interval:
+        transform = self.transform
+        if transform is None or not transform.due(self.steps_taken):
             return measure
 
-        def rescale(layers: list[LayerShards]) -> bool:
+        def change(layers: list[LayerShards]) -> bool:
             started = time.perf_counter()
-            report = rescaler(layers) if finite else RescaleReport(applied=False)
+            report = transform(layers) if finite else Report(applied=False)
             record["grad_norm"] = report.grad_norm / loss_scale
             record["grad_norm_before"] = report.grad_norm_before / loss_scale
-            rules = Counter(report.rules or [Rule.SKIPPED] * len(layers))
-            record["rescale"] = {rule.name.lower(): rules[rule] for rule in Rule}
-            record["rescale"]["seconds"] = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            record[transform.name] = {**report.record, "seconds": seconds}
             return report.applied
 
-        return rescale
+        return change
 
     def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
         sampler = RankBatches(

@@ -1,47 +1,50 @@
-"""How high the rank of the accumulated update W_T + s·A Bᵀ − W_0 has grown."""
+"""How high the rank of the accumulated update, the merged weight less W_0, has grown."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.merge import merged_weight
+from scalora_dist.engines.base import Engine
+from scalora_dist.merged import MergedWeights
 from scalora_dist.shards import Layout
-from scalora_dist.world import World
 
 # A singular value counts from this share of the largest on.
 RELATIVE_THRESHOLD = 1e-3
 
 
+def spread_out(names: list[str], count: int) -> list[str]:
+    """``count`` of them (or all), spread evenly over the model."""
+    count = min(count, len(names))
+    return [names[i * len(names) // count] for i in range(count)]
+
+
 class UpdateRank:
     """Remembers this rank's shards of a few layers' initial weights, spread over the model."""
 
-    def __init__(self, layers: Sequence[LayerShards], count: int, world: World) -> None:
-        count = min(count, len(layers))
-        self.chosen = [i * len(layers) // count for i in range(count)]
-        self.initial = [layers[i].W.local.clone() for i in self.chosen]
-        self.world = world
+    def __init__(self, engine: Engine, count: int) -> None:
+        self.engine = engine
+        weights = {p.name: p.shard for p in engine.base()}
+        self.initial = {
+            f"{name}.weight": weights[f"{name}.weight"].local.clone()
+            for name in spread_out(list(engine.adapted), count)
+        }
 
     @torch.no_grad()
-    def measure(self, layers: Sequence[LayerShards], low: dict[str, Tensor]) -> list[int]:
+    def measure(self, low: dict[str, Tensor]) -> list[int]:
         """The numerical rank of each remembered layer's update, on every rank.
 
-        One layer's update is whole at a time; the ranks take turns with the SVDs.
+        One layer is whole at a time; the ranks take turns with the SVDs.
         """
+        world = self.engine.world
+        merged = MergedWeights(self.engine, low)
         ranks = []
-        for turn, (i, initial) in enumerate(zip(self.chosen, self.initial, strict=True)):
-            layer = layers[i]
-            factors = [layer.A, layer.B]
-            a, b = Layout.of(factors, self.world.device).gather(factors, range(2))
-            update = merged_weight(layer.W, layer.scaling * a, b, low.get(layer.name))
-            update.local.sub_(initial)
-            (whole,) = Layout.of([update], self.world.device).gather([update], range(1))
-            mine = turn % self.world.size == self.world.rank
-            ranks.append(numerical_rank(whole) if mine else 0)
-        return [int(rank) for rank in self.world.sum(*ranks)]
+        for turn, (name, local) in enumerate(self.initial.items()):
+            initial = merged.base[name].shard.like(local)
+            (before,) = Layout.of([initial], world.device).gather([initial], range(1))
+            update = merged.whole(name) - before.float()
+            ranks.append(numerical_rank(update) if turn % world.size == world.rank else 0)
+        return [int(rank) for rank in world.sum(*ranks)]
 
 
 def numerical_rank(matrix: Tensor) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scalora_dist import shards as module
 from scalora_dist.engines.base import LayerShards
+from scalora_dist.merger import Merger
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard, Layout, global_norm
 from scalora_dist.world import World
@@ -145,14 +146,15 @@ def gram_of_ranges(world: World, shape: Shape, ranges: Ranges) -> tuple[Tensor, 
 
 def gathered(
     world: World, shapes: list[Shape], kind: str, bucket_bytes: int, together: int
-) -> tuple[list[Tensor], list[range], dict[str, int]]:
+) -> tuple[list[Tensor], list[list[int]], dict[str, int]]:
     """All matrices gathered bucket by bucket, the buckets, and the collectives that took."""
     shards = my_shards(world, matrices(shapes), kind)
     layout = Layout.of(shards)
     usual = module.GATHER_BUCKET_BYTES
     module.GATHER_BUCKET_BYTES = bucket_bytes
     try:
-        buckets = list(layout.buckets(together))
+        groups = [range(i, i + together) for i in range(0, len(shapes), together)]
+        buckets = list(layout.buckets(groups))
     finally:
         module.GATHER_BUCKET_BYTES = usual
     with counted() as calls:
@@ -176,14 +178,8 @@ def rescale_collectives(world: World, layers: int) -> tuple[dict[str, int], dict
 
     built = [layer(i) for i in range(layers)]
     with counted() as first:
-        rescaler = Rescaler(
-            built,
-            world,
-            rule="paper",
-            eta_lipschitz=0.5,
-            bounds=(0.05, 5.0),
-            merge_rounding="split",
-        )
+        merger = Merger(built, world, "split")
+        rescaler = Rescaler(merger, rule="paper", eta_lipschitz=0.5, bounds=(0.05, 5.0))
     with counted() as each:
         assert rescaler(built).applied
     return dict(first), dict(each)

@@ -148,7 +148,6 @@ def test_a_stray_word_is_a_mistake(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
-        ("method", ["scalora", "lora"]),
         ("scaling_rule", ["paper", "scalar", "nnls"]),
         ("merge_rounding", ["split", "nearest"]),
         ("lr_scheduler_type", ["linear", "cosine", "constant"]),

@@ -13,7 +13,6 @@ from scalora_dist import merge as module
 from scalora_dist.merge import (
     add_low_rank_,
     join_halves,
-    merged_weight,
     split_halves,
     zero_low_half,
 )
@@ -217,23 +216,3 @@ def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch, elements: int, sp
     chunked = merged()
     assert max(seen) == longest  # the scratch was really that small
     assert all(torch.equal(a, b) for a, b in zip(usual, chunked, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("span", [WHOLE, (17, 500)])
-@pytest.mark.parametrize("split", [True, False])
-def test_merged_weight_changes_nothing(
-    dtype: torch.dtype, span: tuple[int, int], split: bool
-) -> None:
-    shard = work.shard_of(weight(dtype), span, CUT)
-    low = zero_low_half(shard) if split and dtype != torch.float32 else None
-    add_low_rank_(shard, *exact_factors(0), low)
-    before, low_before = shard.local.clone(), torch.zeros(0) if low is None else low.clone()
-    left, right = exact_factors(1)
-    merged = merged_weight(shard, left, right, low)
-    assert torch.equal(shard.local, before)
-    assert low is None or torch.equal(low, low_before)
-    assert merged.local.dtype == torch.float32
-    assert (merged.offset, merged.shape) == (shard.offset, shard.shape)
-    base = before.float() if low is None else join_halves(before, low)
-    assert torch.equal(merged.local, base + (left @ right.T).flatten()[slice(*span)])

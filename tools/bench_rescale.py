@@ -41,11 +41,13 @@ from scalora_dist.engines.base import LayerShards, gradient_shards
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.loss import summed_cross_entropy
-from scalora_dist.methods import add_layers, make_rescaler
+from scalora_dist.merger import Merger
+from scalora_dist.methods import find_method
 from scalora_dist.metrics import write_json
 from scalora_dist.models import hidden_size, load_model
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.traffic import Traffic
+from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import global_norm
 from scalora_dist.solve import Scales
 from scalora_dist.world import World
@@ -101,12 +103,21 @@ class Bench:
         self.world, self.engine = world, DeepSpeedEngine(world, ds)
         with self.engine.loading():
             model = load_model(options.model, self.engine.dtype, weights=True)
-        self.modules = add_layers(model, method, seed=train.seed, dtype=self.engine.dtype)
-        self.engine.attach(model, self.modules, partial(torch.optim.AdamW, lr=train.learning_rate))
-        rescaler = make_rescaler(self.engine, method)
-        if rescaler is None:
+        if method.method != "scalora":
             raise UserError(f"--method {method.method} rescales nothing: leave it out")
-        self.rescaler, self.shards = rescaler, self.engine.layers(gradients=False)
+        scalora = find_method(method)
+        self.modules = scalora.add(model, method, train.seed, self.engine.dtype)
+        self.engine.attach(
+            model,
+            self.modules,
+            lambda named: torch.optim.AdamW(named.values(), lr=train.learning_rate),
+        )
+        self.shards = self.engine.layers(gradients=False)
+        self.merger = Merger(self.shards, world, method.merge_rounding)
+        assert scalora.transform is not None
+        rescaler = scalora.transform(self.engine, self.merger, method)
+        assert isinstance(rescaler, Rescaler)
+        self.rescaler = rescaler
         self.factors = (2, len(self.modules), method.rank)  # shape of α and β
         self.seconds: dict[str, float] = {}  # this rank's latest rescale, in all and by part
         generator = torch.Generator().manual_seed(train.seed + world.rank)
@@ -176,7 +187,7 @@ class Bench:
         Returns the largest difference of the results and the largest increment, each in units of
         the layer's largest weight here, over layers and ranks.
         """
-        tensors = [*(layer.W.local for layer in self.shards), *self.rescaler.low.values()]
+        tensors = [*(layer.W.local for layer in self.shards), *self.merger.low.values()]
         states = []  # before, ours, naive
         for merge in (lambda _: None, self.local_merge, partial(naive_merge, self.modules)):
             merge(self.scales(1.0, 1.5))

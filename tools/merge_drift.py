@@ -39,10 +39,10 @@ from scalora_dist.engines.base import LayerShards
 from scalora_dist.engines.pick import pick_engine
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.merge import add_low_rank_, join_halves, zero_low_half
-from scalora_dist.methods import METHODS
 from scalora_dist.metrics import write_json
 from scalora_dist.models import hidden_size
 from scalora_dist.profiling.clock import Clock
+from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard
 from scalora_dist.solve import Scales
 from scalora_dist.trainer import Trainer
@@ -138,7 +138,8 @@ class Watcher:
     """Merges what a trainer merges into copies of a few of its layers, and measures them."""
 
     def __init__(self, trainer: Trainer, blocks: int, merges: Sequence[int]) -> None:
-        assert trainer.rescaler is not None
+        rescaler = trainer.transform
+        assert isinstance(rescaler, Rescaler)
         shards = {layer.name: layer.W for layer in trainer.engine.layers(gradients=False)}
         self.layers = {
             name: Layer(shards[name].local.view(shards[name].shape))
@@ -147,7 +148,7 @@ class Watcher:
         for name, layer in self.layers.items():
             trainer.model.get_submodule(name).register_forward_pre_hook(layer.keep_inputs)
         self.at, self.rows = merges, list[dict[str, Any]]()
-        self.merge, trainer.rescaler.merge = trainer.rescaler.merge, self  # type: ignore
+        self.merge, rescaler.merge = rescaler.merge, self  # type: ignore
 
     def __call__(self, shards: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
         """In the place of ``Rescaler.merge``."""
@@ -209,8 +210,8 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
         given |= {"per_device_train_batch_size": 1, "eval_size": 0, "update_rank_layers": 0}
         given |= {"save_steps": 0, "save_model": False}
         options = parse_options([*(f"--{name}={value}" for name, value in given.items()), *argv])
-        if not METHODS[options.method.method].rescales:
-            raise UserError(f"--method {options.method.method} merges nothing: leave it out")
+        if options.method.method != "scalora":
+            raise UserError(f"--method {options.method.method} rescales nothing: leave it out")
         if options.launch.ds_config or options.launch.fsdp:
             raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
         world = World.join(timeout=timedelta(minutes=30))

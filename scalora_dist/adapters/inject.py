@@ -1,49 +1,42 @@
-"""Putting low-rank layers into a model: which layers, and which ones cannot be."""
+"""Which layers of a model a method adapts, and which ones cannot be."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from scalora_dist.adapters.init import lora_init
-from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.errors import UserError
 
 ALL_LINEAR = "all-linear"
 logger = logging.getLogger(__name__)
+L = TypeVar("L", bound=nn.Module)
 
 
 def inject(
     model: PreTrainedModel,
     target_modules: Sequence[str],
-    *,
     rank: int,
-    scaling: float,
-    dropout: float,
-    seed: int,
-    dtype: torch.dtype,
-) -> dict[str, LowRankLinear]:
-    """Freeze ``model`` and give each target layer A and B; returns {name: layer} in model order.
+    adapt: Callable[[str, nn.Linear], L],
+) -> dict[str, L]:
+    """Freeze ``model`` and ``adapt`` each target layer; returns {name: layer} in model order.
 
     Args:
         target_modules: module-name suffixes ("q_proj", "mlp.up_proj"), or ``["all-linear"]``: every
             nn.Linear but the LM head.
-        dtype: of A and B (the engine may cast them).
+        adapt: (name, linear) → what the layer becomes, in its place.
 
     Raises:
         UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
     """
     model.requires_grad_(False)
-    survey = _Survey(model)
-    every = list(target_modules) == [ALL_LINEAR]
-    targets = survey.all_linear() if every else survey.by_suffix(target_modules)
+    targets = find_targets(model, target_modules)
     limits = {name: min(t.out_features, t.in_features) for name, t in targets.items()}
     narrowest = min(limits, key=lambda name: limits[name])
     if not 1 <= rank <= limits[narrowest]:
@@ -51,15 +44,18 @@ def inject(
             f"rank {rank} does not fit {narrowest}: set --rank between 1 and {limits[narrowest]}, "
             "or leave such layers out of --target_modules"
         )
-    return {
-        name: LowRankLinear.adapt(
-            linear,
-            *lora_init(name, linear.out_features, linear.in_features, rank, seed=seed, dtype=dtype),
-            scaling=scaling,
-            dropout=dropout,
-        )
-        for name, linear in targets.items()
-    }
+    return {name: adapt(name, linear) for name, linear in targets.items()}
+
+
+def find_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    """{name: linear layer} in model order, as ``inject`` reads ``target_modules``.
+
+    Raises:
+        UserError: a target that does not exist or cannot be adapted.
+    """
+    survey = _Survey(model)
+    every = list(target_modules) == [ALL_LINEAR]
+    return survey.all_linear() if every else survey.by_suffix(target_modules)
 
 
 class _Survey:

@@ -1,48 +1,174 @@
-"""The low-rank layer: a linear layer that also has the two tall factors A and B."""
+"""Linear layers with something added to them: the factors A and B, a small core R, a square M."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+L = TypeVar("L", bound="AdaptedLinear")
 
-class LowRankLinear(nn.Linear):
-    """``y = W x + bias + s · A (Bᵀ dropout(x))`` with W and bias frozen, A and B trained.
 
-    W is (m, n) = (out_features, in_features), A is (m, r), B is (n, r): both factors are tall, so
-    that a shard of rows is a shard of features. In PEFT's names A is ``lora_B.weight`` and Bᵀ is
-    ``lora_A.weight``.
+class AdaptedLinear(nn.Linear):
+    """``y = W x + bias + s · update(dropout(x))`` with W (m, n) and bias frozen.
 
     Made from a linear layer by changing that object's class, so the layer keeps its name, its
     parameters (whatever an engine already hung on them) and every reference to it; a state dict has
-    the model's own keys plus ``<layer>.A`` and ``<layer>.B``.
+    the model's own keys plus the method's, such as ``<layer>.A``.
+    """
+
+    scaling: float
+    dropout: float
+
+    @classmethod
+    def put_on(cls: type[L], linear: nn.Linear, *, scaling: float, dropout: float) -> L:
+        """Turn ``linear`` into this class in place; its own parameters are the caller's to add."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.scaling, linear.dropout = scaling, dropout
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        update = self.update(F.dropout(x, self.dropout, self.training))
+        return y + self.scaling * update.to(y.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """ΔW x, (…, n) → (…, m). Parameters may be fp32 masters beside a 16-bit x: cast to it."""
+        raise NotImplementedError
+
+    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
+        """ΔW whole, (m, n), without s, from this layer's own parameters whole, in their dtype."""
+        raise NotImplementedError
+
+
+class LowRankLinear(AdaptedLinear):
+    """ΔW = A Bᵀ, both trained (LoRA and most others).
+
+    A is (m, r), B is (n, r): both factors are tall, so that a shard of rows is a shard of features.
+    In PEFT's names A is ``lora_B.weight`` and Bᵀ is ``lora_A.weight``.
     """
 
     A: nn.Parameter
     B: nn.Parameter
-    scaling: float
-    dropout: float
 
-    @staticmethod
+    @classmethod
     def adapt(
-        linear: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float
+        cls, linear: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float
     ) -> LowRankLinear:
         """Turn ``linear`` into a LowRankLinear in place, starting at A = a (m, r), B = b (n, r)."""
-        linear.__class__ = LowRankLinear
-        assert isinstance(linear, LowRankLinear)
-        linear.A, linear.B = nn.Parameter(a), nn.Parameter(b)
-        linear.scaling, linear.dropout = scaling, dropout
-        return linear
+        layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
+        layer.A, layer.B = nn.Parameter(a), nn.Parameter(b)
+        return layer
 
     @property
     def rank(self) -> int:
         return self.B.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        # The factors may be fp32 masters beside a 16-bit base; else `to` gives B itself.
-        z = F.dropout(x, self.dropout, self.training)
+    def update(self, x: Tensor) -> Tensor:
         # matmul keeps B itself for the backward; F.linear would keep the view Bᵀ and, with it under
         # ZeRO-3, all of B gathered from this layer's forward to its backward.
-        update = F.linear(z @ self.B.to(x.dtype), self.A.to(x.dtype))
-        return y + self.scaling * update.to(y.dtype)
+        return F.linear(x @ self.B.to(x.dtype), self.A.to(x.dtype))
+
+    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
+        return own["A"] @ own["B"].T
+
+
+class CoreLinear(AdaptedLinear):
+    """ΔW = U R Vᵀ (LoRA-XS, LoRA-SB): U (m, r), V (n, r) are frozen, only R (r, r) is trained."""
+
+    U: nn.Parameter
+    R: nn.Parameter
+    V: nn.Parameter
+
+    @classmethod
+    def adapt(
+        cls, linear: nn.Linear, rank: int, *, scaling: float, dropout: float, dtype: torch.dtype
+    ) -> CoreLinear:
+        """Turn ``linear`` into a CoreLinear in place, all zero: a start fills it once sharded."""
+        layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
+        sides = (layer.out_features, layer.in_features)
+        u, v = (torch.zeros(side, rank, dtype=dtype) for side in sides)
+        layer.U, layer.V = (nn.Parameter(side, requires_grad=False) for side in (u, v))
+        layer.R = nn.Parameter(torch.zeros(rank, rank, dtype=dtype))
+        return layer
+
+    def update(self, x: Tensor) -> Tensor:
+        z = F.linear(x @ self.V.to(x.dtype), self.R.to(x.dtype))
+        return F.linear(z, self.U.to(x.dtype))
+
+    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
+        return own["U"] @ own["R"] @ own["V"].T
+
+
+class SquareLinear(AdaptedLinear):
+    """ΔW x = decompress(M compress(x)), M (r̂, r̂) trained: MoRA (arXiv 2405.12130, equation 9).
+
+    r̂² ≤ (m + n)·r. x is cut into pieces of r̂ features (its beginning fills up the last), piece j is
+    rotated by RoPE's angles at position j, M is applied to each; the pieces side by side, repeated
+    or cut off, are the m outputs.
+    """
+
+    M: nn.Parameter
+
+    @classmethod
+    def adapt(
+        cls, linear: nn.Linear, rank: int, *, scaling: float, dropout: float, dtype: torch.dtype
+    ) -> SquareLinear:
+        """Turn ``linear`` into a SquareLinear in place, M = 0, as large as A and B of ``rank``."""
+        layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
+        side = square_side(layer.out_features, layer.in_features, rank)
+        layer.M = nn.Parameter(torch.zeros(side, side, dtype=dtype))
+        return layer
+
+    def update(self, x: Tensor) -> Tensor:
+        return self._through(x, self.M.to(x.dtype))
+
+    def _through(self, x: Tensor, square: Tensor) -> Tensor:
+        side = square.shape[0]
+        pieces = -(-self.in_features // side)
+        # x's beginning follows its end, more than once where x is shorter than one piece.
+        around = -(-pieces * side // self.in_features)
+        filled = x.repeat(*(1 for _ in x.shape[:-1]), around)[..., : pieces * side]
+        turned = _rotate(filled.unflatten(-1, (pieces, side)))
+        outputs = F.linear(turned, square).flatten(-2)
+        repeats = -(-self.out_features // outputs.shape[-1])
+        return outputs.repeat(*(1 for _ in x.shape[:-1]), repeats)[..., : self.out_features]
+
+    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
+        identity = torch.eye(self.in_features, dtype=own["M"].dtype, device=own["M"].device)
+        return self._through(identity, own["M"]).T.contiguous()
+
+
+def square_side(out_features: int, in_features: int, rank: int) -> int:
+    """MoRA's r̂ = ⌊√((m + n) r)⌋, made even for the rotations' pairs."""
+    return max(2, math.isqrt((out_features + in_features) * rank) // 2 * 2)
+
+
+def _rotate(pieces: Tensor) -> Tensor:
+    """Piece j of (…, pieces, r̂) rotated by RoPE's j·10000^(−2i/r̂) in the planes (i, i + r̂/2)."""
+    count, side = pieces.shape[-2:]
+    # Angles in fp32 at least: bf16 has no digits for large positions.
+    dtype = torch.promote_types(pieces.dtype, torch.float32)
+    steps = torch.arange(0, side, 2, device=pieces.device, dtype=dtype)
+    positions = torch.arange(count, device=pieces.device, dtype=dtype)
+    angles = torch.outer(positions, 10000 ** (-steps / side))
+    cos, sin = angles.cos().to(pieces.dtype), angles.sin().to(pieces.dtype)
+    first, second = pieces.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def adapted_linear(layer: nn.Module) -> nn.Linear:
+    """The linear layer that holds W: an adapted layer itself, or what a layer of PEFT's wraps."""
+    return cast(nn.Linear, getattr(layer, "base_layer", layer))
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """What a method added to a layer, by its name in the layer: all but W and bias."""
+    linear = adapted_linear(layer)
+    loaded = {id(linear.weight), id(linear.bias)}
+    return {name: p for name, p in layer.named_parameters() if id(p) not in loaded}

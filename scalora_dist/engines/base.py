@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.adapters.layers import LowRankLinear, adapted_linear, own_parameters
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
@@ -49,8 +49,23 @@ def gradient_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
     return [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """This rank's range of one trained parameter, as views of the engine's own storage.
+
+    Attributes:
+        master: fp32. gradient: may be 16-bit and carry the loss scale; stands for the master
+            where gradients were not asked for. moments: (m, v), empty before the first step.
+    """
+
+    name: str
+    master: FlatShard
+    gradient: FlatShard
+    moments: tuple[FlatShard, ...]
+
+
 class NamedShard(NamedTuple):
-    """A parameter of the model under its own name and shape, as one flat range of a matrix."""
+    """A parameter under its name in the model and with its shape, as a flat range of a matrix."""
 
     name: str
     shape: torch.Size
@@ -65,7 +80,7 @@ class Places(ABC):
 
     @abstractmethod
     def weight(self, p: Tensor) -> FlatShard:
-        """A frozen weight."""
+        """A frozen parameter."""
 
     @abstractmethod
     def master(self, p: nn.Parameter) -> FlatShard:
@@ -84,6 +99,10 @@ class Places(ABC):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+# From {name: trained parameter} as the engine shows it to the optimizer.
+MakeOptimizer: TypeAlias = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+
+
 class Engine(ABC):
     """A sharded model with its optimizer.
 
@@ -98,7 +117,7 @@ class Engine(ABC):
     module: nn.Module  # what to call for a forward
     optimizer: torch.optim.Optimizer  # AdamW, whose param_groups hold the learning rate
     places: Places
-    adapted: Mapping[str, LowRankLinear]  # in model order
+    adapted: Mapping[str, nn.Module]  # the layers a method adapts by name, in model order
 
     @abstractmethod
     def loading(self) -> AbstractContextManager[None]:
@@ -108,8 +127,8 @@ class Engine(ABC):
     def attach(
         self,
         model: nn.Module,
-        layers: Mapping[str, LowRankLinear],
-        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        layers: Mapping[str, nn.Module],
+        make_optimizer: MakeOptimizer,
     ) -> None:
         """Shard ``model`` and train the parameters that require a gradient."""
 
@@ -123,10 +142,11 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
-        """``transform`` the layers in place, clip, step the optimizer and drop the gradients.
+        """``transform`` in place, clip, step the optimizer and drop the gradients.
 
-        A transform that returns False has changed nothing, and discards the step on all ranks: no
-        parameter and no state changes (fp16 lowers its loss scale). Returns whether it was applied.
+        The transform is given ``layers()``, and may ask for ``trained()``. One that returns False
+        has changed nothing, and discards the step on all ranks: no parameter and no state changes
+        (fp16 lowers its loss scale). Returns whether it was applied.
         """
 
     @property
@@ -135,34 +155,73 @@ class Engine(ABC):
         """How many times too large the stored gradients are (fp16), else 1."""
 
     def layers(self, *, gradients: bool = True) -> list[LayerShards]:
-        """The adapted layers in model order, the same on every rank.
+        """The layers with factors A and B in model order, the same on every rank.
 
         Without ``gradients`` (outside ``step``), ``grad_A`` and ``grad_B`` stand for the
         masters.
         """
-        return [self._layer(name, layer, gradients) for name, layer in self.adapted.items()]
+        return [
+            self._layer(name, layer, gradients)
+            for name, layer in self.adapted.items()
+            if isinstance(layer, LowRankLinear)
+        ]
 
     def _layer(self, name: str, layer: LowRankLinear, gradients: bool) -> LayerShards:
-        factors: dict[str, Any] = {}
-        for key, parameter in (("A", layer.A), ("B", layer.B)):
-            master = self.places.master(parameter)
-            local = self.places.gradient(parameter).view(-1) if gradients else master.local
-            factors[key] = master
-            factors[f"grad_{key}"] = master.like(local)
-            factors[f"moments_{key}"] = tuple(
-                master.like(moment) for moment in self.places.moments(parameter)
-            )
+        a, b = (self._trained(key, p, gradients) for key, p in (("A", layer.A), ("B", layer.B)))
         return LayerShards(
-            name=name, scaling=layer.scaling, W=self.places.weight(layer.weight), **factors
+            name=name,
+            scaling=layer.scaling,
+            W=self.places.weight(layer.weight),
+            A=a.master,
+            B=b.master,
+            grad_A=a.gradient,
+            grad_B=b.gradient,
+            moments_A=a.moments,
+            moments_B=b.moments,
         )
 
-    def frozen(self) -> Iterator[NamedShard]:
-        """Every frozen parameter once, in model order, the same on every rank."""
+    def trained(self, *, gradients: bool = True) -> list[Trained]:
+        """Every trained parameter in model order; ``gradients`` as for ``layers``."""
+        return [
+            self._trained(name, p, gradients)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+
+    def _trained(self, name: str, p: nn.Parameter, gradients: bool) -> Trained:
+        master = self.places.master(p)
+        local = self.places.gradient(p).view(-1) if gradients else master.local
+        moments = tuple(master.like(moment) for moment in self.places.moments(p))
+        return Trained(name, master, master.like(local), moments)
+
+    def base(self) -> Iterator[NamedShard]:
+        """Every parameter that the model was loaded with, once, in model order."""
+        added = {id(p) for layer in self.adapted.values() for p in own_parameters(layer).values()}
+        loaded: dict[int, str] = {}  # where a layer was wrapped, by the name it had before
+        for name, layer in self.adapted.items():
+            linear = adapted_linear(layer)
+            loaded |= {id(linear.weight): f"{name}.weight", id(linear.bias): f"{name}.bias"}
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                # Under ZeRO-3 a parameter's own shape is empty; ds_shape is then the true one.
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                yield NamedShard(name, shape, self.places.weight(parameter))
+            if id(parameter) not in added:
+                yield self._named(loaded.get(id(parameter), name), parameter)
+
+    def added(self) -> Iterator[NamedShard]:
+        """Every parameter that the method added, trained or not, in model order."""
+        for name, layer in self.adapted.items():
+            for key, parameter in own_parameters(layer).items():
+                yield self._named(f"{name}.{key}", parameter)
+
+    def _named(self, name: str, p: nn.Parameter) -> NamedShard:
+        # Under ZeRO-3 a parameter's own shape is empty; ds_shape is then the true one.
+        shape = getattr(p, "ds_shape", p.shape)
+        place = self.places.master if p.requires_grad else self.places.weight
+        return NamedShard(name, shape, place(p))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Between steps: afterwards the forward reads what was written into shards inside it."""
+        with torch.no_grad():
+            yield
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides ``layers()``: a few numbers, the same on every rank."""
@@ -170,11 +229,10 @@ class Engine(ABC):
         return {"optimizer_steps": next((int(state["step"]) for state in states if state), 0)}
 
     @contextmanager
-    def restoring(self, state: Mapping[str, Any]) -> Iterator[list[LayerShards]]:
-        """Go back to ``state``; inside it, copy a checkpoint into the layers it yields.
+    def restoring(self, state: Mapping[str, Any]) -> Iterator[None]:
+        """Go back to ``state``; inside it, copy a checkpoint into the engine's shards.
 
-        Their moments exist, unless the optimizer had not stepped yet. Afterwards the forward reads
-        what was written.
+        Their moments exist, unless the optimizer had not stepped yet.
         """
         if steps := state["optimizer_steps"]:
             for tensor in self.places.stepped():
@@ -182,8 +240,8 @@ class Engine(ABC):
                     "step": torch.tensor(float(steps)),
                     **{key: torch.zeros_like(tensor) for key in MOMENTS},
                 }
-        with torch.no_grad():
-            yield self.layers(gradients=False)
+        with self.writing():
+            yield
 
 
 def as_matrix(shape: torch.Size) -> tuple[int, int]:

@@ -22,14 +22,15 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.adapters.layers import adapted_linear
 from scalora_dist.engines.base import (
     MOMENTS,
     Engine,
     LayerShards,
+    MakeOptimizer,
     Places,
+    Trained,
     as_matrix,
-    gradient_shards,
 )
 from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
@@ -76,13 +77,18 @@ class DeepSpeedEngine(Engine):
     def attach(
         self,
         model: nn.Module,
-        layers: Mapping[str, LowRankLinear],
-        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        layers: Mapping[str, nn.Module],
+        make_optimizer: MakeOptimizer,
     ) -> None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(trainable)
+        if self.stage == 3:
+            _gather_wrapped_layers_whole(model, layers)
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=trainable, optimizer=self.optimizer, config=self.config
+            model=model,
+            model_parameters=list(trainable.values()),
+            optimizer=self.optimizer,
+            config=self.config,
         )
         self.module, self.model, self.adapted = self.engine, model, layers
         places: dict[int, type[_Places]] = {
@@ -102,21 +108,19 @@ class DeepSpeedEngine(Engine):
     def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
         if self.places.offloads:  # gradients may still be on their way to the CPU
             get_accelerator().synchronize()
-        layers = self.layers()
-        apply = transform(layers)
+        apply = transform(self.layers())
+        trained = self.trained()
         if not apply:
             # The engine's own overflow path discards a step whole, at every stage that has one.
-            for grad in gradient_shards(layers):
-                grad.local.fill_(float("inf"))
-        for layer, module in zip(layers, self.adapted.values(), strict=True):
-            self.places.note_gradient_norm(module.A, layer.grad_A)
-            self.places.note_gradient_norm(module.B, layer.grad_B)
+            for parameter in trained:
+                parameter.gradient.local.fill_(float("inf"))
+        self.places.note_gradient_norms(trained)
         if not apply and not self.places.checks_overflow:
             self.engine.zero_grad()
             self.engine.micro_steps += 1
             return False
         self.engine.step()
-        self.places.clear_gradients(layers)
+        self.places.clear_gradients(trained)
         if apply != self.engine.was_step_applied():
             raise RuntimeError(
                 f"DeepSpeed {'skipped' if apply else 'applied'} a step that it should not have"
@@ -136,12 +140,27 @@ class DeepSpeedEngine(Engine):
         return state
 
     @contextmanager
-    def restoring(self, state: Mapping[str, Any]) -> Iterator[list[LayerShards]]:
+    def writing(self) -> Iterator[None]:
+        with super().writing():
+            yield
+            self.places.refresh()
+
+    @contextmanager
+    def restoring(self, state: Mapping[str, Any]) -> Iterator[None]:
         if "loss_scaler" in state:
             vars(self.engine.optimizer.loss_scaler).update(state["loss_scaler"])
-        with super().restoring(state) as layers:
-            yield layers
-            self.places.refresh()
+        with super().restoring(state):
+            yield
+
+
+def _gather_wrapped_layers_whole(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Layers of PEFT's that wrap a linear layer may read its weight outside that layer's forward.
+
+    (DoRA and HiRA do.) As leaves of ZeRO-3 they have all their parameters gathered around theirs.
+    """
+    wrappers = {type(layer) for layer in layers.values() if adapted_linear(layer) is not layer}
+    if wrappers:
+        deepspeed.utils.set_z3_leaf_modules(model, sorted(wrappers, key=repr))
 
 
 def _warn_of_build_lock() -> None:
@@ -173,20 +192,25 @@ class _Places(Places):
     def refresh(self) -> None:
         """Make the forward read what was written into masters and frozen weights."""
 
-    def note_gradient_norm(self, p: ZeroParameter, gradient: FlatShard) -> None:
-        """With optimizer offload the engine clips by a norm it took during the backward."""
-        if self.offloads and gradient.local.numel():
-            norm = gradient.local.double().norm().to(torch.float32)
-            self.zero.norm_for_param_grads[self.zero.get_param_id(p)] = norm
+    def note_gradient_norms(self, trained: list[Trained]) -> None:
+        """With optimizer offload the engine clips by norms it took during the backward."""
+        if not self.offloads:
+            return
+        parameters = dict(self.engine.module.named_parameters())
+        for parameter in trained:
+            if parameter.gradient.local.numel():
+                norm = parameter.gradient.local.double().norm().to(torch.float32)
+                parameter_id = self.zero.get_param_id(parameters[parameter.name])
+                self.zero.norm_for_param_grads[parameter_id] = norm
 
-    def clear_gradients(self, layers: list[LayerShards]) -> None:
+    def clear_gradients(self, trained: list[Trained]) -> None:
         """Zero the buffers that a stage keeps from step to step.
 
         A layer that the next forward does not reach would find this step's gradients in them, or
         the inf of a discarded step, and step with those.
         """
-        for grad in gradient_shards(layers):
-            grad.local.zero_()
+        for parameter in trained:
+            parameter.gradient.local.zero_()
 
 
 class _WholePlaces(_Places):
@@ -302,8 +326,8 @@ class _PartitionPlaces(_Places):
             local = self.zero.averaged_gradients[group][self.index[p]]
         return self._shard(p, local).local
 
-    def clear_gradients(self, layers: list[LayerShards]) -> None:
-        super().clear_gradients(layers)
+    def clear_gradients(self, trained: list[Trained]) -> None:
+        super().clear_gradients(trained)
         if self.offloads:  # the gradients went through a buffer on the device
             self.zero.grad_partitions_flat_buffer.zero_()
 

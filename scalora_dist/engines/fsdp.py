@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scalora_dist.engines.base import LayerShards, NamedShard, as_matrix
+from scalora_dist.engines.base import LayerShards, NamedShard, Trained, as_matrix
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine, TorchPlaces
 from scalora_dist.errors import UserError
@@ -114,9 +114,17 @@ class FSDPEngine(LocalEngine):
         self._reshard()
         return super().layers(gradients=gradients)
 
-    def frozen(self) -> Iterator[NamedShard]:
+    def trained(self, *, gradients: bool = True) -> list[Trained]:
         self._reshard()
-        return super().frozen()
+        return super().trained(gradients=gradients)
+
+    def base(self) -> Iterator[NamedShard]:
+        self._reshard()
+        return super().base()
+
+    def added(self) -> Iterator[NamedShard]:
+        self._reshard()
+        return super().added()
 
     def _reshard(self) -> None:
         """Free what is still gathered, after an evaluation: the next forward gathers it anew.

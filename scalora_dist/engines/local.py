@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.engines.base import (
     MOMENTS,
     Engine,
     LayerShards,
+    MakeOptimizer,
     Places,
     as_matrix,
-    gradient_shards,
 )
 from scalora_dist.shards import FlatShard, global_norm
 from scalora_dist.world import World
@@ -43,8 +42,8 @@ class LocalEngine(Engine):
     def attach(
         self,
         model: nn.Module,
-        layers: Mapping[str, LowRankLinear],
-        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        layers: Mapping[str, nn.Module],
+        make_optimizer: MakeOptimizer,
     ) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -52,7 +51,9 @@ class LocalEngine(Engine):
         self.place(model)
         self.model = self.module = model
         self.adapted = layers
-        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+        self.optimizer = make_optimizer(
+            {name: p for name, p in model.named_parameters() if p.requires_grad}
+        )
         self.places = self.make_places()
 
     def place(self, model: nn.Module) -> None:
@@ -66,20 +67,19 @@ class LocalEngine(Engine):
         loss.backward()
 
     def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
-        layers = self.layers()
-        apply = transform(layers)
+        apply = transform(self.layers())
         if apply:
-            self._clip(layers)
+            self._clip()
             self.optimizer.step()
         self.optimizer.zero_grad()
         return apply
 
     @torch.no_grad()
-    def _clip(self, layers: list[LayerShards]) -> None:
+    def _clip(self) -> None:
         """As torch's clip_grad_norm_, which cannot sum over ranks what is offloaded to the CPU."""
         if not self.max_grad_norm:
             return
-        gradients = gradient_shards(layers)
+        gradients = [parameter.gradient for parameter in self.trained()]
         # Replicas of a hybrid mesh add up alike but for rounding: all must clip by one number.
         (norm,) = self.world.max(global_norm(gradients, self.world.device))
         share = self.max_grad_norm / (norm + 1e-6)

@@ -71,7 +71,13 @@ def put_in(
     model: PreTrainedModel, *targets: str, rank: int = 4, scaling: float = 2.0, **changes: Any
 ) -> dict[str, LowRankLinear]:
     options: dict[str, Any] = {"dropout": 0.0, "seed": 0, "dtype": torch.float32} | changes
-    return inject(model, targets or ["all-linear"], rank=rank, scaling=scaling, **options)
+    dropout = options.pop("dropout")
+
+    def adapt(name: str, linear: nn.Linear) -> LowRankLinear:
+        a, b = lora_init(name, linear.out_features, linear.in_features, rank, **options)
+        return LowRankLinear.adapt(linear, a, b, scaling=scaling, dropout=dropout)
+
+    return inject(model, targets or ["all-linear"], rank, adapt)
 
 
 def randomise(layers: dict[str, LowRankLinear]) -> None:

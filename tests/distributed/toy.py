@@ -23,6 +23,7 @@ from scalora_dist.engines.fsdp import FSDPEngine
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.merge import join_halves
+from scalora_dist.merger import Merger
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard, Layout
 from scalora_dist.world import World
@@ -163,16 +164,10 @@ class Run:
         self.engine.attach(
             model,
             layers,
-            lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0),
+            lambda named: torch.optim.AdamW(named.values(), lr=LEARNING_RATE, weight_decay=0),
         )
-        self.rescaler = Rescaler(
-            self.engine.layers(gradients=False),
-            world,
-            rule=rule,
-            eta_lipschitz=ETA_LIPSCHITZ,
-            bounds=BOUNDS,
-            merge_rounding="split",
-        )
+        self.merger = Merger(self.engine.layers(gradients=False), world, "split")
+        self.rescaler = Rescaler(self.merger, rule=rule, eta_lipschitz=ETA_LIPSCHITZ, bounds=BOUNDS)
         solve = self.rescaler.solve
 
         def remember(*args: Any) -> Any:
@@ -207,7 +202,7 @@ class Run:
         """Every layer's state, gathered."""
         states = {}
         for layer in layers:
-            W, low = layer.W, self.rescaler.low.get(layer.name)
+            W, low = layer.W, self.merger.low.get(layer.name)
             fields = {
                 "W": W if low is None else W.like(join_halves(W.local, low)),
                 "A": layer.A,
@@ -318,8 +313,8 @@ def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, by
         held = {"alpha": run.scales.alpha, "beta": run.scales.beta}
         for layer in run.engine.layers(gradients=False):
             held |= {f"{layer.name}.{key}": getattr(layer, key).local for key in "WAB"}
-            if layer.name in run.rescaler.low:
-                held[f"{layer.name}.low"] = run.rescaler.low[layer.name]
+            if layer.name in run.merger.low:
+                held[f"{layer.name}.low"] = run.merger.low[layer.name]
         seen.append(
             {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in held.items()}
         )
@@ -332,7 +327,7 @@ def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np
     run.step(0)
     states = run.whole(run.engine.layers(gradients=False))
     run.output()
-    frozen = {name: (shape, whole(shard)) for name, shape, shard in run.engine.frozen()}
+    frozen = {name: (shape, whole(shard)) for name, shape, shard in run.engine.base()}
     assert all(array.shape == tuple(shape) for shape, array in frozen.values())
     return {
         "W": {name: state.W for name, state in states.items()},
@@ -350,17 +345,17 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
         first.step(step)
     state = copy.deepcopy(first.engine.state())
     saved = [shard.local.clone() for shard in checkpointed(first)]
-    low = {name: part.clone() for name, part in first.rescaler.low.items()}
+    low = {name: part.clone() for name, part in first.merger.low.items()}
     seen = {"first": [first.look()]}
     first.step(3)
     seen["first"].append(first.look())
 
     second = Run(world, **case)
-    with second.engine.restoring(state) as layers:
-        for shard, part in zip(checkpointed(second, layers), saved, strict=True):
+    with second.engine.restoring(state):
+        for shard, part in zip(checkpointed(second), saved, strict=True):
             shard.local.copy_(part)
         for name, part in low.items():
-            second.rescaler.low[name].copy_(part)
+            second.merger.low[name].copy_(part)
     seen["second"] = [second.look()]
     assert second.engine.state() == state
     second.step(3)
@@ -368,7 +363,7 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
     return seen
 
 
-def checkpointed(run: Run, layers: list[LayerShards] | None = None) -> list[FlatShard]:
-    """All shards of ``layers`` that a checkpoint holds."""
-    layers = layers or run.engine.layers(gradients=False)
+def checkpointed(run: Run) -> list[FlatShard]:
+    """All shards of the layers that a checkpoint holds."""
+    layers = run.engine.layers(gradients=False)
     return [s for x in layers for s in (x.W, x.A, x.B, *x.moments_A, *x.moments_B)]

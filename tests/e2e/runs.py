@@ -19,6 +19,7 @@ from transformers import (
 from scalora_dist.config import parse_options
 from scalora_dist.engines.pick import pick_engine
 from scalora_dist.models import hidden_size
+from scalora_dist.rescale import Rescaler
 from scalora_dist.solve import Rule, quadratic
 from scalora_dist.trainer import Trainer
 from scalora_dist.world import World
@@ -58,8 +59,8 @@ def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
 def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[str, float]]]:
     """Train; for each step {layer: (its rule, how far its column solution is from a bound)}."""
     trainer = make(world, options)
-    rescaler, seen = trainer.rescaler, []
-    assert rescaler is not None
+    rescaler, seen = trainer.transform, []
+    assert isinstance(rescaler, Rescaler)
     solve, bounds = rescaler.solve, rescaler.bounds
     assert bounds is not None
 

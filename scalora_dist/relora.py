@@ -1,0 +1,91 @@
+"""ReLoRA (arXiv 2307.05695): from time to time merge the factors into W and start them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora_dist.adapters.init import lora_init
+from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.merger import Merger
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.shards import FlatShard
+
+
+class Restarts:
+    """After every ``interval`` steps: W += s·A Bᵀ, A = 0, B drawn anew, most of the moments zero.
+
+    The model's function stays as it is. B is drawn alike on all ranks. Of each moment the ``prune``
+    share that is smallest in size becomes 0 (section 3 of the paper; 1 resets all).
+    """
+
+    name = "restart"
+
+    def __init__(self, merger: Merger, *, interval: int, prune: float, seed: int) -> None:
+        self.merger, self.interval, self.prune, self.seed = merger, interval, prune, seed
+
+    def due(self, steps_taken: int) -> bool:
+        return steps_taken > 0 and steps_taken % self.interval == 0
+
+    def __call__(self, engine: Engine, steps_taken: int) -> dict[str, Any]:
+        """Restart between two steps; what metrics.jsonl says of it."""
+        clock = Clock(engine.world.device)
+        with engine.writing():
+            layers = engine.layers(gradients=False)
+            rank = layers[0].A.shape[1]
+            self.merger(layers, torch.ones(len(layers), rank, dtype=torch.float64), clock)
+            for layer in layers:
+                m, n = layer.A.shape[0], layer.B.shape[0]
+                seed_name = f"{layer.name} after {steps_taken} steps"
+                a, b = lora_init(seed_name, m, n, rank, seed=self.seed, dtype=torch.float32)
+                layer.A.write_(a)
+                layer.B.write_(b)
+            self._prune(layers)
+            clock.lap("factors")
+        return {"seconds": sum(clock.seconds.values())}
+
+    def _prune(self, layers: list[LayerShards]) -> None:
+        """Each moment whole by turns, as factors are for a merge: its threshold is one number."""
+        for which in range(2):  # m, v
+            moments = [
+                moments[which]
+                for layer in layers
+                for moments in (layer.moments_A, layer.moments_B)
+                if moments
+            ]
+            if self.prune == 1:
+                for moment in moments:
+                    moment.local.zero_()
+                continue
+            if not moments:  # no step was taken yet
+                return
+            for bucket in self.merger.layout.buckets([(i,) for i in range(len(moments))]):
+                for i, whole in zip(
+                    bucket, self.merger.layout.gather(moments, bucket), strict=True
+                ):
+                    _prune_below(moments[i], _smallest(whole, self.prune))
+
+
+def _smallest(whole: Tensor, share: float) -> float:
+    """The size that ``share`` of the entries do not exceed."""
+    count = int(share * whole.numel())
+    return float(whole.abs().flatten().kthvalue(count).values) if count else -1.0
+
+
+def _prune_below(moment: FlatShard, threshold: float) -> None:
+    moment.local.mul_(moment.local.abs() > threshold)
+
+
+def warmed_up_again(
+    rate: Callable[[int], float], *, interval: int, warmup_steps: int
+) -> Callable[[int], float]:
+    """``rate`` (the schedule's factor after so many steps), rising from 0 after each restart."""
+
+    def warmed(steps: int) -> float:
+        since = steps % interval if steps >= interval else warmup_steps
+        return rate(steps) * min(1.0, (since + 1) / (warmup_steps + 1))
+
+    return warmed

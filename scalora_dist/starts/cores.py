@@ -1,0 +1,60 @@
+"""Where LoRA-XS and LoRA-SB put their frozen U and V, and the core R between them."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from scalora_dist.starts.gradients import weight_gradients
+from scalora_dist.starts.start import Start
+from scalora_dist.starts.svd import truncated_svd
+
+CORE_DEVIATION = 1e-5  # of LoRA-XS's R
+
+
+def start_lora_xs(start: Start) -> None:
+    """U = U_r Σ_r and V = V_r of W's truncated SVD; R Gaussian, 1e-5 (arXiv 2405.17604, section 3).
+
+    By turns over the layers, from each rank's own rows of W.
+    """
+    rank, device = start.args.rank, start.engine.world.device
+    with start.engine.writing():
+        added = start.added()
+        for name, weight in start.weights().items():
+            svd = truncated_svd(weight, rank, device=device, seed=start.seed)
+            added[f"{name}.U"].write_(svd.U * svd.S)
+            added[f"{name}.V"].write_(svd.V)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{start.seed}:{name}".encode()))
+            core = torch.randn(rank, rank, generator=generator) * CORE_DEVIATION
+            added[f"{name}.R"].write_(core)
+
+
+def start_lora_sb(start: Start) -> None:
+    """U, V and R of the truncated SVD of a first step ``−η·sign(Σ ∇W)`` (seed 003, equations 7, 8).
+
+    U and V are orthonormal, R = Σ_r / s with s = 1, η is the learning rate.
+    """
+    rank, world = start.args.rank, start.engine.world
+    added = start.added()
+    cores: dict[str, Tensor] = {}
+    gradients = weight_gradients(
+        start.engine.model,
+        start.engine.adapted,
+        start.losses,
+        world,
+        budget_bytes=start.args.start_memory * 2**20,
+        loss_scale=start.engine.loss_scale,
+    )
+    for name, gradient in gradients:
+        step = gradient.like(gradient.local.sign_().neg_())
+        svd = truncated_svd(step, rank, device=world.device, seed=start.seed)
+        # While R is 0 the model computes what it did: the next layers' gradients are W's own.
+        added[f"{name}.U"].write_(svd.U)
+        added[f"{name}.V"].write_(svd.V)
+        cores[name] = torch.diag(start.learning_rate * svd.S)
+    with start.engine.writing():
+        added = start.added()
+        for name, core in cores.items():
+            added[f"{name}.R"].write_(core)

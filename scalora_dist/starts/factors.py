@@ -1,0 +1,91 @@
+"""Where PiSSA and LoRA-GA put A and B; W gives up what they hold, so the function stays.
+
+PEFT's own starts gather whole weights: these are its formulas on shards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scalora_dist.adapters.peft import factor_names, factor_scaling
+from scalora_dist.merge import add_low_rank_
+from scalora_dist.shards import FlatShard, Layout
+from scalora_dist.starts.gradients import weight_gradients
+from scalora_dist.starts.start import Start
+from scalora_dist.starts.svd import truncated_svd
+
+STABLE_GAMMA = 16  # PEFT's default for LoRA-GA's scale "stable"
+
+
+def start_pissa(start: Start) -> None:
+    """A = U_r √(Σ_r/s) and B = V_r √(Σ_r/s) of W's truncated SVD (arXiv 2404.02948, equations 2-4).
+
+    By turns over the layers, from each rank's own rows of W.
+    """
+    device = start.engine.world.device
+    factors = _Factors(start)
+    for name, weight in start.weights().items():
+        svd = truncated_svd(weight, start.args.rank, device=device, seed=start.seed)
+        root = (svd.S / factors.scaling(name)).sqrt()
+        factors.put(name, svd.U * root, svd.V * root)
+    factors.write()
+
+
+def start_lora_ga(start: Start) -> None:
+    """A = U_{r+1…2r} Σ · m^¼/√γ and B = V_{1…r} of ∇W's truncated SVD (arXiv 2407.05000).
+
+    PEFT's "ArB2r" and "stable", Σ included, of the gradient of the samples' mean loss.
+    """
+    rank, world = start.args.rank, start.engine.world
+    gradients = weight_gradients(
+        start.engine.model,
+        start.engine.adapted,
+        start.losses,
+        world,
+        budget_bytes=start.args.start_memory * 2**20,
+        loss_scale=start.engine.loss_scale,
+    )
+    factors = _Factors(start)
+    for name, gradient in gradients:
+        svd = truncated_svd(gradient, 2 * rank, device=world.device, seed=start.seed)
+        scale = gradient.shape[0] ** 0.25 / STABLE_GAMMA**0.5
+        factors.put(name, svd.U[:, rank:] * svd.S[rank:] * scale, svd.V[:, :rank])
+    factors.write()
+
+
+class _Factors:
+    """This rank's parts of new factors, kept until no more gradients of the old ones are needed."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.layers = start.engine.adapted
+        self.shards = start.added()
+        self.parts: dict[str, Tensor] = {}
+
+    def scaling(self, layer: str) -> float:
+        return factor_scaling(self.layers[layer])
+
+    def put(self, layer: str, a: Tensor, b: Tensor) -> None:
+        """A (m, r) and B (n, r) whole; PEFT keeps A and Bᵀ."""
+        for name, whole in zip(factor_names(layer), (a, b.T), strict=True):
+            shard = self.shards[name]
+            part = shard.like(torch.empty_like(shard.local))
+            part.write_(whole)
+            self.parts[name] = part.local
+
+    def write(self) -> None:
+        """The factors into the model, and W −= s·A Bᵀ."""
+        with self.start.engine.writing():
+            shards = self.start.added()
+            for name, part in self.parts.items():
+                shards[name].local.copy_(part)
+            for layer, weight in self.start.weights().items():
+                self._subtract(layer, weight, [shards[name] for name in factor_names(layer)])
+
+    def _subtract(self, layer: str, weight: FlatShard, factors: list[FlatShard]) -> None:
+        a, b_transposed = Layout.of(factors, self.start.engine.world.device).gather(
+            factors, range(2)
+        )
+        # As the forward reads them: 16-bit weights go with 16-bit factors under ZeRO.
+        add_low_rank_(weight, -self.scaling(layer) * a, b_transposed.T, None)
