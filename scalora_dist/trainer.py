@@ -81,7 +81,7 @@ class Trainer:
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         with engine.loading():
             self.model = load_model(options.model, engine.dtype, weights=engine.reads_weights)
-        layers = method.add(self.model, options.method, train.seed, engine.dtype)
+            layers = method.add(self.model, options.method, train.seed, engine.dtype)
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         engine.attach(self.model, layers, self._make_optimizer)

@@ -149,6 +149,12 @@ class Engine(ABC):
         (fp16 lowers its loss scale). Returns whether it was applied.
         """
 
+    def release(self) -> None:  # noqa: B027 (most engines leave nothing gathered)
+        """Free the weights that a forward or a backward outside of a step left gathered.
+
+        They would not show what is written into their shards afterwards.
+        """
+
     @property
     @abstractmethod
     def loss_scale(self) -> float:

@@ -127,6 +127,9 @@ class DeepSpeedEngine(Engine):
             )
         return apply
 
+    def release(self) -> None:
+        self.places.release()
+
     @property
     def loss_scale(self) -> float:
         return float(self.engine.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
@@ -153,7 +156,7 @@ class DeepSpeedEngine(Engine):
             yield
 
 
-def _gather_wrapped_layers_whole(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def _gather_wrapped_layers_whole(model: Any, layers: Mapping[str, nn.Module]) -> None:
     """Layers of PEFT's that wrap a linear layer may read its weight outside that layer's forward.
 
     (DoRA and HiRA do.) As leaves of ZeRO-3 they have all their parameters gathered around theirs.
@@ -161,6 +164,8 @@ def _gather_wrapped_layers_whole(model: nn.Module, layers: Mapping[str, nn.Modul
     wrappers = {type(layer) for layer in layers.values() if adapted_linear(layer) is not layer}
     if wrappers:
         deepspeed.utils.set_z3_leaf_modules(model, sorted(wrappers, key=repr))
+        # A leaf whose input needs no gradient would be freed before its backward.
+        model.enable_input_require_grads()
 
 
 def _warn_of_build_lock() -> None:
@@ -191,6 +196,9 @@ class _Places(Places):
     @abstractmethod
     def refresh(self) -> None:
         """Make the forward read what was written into masters and frozen weights."""
+
+    def release(self) -> None:
+        """Free gathered weights after a backward that the engine does not know of."""
 
     def note_gradient_norms(self, trained: list[Trained]) -> None:
         """With optimizer offload the engine clips by norms it took during the backward."""
@@ -304,6 +312,17 @@ class _PartitionPlaces(_Places):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if persistent := self.zero.persistent_parameters:  # whole copies of what was changed
             persistent[0].partition(persistent)
+            self._gather_persistent()
+
+    @torch.no_grad()
+    def release(self) -> None:
+        offload = self.zero.parameter_offload
+        offload.release_backward_leftovers()  # as at the end of the engine's own backward
+        offload.partition_all_parameters()  # as in its step, and so the next line
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        if persistent := self.zero.persistent_parameters:
             persistent[0].all_gather(persistent)
 
     def weight(self, p: ZeroParameter) -> FlatShard:

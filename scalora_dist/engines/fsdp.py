@@ -111,26 +111,23 @@ class FSDPEngine(LocalEngine):
         loss.backward()
 
     def layers(self, *, gradients: bool = True) -> list[LayerShards]:
-        self._reshard()
+        self.release()
         return super().layers(gradients=gradients)
 
     def trained(self, *, gradients: bool = True) -> list[Trained]:
-        self._reshard()
+        self.release()
         return super().trained(gradients=gradients)
 
     def base(self) -> Iterator[NamedShard]:
-        self._reshard()
+        self.release()
         return super().base()
 
     def added(self) -> Iterator[NamedShard]:
-        self._reshard()
+        self.release()
         return super().added()
 
-    def _reshard(self) -> None:
-        """Free what is still gathered, after an evaluation: the next forward gathers it anew.
-
-        Until then the model shows gathered parameters, and goes on with their old values.
-        """
+    def release(self) -> None:
+        # What is outside the blocks stays gathered after an evaluation, and so would be shown.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

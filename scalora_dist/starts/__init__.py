@@ -1,1 +1,1 @@
-"""Starts of A and B, and of W beside them, that look at the data first."""
+"""How a method starts: what is computed over the sharded weights or gradients before training."""

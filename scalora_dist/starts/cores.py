@@ -7,7 +7,6 @@ import zlib
 import torch
 from torch import Tensor
 
-from scalora_dist.starts.gradients import weight_gradients
 from scalora_dist.starts.start import Start
 from scalora_dist.starts.svd import truncated_svd
 
@@ -39,15 +38,7 @@ def start_lora_sb(start: Start) -> None:
     rank, world = start.args.rank, start.engine.world
     added = start.added()
     cores: dict[str, Tensor] = {}
-    gradients = weight_gradients(
-        start.engine.model,
-        start.engine.adapted,
-        start.losses,
-        world,
-        budget_bytes=start.args.start_memory * 2**20,
-        loss_scale=start.engine.loss_scale,
-    )
-    for name, gradient in gradients:
+    for name, gradient in start.gradients():
         step = gradient.like(gradient.local.sign_().neg_())
         svd = truncated_svd(step, rank, device=world.device, seed=start.seed)
         # While R is 0 the model computes what it did: the next layers' gradients are W's own.

@@ -11,7 +11,6 @@ from torch import Tensor
 from scalora_dist.adapters.peft import factor_names, factor_scaling
 from scalora_dist.merge import add_low_rank_
 from scalora_dist.shards import FlatShard, Layout
-from scalora_dist.starts.gradients import weight_gradients
 from scalora_dist.starts.start import Start
 from scalora_dist.starts.svd import truncated_svd
 
@@ -38,16 +37,8 @@ def start_lora_ga(start: Start) -> None:
     PEFT's "ArB2r" and "stable", Σ included, of the gradient of the samples' mean loss.
     """
     rank, world = start.args.rank, start.engine.world
-    gradients = weight_gradients(
-        start.engine.model,
-        start.engine.adapted,
-        start.losses,
-        world,
-        budget_bytes=start.args.start_memory * 2**20,
-        loss_scale=start.engine.loss_scale,
-    )
     factors = _Factors(start)
-    for name, gradient in gradients:
+    for name, gradient in start.gradients():
         svd = truncated_svd(gradient, 2 * rank, device=world.device, seed=start.seed)
         scale = gradient.shape[0] ** 0.25 / STABLE_GAMMA**0.5
         factors.put(name, svd.U[:, rank:] * svd.S[rank:] * scale, svd.V[:, :rank])

@@ -23,6 +23,7 @@ def weight_gradients(
     losses: Callable[[], Iterable[Tensor]],
     world: World,
     *,
+    release: Callable[[], object],
     budget_bytes: int,
     loss_scale: float = 1.0,
 ) -> Iterator[tuple[str, FlatShard]]:
@@ -44,6 +45,7 @@ def weight_gradients(
             ranks is the loss, each after ONE forward. They must come from ``model`` itself
             (DeepSpeed's engine would prepare a step of its own), be as many on every rank (times 0
             where samples run out), and not be kept, for each holds its activations.
+        release: called after each backward: ``Engine.release``.
         loss_scale: what losses are multiplied by and sums divided by, for a backward in float16.
             Non-finite sums mean that it was too large.
 
@@ -54,9 +56,7 @@ def weight_gradients(
     Raises:
         UserError: on every rank, where the ranks' samples go through different layers.
     """
-    groups = list(
-        _groups({name: _Rows(layer, world) for name, layer in layers.items()}, budget_bytes)
-    )
+    groups = list(_groups(layers, world, budget_bytes))
     with tqdm(
         desc="gradients of the weights",
         unit="batch",
@@ -69,6 +69,7 @@ def weight_gradients(
                 for loss in losses():
                     taps.backward(loss * loss_scale)
                     del loss  # the activations of layers before the group's first hang on it
+                    release()
                     progress.update()
             progress.total = progress.n // number * len(groups)
             for name in list(group):
@@ -98,6 +99,7 @@ class _Rows:
         torch.mm(rows.T, x, out=whole[:m])
         part = whole.new_empty(self.share, n)
         dist.reduce_scatter_tensor(part, whole)
+        whole.untyped_storage().resize_(0)  # gloo's threads hold their last messages for long
         self.sum = part if self.sum is None else self.sum.add_(part)
 
     def shard(self, loss_scale: float) -> FlatShard:
@@ -110,10 +112,13 @@ class _Rows:
         return FlatShard(rows.view(-1), start * n, self.shape, dist.group.WORLD)
 
 
-def _groups(rows: Mapping[str, _Rows], budget_bytes: int) -> Iterator[dict[str, _Rows]]:
+def _groups(
+    layers: Mapping[str, nn.Module], world: World, budget_bytes: int
+) -> Iterator[dict[str, _Rows]]:
     """Runs of consecutive layers whose sums fit the budget, or that have one layer only."""
     group: dict[str, _Rows] = {}
-    for name, one in rows.items():
+    for name, layer in layers.items():
+        one = _Rows(layer, world)
         if group and sum(other.bytes for other in group.values()) + one.bytes > budget_bytes:
             yield group
             group = {}
@@ -140,9 +145,7 @@ class _Taps:
     def __exit__(self, *error: Any) -> None:
         self.hooks.close()
 
-    def _hook(
-        self, name: str, rows: _Rows
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
+    def _hook(self, name: str, rows: _Rows) -> Callable[..., Tensor | None]:
         def tap(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None

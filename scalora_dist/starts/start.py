@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from scalora_dist.config import MethodArguments
 from scalora_dist.engines.base import Engine
 from scalora_dist.shards import FlatShard
+from scalora_dist.starts.gradients import weight_gradients
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,18 @@ class Start:
     losses: Callable[[], Iterable[Tensor]]
     learning_rate: float
     seed: int
+
+    def gradients(self) -> Iterator[tuple[str, FlatShard]]:
+        """(layer, this rank's rows of ∇W), as ``weight_gradients`` has them."""
+        return weight_gradients(
+            self.engine.model,
+            self.engine.adapted,
+            self.losses,
+            self.engine.world,
+            release=self.engine.release,
+            budget_bytes=self.args.start_memory * 2**20,
+            loss_scale=self.engine.loss_scale,
+        )
 
     def weights(self) -> dict[str, FlatShard]:
         """{layer: this rank's range of its W}, in model order."""
