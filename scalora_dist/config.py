@@ -180,8 +180,9 @@ class TrainArguments:
         8, "Layers whose accumulated update's rank is measured; 0: none."
     )
     rank_monitor_steps: int = option(
-        0, "Estimate the update's rank live every so many steps, on update_rank_layers layers."
+        0, "Estimate the updates' ranks every so many steps while training; 0: never."
     )
+    rank_monitor_layers: int = option(8, "Layers that the rank monitor follows.")
     save_steps: int = option(500, "Write a checkpoint every so many steps; 0: only on a signal.")
     save_total_limit: int = option(3, "Keep the newest so many checkpoints.")
     on_save_failure: Literal["continue", "stop"] = option(
@@ -204,6 +205,7 @@ class TrainArguments:
         _check_at_least(self, 0, "weight_decay", "max_grad_norm", "eval_steps", "seed")
         _check_at_least(self, 0, "warmup_ratio", "update_rank_layers", "save_steps")
         _check_at_least(self, 0, "rank_monitor_steps")
+        _check_at_least(self, 1, "rank_monitor_layers")
         _check_at_least(self, 1, "save_total_limit", "max_skipped_steps", "hang_timeout")
         _check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
         _check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", "ddp_timeout")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scalora_dist.engines.base import LayerShards, factor_shards
 from scalora_dist.merge import MergeRounding, add_low_rank_, zero_low_half
+from scalora_dist.monitor import UpdateMonitor
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.shards import Layout
 from scalora_dist.world import World
@@ -20,7 +21,10 @@ class Merger:
     Attributes:
         layout: of the factors, A and B of each layer in turn.
         low: {layer: int16 remainders of its 16-bit W}, with ``split`` only; sharded like W.
+        monitor: is told of every merge.
     """
+
+    monitor: UpdateMonitor | None = None
 
     def __init__(
         self, layers: Sequence[LayerShards], world: World, rounding: MergeRounding
@@ -54,6 +58,9 @@ class Merger:
         scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=torch.float64)
         # One copy to the device for all layers: a copy each would wait for it each time.
         scaled = (scalings * weights).to(self.world.device)
+        if self.monitor:
+            self.monitor.add(layers, scaled)
+            clock.lap("monitor")
         chosen = range(len(layers)) if which is None else which
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in chosen]):
             gathered = self.layout.gather(shards, bucket)

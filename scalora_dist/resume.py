@@ -21,6 +21,7 @@ from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config import Options
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
+from scalora_dist.method_run import MethodRun
 from scalora_dist.shards import FlatShard
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,14 @@ FIXED_METHOD = (
     "merge_rounding",
     "relora_interval",
 )
-FIXED_TRAIN = ("bf16", "fp16", "seed", "train_batch_size")
+FIXED_TRAIN = (
+    "bf16",
+    "fp16",
+    "seed",
+    "train_batch_size",
+    "rank_monitor_steps",
+    "rank_monitor_layers",
+)
 # Another one of these changes where or how fast the run goes on, not what it computes.
 FREE_TRAIN = (
     "output_dir",
@@ -67,20 +75,12 @@ class RunState:
     def __init__(
         self,
         engine: Engine,
+        method: MethodRun,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         options: Options,
-        *,
-        edits_weights: bool,
-        low: Mapping[str, Tensor],
     ) -> None:
-        """
-        Args:
-            edits_weights: frozen weights of adapted layers change and are saved; else they stay as
-                they were loaded, and a checkpoint holds what the method added only.
-            low: {layer: int16 remainders of its 16-bit W}.
-        """
-        self.engine, self.world, self.low = engine, engine.world, low
-        self.edits_weights, self.scheduler, self.options = edits_weights, scheduler, options
+        self.engine, self.world, self.method = engine, engine.world, method
+        self.scheduler, self.options = scheduler, options
         self.base = fingerprint(engine)
 
     def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
@@ -134,13 +134,15 @@ class RunState:
 
     def _shards(self) -> dict[str, FlatShard]:
         """{name: shard} of all that starts and training change."""
-        shards: dict[str, FlatShard] = {p.name: p.shard for p in self.engine.added()}
-        if self.edits_weights:
+        shards = {p.name: p.shard for p in self.engine.added()}
+        if self.method.method.edits_weights:
             loaded = {p.name: p.shard for p in self.engine.base()}
             for layer in self.engine.adapted:
                 weight = shards[f"{layer}.weight"] = loaded[f"{layer}.weight"]
-                if (low := self.low.get(layer)) is not None:
+                if (low := self.method.low.get(layer)) is not None:
                     shards[f"{layer}.weight.low"] = weight.like(low)
+        if self.method.monitor:
+            shards |= self.method.monitor.shards()
         for trained in self.engine.trained(gradients=False):
             shards[trained.name] = trained.master
             for moment, shard in zip(("m", "v"), trained.moments, strict=False):

@@ -9,39 +9,36 @@ import resource
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 from scalora_dist.checkpoint.manifest import clear_leftovers, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config import Options, TrainArguments
 from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
-from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.engines.base import Engine
 from scalora_dist.errors import Ending, UserError
 from scalora_dist.evaluate import Evaluation, evaluate
 from scalora_dist.export import export_model
 from scalora_dist.health import loss_spike
 from scalora_dist.loss import summed_cross_entropy
-from scalora_dist.merger import Merger
+from scalora_dist.method_run import MethodRun
 from scalora_dist.methods import find_method
 from scalora_dist.metrics import RunLog, read_history, write_json
 from scalora_dist.models import load_model, load_tokenizer
-from scalora_dist.relora import warmed_up_again
+from scalora_dist.optimizer import make_optimizer, make_schedule
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
 from scalora_dist.saving import PREEMPTED, Saving
-from scalora_dist.shards import global_norm
 from scalora_dist.starts.samples import SamplePass
-from scalora_dist.starts.start import Start
 from scalora_dist.summary import summarize
-from scalora_dist.transform import Report
 from scalora_dist.update_rank import UpdateRank
 from scalora_dist.watch import Watch
 from scalora_dist.world import World
@@ -61,7 +58,7 @@ class Trainer:
             UserError: on every rank, for every mistake in the options or the data.
         """
         self.options, self.world = options, world
-        self.method = method = find_method(options.method)
+        method = find_method(options.method)
         train = options.train
         self.folder = Path(str(train.output_dir))
         self.checkpoints = Checkpoints(
@@ -84,10 +81,12 @@ class Trainer:
             layers = method.add(self.model, options.method, train.seed, engine.dtype)
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        engine.attach(self.model, layers, self._make_optimizer)
-        self.parameters = sum(math.prod(p.master.shape) for p in engine.trained(gradients=False))
-        logger.info("%s: %d layers, %d parameters trained", name, len(layers), self.parameters)
-
+        engine.attach(self.model, layers, partial(make_optimizer, method, options))
+        self.method = MethodRun(method, engine, options)
+        logger.info(
+            "%s: %d layers adapted, %d parameters trained",
+            *(name, len(layers), self.method.parameters),
+        )
         assert train.train_batch_size is not None  # settled by settle_batch
         self.batches = GlobalBatches(
             self.data.train["target_tokens"], train.train_batch_size, train.seed
@@ -96,43 +95,13 @@ class Trainer:
         if self.steps <= 0:
             examples = len(self.data.train) * train.num_train_epochs
             self.steps = math.ceil(examples / self.batches.global_batch_size)
-        self.scheduler = get_scheduler(
-            train.lr_scheduler_type,
-            engine.optimizer,
-            num_warmup_steps=math.ceil(self.steps * train.warmup_ratio),
-            num_training_steps=self.steps,
-        )
-        if method.restarts:
-            self.scheduler.lr_lambdas = [
-                warmed_up_again(
-                    rate,
-                    interval=options.method.relora_interval,
-                    warmup_steps=options.method.relora_warmup_steps,
-                )
-                for rate in self.scheduler.lr_lambdas
-            ]
+        self.scheduler = make_schedule(engine.optimizer, method, options, self.steps)
         self.first_step = self.steps_taken = 0  # steps taken are those that were not skipped
         self.collate = Collator(self.tokenizer)
-        self.merger = None
-        if method.merges:
-            sharded = engine.layers(gradients=False)
-            self.merger = Merger(sharded, world, options.method.merge_rounding)
-        self.transform = self.restarts = None
-        if method.transform:
-            self.transform = method.transform(engine, self.merger, options.method)
-        if method.restarts:
-            assert self.merger is not None
-            self.restarts = method.restarts(self.merger, options.method, train.seed)
         self.update_rank = None
         if train.update_rank_layers:
             self.update_rank = UpdateRank(engine, train.update_rank_layers)
-        self.state = RunState(
-            engine,
-            self.scheduler,
-            options,
-            edits_weights=method.edits_weights,
-            low=self.merger.low if self.merger else {},
-        )
+        self.state = RunState(engine, self.method, self.scheduler, options)
         self.saving = Saving(self.checkpoints, train)
         self.watch = Watch(world, train.hang_timeout)
         self.records: list[dict[str, Any]] = []  # of each step
@@ -150,28 +119,6 @@ class Trainer:
             found = self.checkpoints.newest_first()
             self.world.main_only(lambda: check_no_newer(folder, self.folder, found))
         return folder
-
-    def _make_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        train = self.options.train
-        rates: dict[float, list[nn.Parameter]] = {1.0: []}
-        for name, parameter in parameters.items():
-            rate = self.method.rate(name, self.options.method)
-            rates.setdefault(rate, []).append(parameter)
-        if train.weight_decay and self.options.method.method == "scalora":
-            logger.warning(
-                "weight_decay on A and B pulls towards W − s·A Bᵀ of the moment, not the start"
-            )
-        return torch.optim.AdamW(
-            [
-                {"params": group, "lr": rate * train.learning_rate}
-                for rate, group in rates.items()
-                if group
-            ],
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            weight_decay=train.weight_decay,
-        )
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate before and after, write the results; returns what summary.json holds.
@@ -235,7 +182,8 @@ class Trainer:
         if self.resumes_from is None:
             if self.world.is_main:
                 clear_results(self.folder)
-            self._fill_in()
+            self.watch.pause()
+            self.method.fill_in(self._samples())
             return self._micro_batches(), []
         if self.world.is_main and self.resumes_from.parent.resolve() == self.folder.resolve():
             clear_leftovers(self.folder)
@@ -254,14 +202,12 @@ class Trainer:
         logger.info("going on from %s", self.resumes_from)
         return micro_batches, history
 
-    def _fill_in(self) -> None:
-        """The method's start, which a run that goes on has behind it."""
-        if self.method.start is None:
-            return
-        started = time.perf_counter()
-        train, method = self.options.train, self.options.method
-        count = method.start_samples or max(25, math.ceil(0.001 * len(self.data.train)))
-        losses = SamplePass(
+    def _samples(self) -> SamplePass:
+        """What a method's start may look at."""
+        train, examples = self.options.train, len(self.data.train)
+        # LoRA-SB's share of the data (section 3), which it found enough.
+        count = self.options.method.start_samples or max(25, math.ceil(0.001 * examples))
+        return SamplePass(
             self.model,
             self.data.train,
             self.collate,
@@ -270,18 +216,11 @@ class Trainer:
             micro_batch_size=train.per_device_train_batch_size,
             seed=train.seed,
         )
-        self.watch.pause()
-        self.method.start(Start(self.engine, method, losses, train.learning_rate, train.seed))
-        (peak,) = self.world.max(peak_memory_bytes(self.world.device))
-        logger.info(
-            "%s's start: %.1f s, peak memory of a rank so far %.2f GiB",
-            *(method.method, time.perf_counter() - started, peak / 2**30),
-        )
 
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         """Write summary and model."""
         train = self.options.train
-        low = self.merger.low if self.merger else {}
+        low = self.method.low
         ranks = self.update_rank.measure(low) if self.update_rank else []
         (peak,) = self.world.max(peak_memory_bytes(self.world.device))
         summary = summarize(
@@ -290,7 +229,7 @@ class Trainer:
             before,
             after,
             world_size=self.world.size,
-            parameters=self.parameters,
+            parameters=self.method.parameters,
             update_rank=ranks,
             peak_memory_bytes=int(peak),
         )
@@ -332,42 +271,16 @@ class Trainer:
                 "step %d: the loss jumped to %.4f, %.0f deviations above the last steps' median",
                 *(step + 1, record["loss"], spike),
             )
-        if self.engine.step(self._before_step(math.isfinite(total_loss), record)):
+        finite = math.isfinite(total_loss)
+        if self.engine.step(self.method.before_step(self.steps_taken, finite, record)):
             self.scheduler.step()
             self.steps_taken += 1
-            if self.restarts and self.restarts.due(self.steps_taken):
-                record[self.restarts.name] = self.restarts(self.engine, self.steps_taken)
+            self.method.after_step(self.steps_taken, record)
         else:
             record["skipped_step"] = True
             logger.warning("step %d skipped: loss or gradients are not finite", step + 1)
         record |= {"tokens": int(total_tokens), "seconds": time.perf_counter() - started}
         return record, votes
-
-    def _before_step(
-        self, finite: bool, record: dict[str, Any]
-    ) -> Callable[[list[LayerShards]], bool]:
-        """What happens between backward and the optimizer's step; it fills in ``record``."""
-        loss_scale = self.engine.loss_scale
-
-        def measure(_: list[LayerShards]) -> bool:
-            gradients = [parameter.gradient for parameter in self.engine.trained()]
-            record["grad_norm"] = global_norm(gradients, self.world.device) / loss_scale
-            return finite and math.isfinite(record["grad_norm"])
-
-        transform = self.transform
-        if transform is None or not transform.due(self.steps_taken):
-            return measure
-
-        def change(layers: list[LayerShards]) -> bool:
-            started = time.perf_counter()
-            report = transform(layers) if finite else Report(applied=False)
-            record["grad_norm"] = report.grad_norm / loss_scale
-            record["grad_norm_before"] = report.grad_norm_before / loss_scale
-            seconds = time.perf_counter() - started
-            record[transform.name] = {**report.record, "seconds": seconds}
-            return report.applied
-
-        return change
 
     def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
         sampler = RankBatches(

@@ -26,6 +26,7 @@ from scalora_dist.merge import join_halves
 from scalora_dist.merger import Merger
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard, Layout
+from scalora_dist.solve import Rule
 from scalora_dist.world import World
 
 SHAPES = {"first": (31, 24), "second": (13, 11)}
@@ -258,6 +259,7 @@ def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> l
             record["report"] = report
             if report.applied:
                 record["scales"] = [run.scales.alpha.numpy(), run.scales.beta.numpy()]
+                record["rules"] = [Rule(code) for code in run.scales.rule.tolist()]
             return report.applied
 
         record["applied"] = run.engine.step(transform)

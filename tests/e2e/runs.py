@@ -59,7 +59,7 @@ def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
 def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[str, float]]]:
     """Train; for each step {layer: (its rule, how far its column solution is from a bound)}."""
     trainer = make(world, options)
-    rescaler, seen = trainer.transform, []
+    rescaler, seen = trainer.method.transform, []
     assert isinstance(rescaler, Rescaler)
     solve, bounds = rescaler.solve, rescaler.bounds
     assert bounds is not None

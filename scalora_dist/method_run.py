@@ -1,0 +1,119 @@
+"""One method at work on one engine: what is made once, and called around every step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from scalora_dist.config import Options
+from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.errors import UserError
+from scalora_dist.merger import Merger
+from scalora_dist.methods import Method
+from scalora_dist.monitor import UpdateMonitor
+from scalora_dist.shards import global_norm
+from scalora_dist.starts.start import Start
+from scalora_dist.transform import Report
+
+logger = logging.getLogger(__name__)
+
+
+class MethodRun:
+    """
+    Attributes:
+        parameters: how many numbers are trained, over all ranks.
+        merger: of a method that merges while it trains.
+        low: {layer: int16 remainders of its 16-bit W}.
+        transform, restarts, monitor: None where the method or the options have none.
+    """
+
+    def __init__(self, method: Method, engine: Engine, options: Options) -> None:
+        """
+        Args:
+            engine: sharded, its weights as they were loaded.
+
+        Raises:
+            UserError: options that this method cannot follow.
+        """
+        self.method, self.engine, self.options = method, engine, options
+        self.parameters = sum(math.prod(p.master.shape) for p in engine.trained(gradients=False))
+        args, seed = options.method, options.train.seed
+        self.merger = None
+        if method.merges:
+            layers = engine.layers(gradients=False)
+            self.merger = Merger(layers, engine.world, args.merge_rounding)
+        self.low: dict[str, Tensor] = self.merger.low if self.merger else {}
+        self.transform = self.restarts = self.monitor = None
+        if method.transform:
+            self.transform = method.transform(engine, self.merger, args)
+        if method.restarts:
+            assert self.merger is not None
+            self.restarts = method.restarts(self.merger, args, seed)
+        if options.train.rank_monitor_steps:
+            self.monitor = self._make_monitor()
+
+    def _make_monitor(self) -> UpdateMonitor:
+        train = self.options.train
+        layers = self.engine.layers(gradients=False)
+        if not layers:
+            raise UserError(
+                "--rank_monitor_steps follows factors A and B of ours, and "
+                f"--method {self.options.method.method} has none: leave it out"
+            )
+        count = train.rank_monitor_layers
+        monitor = UpdateMonitor(layers, count, self.engine.world, seed=train.seed % 2**32)
+        if self.merger:
+            self.merger.monitor = monitor
+        return monitor
+
+    def fill_in(self, losses: Callable[[], Iterable[Tensor]]) -> None:
+        """The method's start, if it has one; ``losses`` as for ``Start``."""
+        if self.method.start is None:
+            return
+        started = time.perf_counter()
+        train, args = self.options.train, self.options.method
+        self.method.start(Start(self.engine, args, losses, train.learning_rate, train.seed))
+        logger.info("the start of %s took %.1f s", args.method, time.perf_counter() - started)
+
+    def before_step(
+        self, steps_taken: int, finite: bool, record: dict[str, Any]
+    ) -> Callable[[list[LayerShards]], bool]:
+        """What ``Engine.step`` is to do between backward and the optimizer's step.
+
+        Args:
+            finite: whether the loss is; if not the step is discarded.
+            record: for metrics.jsonl; gradient norms and what the transform says are filled in.
+        """
+        engine, loss_scale = self.engine, self.engine.loss_scale
+
+        def measure(_: list[LayerShards]) -> bool:
+            gradients = [parameter.gradient for parameter in engine.trained()]
+            record["grad_norm"] = global_norm(gradients, engine.world.device) / loss_scale
+            return finite and math.isfinite(record["grad_norm"])
+
+        transform = self.transform
+        if transform is None or not transform.due(steps_taken):
+            return measure
+
+        def change(layers: list[LayerShards]) -> bool:
+            started = time.perf_counter()
+            report = transform(layers) if finite else Report(applied=False)
+            record["grad_norm"] = report.grad_norm / loss_scale
+            record["grad_norm_before"] = report.grad_norm_before / loss_scale
+            seconds = time.perf_counter() - started
+            record[transform.name] = {**report.record, "seconds": seconds}
+            return report.applied
+
+        return change
+
+    def after_step(self, steps_taken: int, record: dict[str, Any]) -> None:
+        """A restart and the monitor's reading, where they are due; they go into ``record``."""
+        if self.restarts and self.restarts.due(steps_taken):
+            record[self.restarts.name] = self.restarts(self.engine, steps_taken)
+        if self.monitor and record["step"] % self.options.train.rank_monitor_steps == 0:
+            record["rank_monitor"] = self.monitor.read(self.engine.layers(gradients=False))

@@ -1,0 +1,66 @@
+"""AdamW and its schedule, alike on every engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from scalora_dist.config import Options
+from scalora_dist.methods import Method
+from scalora_dist.relora import warmed_up_again
+
+logger = logging.getLogger(__name__)
+
+
+def make_optimizer(
+    method: Method, options: Options, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW, a group for each multiple of the learning rate that the method asks for.
+
+    The smallest multiple comes first: metrics report that group's rate.
+    """
+    train = options.train
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rates.setdefault(method.rate(name, options.method), []).append(parameter)
+    if train.weight_decay and method.merges:
+        logger.warning(
+            "weight_decay on A and B pulls towards W − s·A Bᵀ of the moment, not the start"
+        )
+    return torch.optim.AdamW(
+        [
+            {"params": group, "lr": rate * train.learning_rate}
+            for rate, group in sorted(rates.items())
+        ],
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, method: Method, options: Options, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """transformers' schedule over ``steps``, warmed up again after a method's restarts."""
+    train = options.train
+    schedule = get_scheduler(
+        train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(steps * train.warmup_ratio),
+        num_training_steps=steps,
+    )
+    if method.restarts:
+
+        def again(rate: Callable[[int], float]) -> Callable[[int], float]:
+            args = options.method
+            return warmed_up_again(
+                rate, interval=args.relora_interval, warmup_steps=args.relora_warmup_steps
+            )
+
+        schedule.lr_lambdas = [again(rate) for rate in schedule.lr_lambdas]
+    return schedule
