@@ -16,6 +16,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.merger import Merger
 from scalora_dist.methods import Method
 from scalora_dist.monitor import UpdateMonitor
+from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.shards import global_norm
 from scalora_dist.starts.start import Start
 from scalora_dist.transform import Report
@@ -78,7 +79,11 @@ class MethodRun:
         started = time.perf_counter()
         train, args = self.options.train, self.options.method
         self.method.start(Start(self.engine, args, losses, train.learning_rate, train.seed))
-        logger.info("the start of %s took %.1f s", args.method, time.perf_counter() - started)
+        (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
+        logger.info(
+            "the start of %s took %.1f s; peak memory of a rank so far %.2f GiB",
+            *(args.method, time.perf_counter() - started, peak / 2**30),
+        )
 
     def before_step(
         self, steps_taken: int, finite: bool, record: dict[str, Any]

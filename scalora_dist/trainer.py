@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import shutil
 import time
 import zlib
@@ -35,6 +34,7 @@ from scalora_dist.methods import find_method
 from scalora_dist.metrics import RunLog, read_history, write_json
 from scalora_dist.models import load_model, load_tokenizer
 from scalora_dist.optimizer import make_optimizer, make_schedule
+from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
 from scalora_dist.saving import PREEMPTED, Saving
 from scalora_dist.starts.samples import SamplePass
@@ -356,10 +356,3 @@ def clear_results(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     clear_leftovers(folder)
     prune(folder, keep=0)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """This process's peak: of the CUDA allocator on a GPU, resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalora_dist.adapters.layers import adapted_linear
 from scalora_dist.engines.base import (
     MOMENTS,
     Engine,
@@ -45,6 +46,7 @@ class LocalEngine(Engine):
         layers: Mapping[str, nn.Module],
         make_optimizer: MakeOptimizer,
     ) -> None:
+        self.trains_weights = any(adapted_linear(x).weight.requires_grad for x in layers.values())
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -59,6 +61,10 @@ class LocalEngine(Engine):
     def place(self, model: nn.Module) -> None:
         """Put ``model`` where it is trained."""
         model.to(self.world.device)
+        if self.trains_weights and self.dtype != torch.float32:
+            # Its weights are fp32 masters now, and what they compute is 16-bit all the same.
+            cast = torch.autocast(self.world.device.type, self.dtype)
+            model.forward = cast(model.forward)
 
     def make_places(self) -> Places:
         return TorchPlaces(self.optimizer)
