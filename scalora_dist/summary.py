@@ -16,6 +16,7 @@ def summarize(
     after: Evaluation | None,
     *,
     world_size: int,
+    rank: int | None,
     parameters: int,
     update_rank: list[int],
     peak_memory_bytes: int,
@@ -23,6 +24,7 @@ def summarize(
     """
     Args:
         records: the steps' lines of metrics.jsonl.
+        rank: of what the method adds, if it has one.
         parameters: how many are trained, over all ranks.
         update_rank: of the layers that were measured.
         peak_memory_bytes: of the rank that needed most.
@@ -33,11 +35,13 @@ def summarize(
     rules: Counter[str] = Counter()
     for rescale in rescales:
         rules.update({rule: count for rule, count in rescale.items() if rule != "seconds"})
-    rescale_seconds = sum(record.get("rescale", {}).get("seconds", 0.0) for record in timed)
+    # What transforms, restarts and the monitor say of themselves.
+    own = [value for record in timed for value in record.values() if isinstance(value, dict)]
+    own_seconds = sum(said.get("seconds", 0.0) for said in own)
     return {
         "method": options.method.method,
         "scaling_rule": options.method.scaling_rule,
-        "rank": options.method.rank,
+        "rank": rank,
         "trained_parameters": parameters,
         "world_size": world_size,
         "steps": len(records),
@@ -50,7 +54,7 @@ def summarize(
         "layers_by_rule": dict(rules),
         "update_rank": update_rank,
         "seconds_per_step": seconds / len(timed),
-        "rescale_share": rescale_seconds / seconds,
+        "method_share": own_seconds / seconds,
         "tokens_per_second": sum(record["tokens"] for record in timed) / seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "output_dir": options.train.output_dir,
@@ -66,15 +70,21 @@ def render(summary: dict[str, Any]) -> str:
         rows.append((held_out.format("loss"), f"{loss[0]:.3f} → {loss[1]:.3f}"))
         rows.append((held_out.format("exact match"), f"{match[0]:.1%} → {match[1]:.1%}"))
     rows.append(("training loss", f"{summary['loss_first']:.3f} → {summary['loss_last']:.3f}"))
-    rules = summary["layers_by_rule"]
+    rules = dict(summary["layers_by_rule"])
+    if kept := rules.pop("kept", 0):
+        share = kept / (kept + sum(rules.values()))
+        rows.append(("merges saved", f"{share:.0%} of all layers' rescales"))
     if total := sum(rules.values()):
         shares = ", ".join(f"{rule} {n / total:.0%}" for rule, n in rules.items() if n)
         rows.append(("rule taken, share of all layers' rescales", shares))
     if ranks := summary["update_rank"]:
         spread = f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.0f}"
-        of = f"(factors: {summary['rank']}; {len(ranks)} layers measured)"
+        factors = f"factors: {summary['rank']}; " if summary["rank"] else ""
+        of = f"({factors}{len(ranks)} layers measured)"
         rows.append(("rank of the accumulated update", f"{spread} {of}"))
-    share = f", rescale {summary['rescale_share']:.1%} of it" if total else ""
+    rows.append(("trained parameters", f"{summary['trained_parameters']:,}"))
+    own = summary["method_share"]
+    share = f", {summary['method']}'s own work {own:.1%} of it" if own else ""
     rows.append(("time per step", f"{summary['seconds_per_step']:.2f} s{share}"))
     rows.append(("tokens per second", f"{summary['tokens_per_second']:.0f}"))
     if summary["skipped_steps"]:

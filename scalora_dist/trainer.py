@@ -229,6 +229,7 @@ class Trainer:
             before,
             after,
             world_size=self.world.size,
+            rank=self.options.method.rank if "rank" in self.method.method.options else None,
             parameters=self.method.parameters,
             update_rank=ranks,
             peak_memory_bytes=int(peak),

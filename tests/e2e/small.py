@@ -34,7 +34,7 @@ TASK: dict[str, Any] = {
     "save_model": False,
     "update_rank_layers": 0,
 }
-TIMINGS = ("seconds", "seconds_per_step", "rescale_share", "tokens_per_second", "peak_memory_bytes")
+TIMINGS = ("seconds", "seconds_per_step", "method_share", "tokens_per_second", "peak_memory_bytes")
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "local": [sys.executable],
