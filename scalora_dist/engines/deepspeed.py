@@ -7,11 +7,9 @@ These are private attributes of DeepSpeed (read and run with 0.19.8); they are u
 from __future__ import annotations
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -37,7 +35,6 @@ from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
 ZeroParameter: TypeAlias = Any  # an nn.Parameter on which DeepSpeed hung its own attributes
-logger = logging.getLogger(__name__)
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
@@ -52,7 +49,8 @@ class DeepSpeedEngine(Engine):
             config: a DeepSpeed config without "auto" (see ``engines/ds_config.py``).
         """
         self.world, self.config = world, config
-        _warn_of_build_lock()
+        # Built with a C++ compiler on CPUs when the group is joined, and used for inference alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
         try:
             DeepSpeedConfig(config)
@@ -166,16 +164,6 @@ def _gather_wrapped_layers_whole(model: Any, layers: Mapping[str, nn.Module]) ->
         deepspeed.utils.set_z3_leaf_modules(model, sorted(wrappers, key=repr))
         # A leaf whose input needs no gradient would be freed before its backward.
         model.enable_input_require_grads()
-
-
-def _warn_of_build_lock() -> None:
-    """A run that is killed during a just-in-time build leaves a lock that others wait for."""
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
-    for lock in Path(folder).expanduser().glob("**/deepspeed_*/lock"):
-        logger.warning(
-            "waiting for %s: another run is building DeepSpeed's extension; if none is, delete it",
-            lock,
-        )
 
 
 class _Places(Places):

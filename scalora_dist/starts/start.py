@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scalora_dist.config import MethodArguments
 from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.starts.gradients import weight_gradients
 
@@ -28,8 +29,12 @@ class Start:
     seed: int
 
     def gradients(self) -> Iterator[tuple[str, FlatShard]]:
-        """(layer, this rank's rows of ∇W), as ``weight_gradients`` has them."""
-        return weight_gradients(
+        """(layer, this rank's rows of ∇W), as ``weight_gradients`` has them.
+
+        Raises:
+            UserError: on every rank, where a gradient is not finite.
+        """
+        gradients = weight_gradients(
             self.engine.model,
             self.engine.adapted,
             self.losses,
@@ -38,6 +43,14 @@ class Start:
             budget_bytes=self.args.start_memory * 2**20,
             loss_scale=self.engine.loss_scale,
         )
+        for name, gradient in gradients:
+            (broken,) = self.engine.world.max((~gradient.local.isfinite()).any())
+            if broken:
+                raise UserError(
+                    f"the first gradient of {name} is not finite: set --bf16, or with fp16 a lower "
+                    "initial_scale_power in the --ds_config"
+                )
+            yield name, gradient
 
     def weights(self) -> dict[str, FlatShard]:
         """{layer: this rank's range of its W}, in model order."""
