@@ -99,7 +99,9 @@ class MethodArguments:
     alpha_multiplier: float = option(1.0, "lora-alpha: multiplies α.")
     lr_ratio: float = option(16.0, "lora-plus: A's learning rate over B's (the paper's B over A).")
     relora_interval: int = option(500, "relora: merge and start anew every so many steps.")
-    relora_prune: float = option(0.99, "relora: share of the moments that become 0; 1 resets all.")
+    relora_prune: float = option(
+        0.99, "relora: share of m (its smallest) that becomes 0, and v with it."
+    )
     relora_warmup_steps: int = option(10, "relora: steps of warm-up after a merge.")
     start_samples: Optional[int] = option(
         None, "lora-sb, lora-ga: samples of the first gradient; by default 0.1 %%, at least 25."

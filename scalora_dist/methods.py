@@ -109,8 +109,10 @@ def _zero(kind: type[CoreLinear] | type[SquareLinear], scaling: Scaling) -> Add:
     return add
 
 
-def _by_peft(kind: Kind) -> Add:
-    return lambda model, args, seed, dtype: add_peft_layers(model, args, kind, seed=seed)
+def _by_peft(kind: Kind, *, directions: int = 1) -> Add:
+    return lambda model, args, seed, dtype: add_peft_layers(
+        model, args, kind, seed=seed, directions=directions
+    )
 
 
 def _nothing(
@@ -206,6 +208,9 @@ METHODS = {
     "hira": Method(_by_peft("hira"), _LAYERS),
     "pissa": Method(_by_peft("lora"), _LORA, start=start_pissa, edits_weights=True),
     "lora-ga": Method(
-        _by_peft("lora"), (*_LORA, *_SAMPLES), start=start_lora_ga, edits_weights=True
+        _by_peft("lora", directions=2),  # B takes the gradient's first r directions, A the next r
+        (*_LORA, *_SAMPLES),
+        start=start_lora_ga,
+        edits_weights=True,
     ),
 }

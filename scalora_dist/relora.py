@@ -12,14 +12,13 @@ from scalora_dist.adapters.init import lora_init
 from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.merger import Merger
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.shards import FlatShard
 
 
 class Restarts:
     """After every ``interval`` steps: W += s·A Bᵀ, A = 0, B drawn anew, most of the moments zero.
 
-    The model's function stays as it is. B is drawn alike on all ranks. Of each moment the ``prune``
-    share that is smallest in size becomes 0 (section 3 of the paper; 1 resets all).
+    The model's function stays as it is. B is drawn alike on all ranks. Where m is among the
+    ``prune`` share that is smallest in size, m and v become 0 (section 3 of the paper; 1: all do).
     """
 
     name = "restart"
@@ -48,35 +47,26 @@ class Restarts:
         return {"seconds": sum(clock.seconds.values())}
 
     def _prune(self, layers: list[LayerShards]) -> None:
-        """Each moment whole by turns, as factors are for a merge: its threshold is one number."""
-        for which in range(2):  # m, v
-            moments = [
-                moments[which]
-                for layer in layers
-                for moments in (layer.moments_A, layer.moments_B)
-                if moments
-            ]
-            if self.prune == 1:
-                for moment in moments:
-                    moment.local.zero_()
-                continue
-            if not moments:  # no step was taken yet
-                return
-            for bucket in self.merger.layout.buckets([(i,) for i in range(len(moments))]):
-                for i, whole in zip(
-                    bucket, self.merger.layout.gather(moments, bucket), strict=True
-                ):
-                    _prune_below(moments[i], _smallest(whole, self.prune))
+        """Each m whole by turns, as factors are for a merge: its threshold is one number.
+
+        v goes where m goes. Alone it would lose other entries, and an m that stayed without its v
+        would make a step of m/ε.
+        """
+        moments = [pair for layer in layers for pair in (layer.moments_A, layer.moments_B)]
+        firsts = [m for m, _ in moments]
+        layout = self.merger.layout
+        for bucket in layout.buckets([(i,) for i in range(len(moments))]):
+            for i, whole in zip(bucket, layout.gather(firsts, bucket), strict=True):
+                threshold = _smallest(whole, self.prune)
+                kept = firsts[i].local.abs() > threshold
+                for moment in moments[i]:
+                    moment.local.mul_(kept)
 
 
 def _smallest(whole: Tensor, share: float) -> float:
     """The size that ``share`` of the entries do not exceed."""
     count = int(share * whole.numel())
     return float(whole.abs().flatten().kthvalue(count).values) if count else -1.0
-
-
-def _prune_below(moment: FlatShard, threshold: float) -> None:
-    moment.local.mul_(moment.local.abs() > threshold)
 
 
 def warmed_up_again(

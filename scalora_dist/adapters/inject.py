@@ -24,6 +24,8 @@ def inject(
     target_modules: Sequence[str],
     rank: int,
     adapt: Callable[[str, nn.Linear], L],
+    *,
+    directions: int = 1,
 ) -> dict[str, L]:
     """Freeze ``model`` and ``adapt`` each target layer; returns {name: layer} in model order.
 
@@ -31,13 +33,14 @@ def inject(
         target_modules: module-name suffixes ("q_proj", "mlp.up_proj"), or ``["all-linear"]``: every
             nn.Linear but the LM head.
         adapt: (name, linear) → what the layer becomes, in its place.
+        directions: how many of a layer's min(m, n) directions each column of its factors takes.
 
     Raises:
         UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
     """
     model.requires_grad_(False)
     targets = find_targets(model, target_modules)
-    limits = {name: min(t.out_features, t.in_features) for name, t in targets.items()}
+    limits = {n: min(t.out_features, t.in_features) // directions for n, t in targets.items()}
     narrowest = min(limits, key=lambda name: limits[name])
     if not 1 <= rank <= limits[narrowest]:
         raise UserError(

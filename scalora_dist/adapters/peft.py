@@ -23,17 +23,20 @@ ADAPTER = "default"
 
 
 def add_peft_layers(
-    model: PreTrainedModel, args: MethodArguments, kind: Kind, *, seed: int
+    model: PreTrainedModel, args: MethodArguments, kind: Kind, *, seed: int, directions: int = 1
 ) -> dict[str, nn.Module]:
     """Freeze ``model`` and let PEFT wrap its target layers; {name the layer had: wrapper}.
 
     lora and dora start at our B (see ``lora_init``), hira where PEFT starts it, alike on all ranks.
+    ``directions`` as for ``inject``.
 
     Raises:
         UserError: PEFT is not installed; what ``inject`` refuses.
     """
     peft = _peft()
-    targets = inject(model, args.target_modules, args.rank, lambda _, linear: linear)
+    targets = inject(
+        model, args.target_modules, args.rank, lambda _, linear: linear, directions=directions
+    )
     config = _config(kind, list(targets), args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -267,8 +267,9 @@ class _FragmentPlaces(_Places):
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:
         mapping = p._hp_mapping
-        if mapping is None:
-            return []
+        if mapping is None:  # as many as the ranks have that own a part
+            states = self.zero.optimizer.state.values()
+            return [self._nothing() for key in MOMENTS if any(key in state for state in states)]
         flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
         state = self.zero.optimizer.state.get(flat, {})
         address = mapping.hp_fragment_address

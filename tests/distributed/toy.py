@@ -145,9 +145,10 @@ class Run:
         rank: int = 3,
         accumulation: int = 1,
         rule: str = "paper",
+        threshold: float = 0.0,
         **settings: Any,
     ) -> None:
-        """``settings`` as for ``make_engine``."""
+        """``threshold`` as for ``Rescaler``; ``settings`` as for ``make_engine``."""
         self.world, self.accumulation = world, accumulation
         self.engine = make_engine(world, engine, accumulation=accumulation, **settings)
         model = Toy(self.engine.dtype)
@@ -168,7 +169,13 @@ class Run:
             lambda named: torch.optim.AdamW(named.values(), lr=LEARNING_RATE, weight_decay=0),
         )
         self.merger = Merger(self.engine.layers(gradients=False), world, "split")
-        self.rescaler = Rescaler(self.merger, rule=rule, eta_lipschitz=ETA_LIPSCHITZ, bounds=BOUNDS)
+        self.rescaler = Rescaler(
+            self.merger,
+            rule=rule,
+            eta_lipschitz=ETA_LIPSCHITZ,
+            bounds=BOUNDS,
+            threshold=threshold,
+        )
         solve = self.rescaler.solve
 
         def remember(*args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -69,6 +70,20 @@ def timeless(value: Any) -> Any:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without timings."""
     return timeless(runs.metrics(folder))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{safetensors file of the merged model: checksum}"""
+    files = folder.glob("model/*.safetensors")
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert found
+    return found
+
+
+def left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
+    """Everything that must not depend on an interruption."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return lines(folder), timeless(summary), digests(folder)
 
 
 # On ranks that are there already.

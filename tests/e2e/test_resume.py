@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -27,25 +26,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.save_task(tmp_path_factory.mktemp("task"))
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """{safetensors file of the merged model: checksum}"""
-    files = folder.glob("model/*.safetensors")
-    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert found
-    return found
-
-
-def left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
-    """Everything that must not depend on an interruption."""
-    summary = json.loads((folder / "summary.json").read_text())
-    return small.lines(folder), small.timeless(summary), digests(folder)
-
-
 def check_goes_on(ranks: Ranks, work: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
     """Run, delete the newest checkpoint, resume: nothing differs. The lines of the first run."""
     folder = case["output_dir"]
     ranks.run(work, case)
-    expected = left(folder)
+    expected = small.left(folder)
     assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == [
         "checkpoint-3",
         "checkpoint-6",
@@ -54,7 +39,7 @@ def check_goes_on(ranks: Ranks, work: Any, case: dict[str, Any]) -> list[dict[st
     shutil.rmtree(folder / "model")
     answers = ranks.run(work, {**case, "resume_from_checkpoint": "latest"})
     assert [first for first, _, _ in answers] == [3] * ranks.size
-    assert left(folder) == expected
+    assert small.left(folder) == expected
     assert (folder / "checkpoint-6").is_dir()
     assert not list(folder.glob("*.partial"))
     return expected[0]

@@ -1,0 +1,32 @@
+"""Training runs that count how often their method's start ran."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import runs
+from scalora_dist.starts.start import Start
+from scalora_dist.trainer import Trainer
+from scalora_dist.world import World
+
+
+def train(world: World, case: dict[str, Any]) -> tuple[int, int]:
+    """Train; (the step it began at, how often the method's start ran)."""
+    starts = 0
+
+    class Counting(Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            if (start := self.method.start) is not None:
+
+                def count(given: Start) -> None:
+                    nonlocal starts
+                    starts += 1
+                    start(given)
+
+                self.method = dataclasses.replace(self.method, start=count)
+
+    trainer = runs.make(world, case, Counting)
+    trainer.run()
+    return trainer.first_step, starts

@@ -1,0 +1,186 @@
+"""Every method, under ZeRO-3 and FSDP: it learns, goes on as it was, and leaves its model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import runs
+import small
+from counting import train
+from ranks import Ranks
+from scalora_dist.config import parse_options
+from scalora_dist.data import Collator, PaddedExamples, prepare_data
+from scalora_dist.loss import summed_cross_entropy
+from scalora_dist.methods import METHODS
+from scalora_dist.models import load_tokenizer
+
+GetRanks = Callable[[int], Ranks]
+
+STEPS, SAVED = 6, 3
+# HiRA's update is W's size at most, LoRA-SB has taken its first step before the first; the others
+# move fast enough at 1e-2 for six steps to show.
+RATES = {"hira": 0.1, "lora-sb": 1e-3, "lora-alpha": 1e-3, "full": 3e-3}
+FALLS = {"lora-sb": 0.15, "hira": 0.15}  # by how much at least, of 6.8; the others:
+FALL = 0.4
+SETTINGS = {
+    # Restarts before the checkpoint and after it.
+    "relora": {"relora_interval": 2, "relora_warmup_steps": 1},
+    # Of 2 · rank directions, and the narrowest layer has six.
+    "lora-ga": {"rank": 3},
+}
+STARTS = [name for name, method in METHODS.items() if method.start]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_task(tmp_path_factory.mktemp("task"))
+
+
+def options(task: Path, folder: Path, engine: str, method: str, **others: Any) -> dict[str, Any]:
+    """A run of a method; what of the common options it does not read is left out."""
+    read = ("rank", "lora_alpha", "lora_dropout")
+    unread = {name: None for name in read if name not in METHODS[method].options}
+    given: dict[str, Any] = {
+        "method": method,
+        "learning_rate": RATES.get(method, 1e-2),
+        "lr_scheduler_type": "constant",
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        # Two ranks, two micro-batches each.
+        "per_device_train_batch_size": 3,
+    }
+    given |= SETTINGS.get(method, {}) | others | unread
+    return small.options(task, folder, engine, **given)
+
+
+def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
+    """The mean loss over the evaluation set, by transformers alone, an example at a time."""
+    parsed = parse_options(runs.words(case))
+    tokenizer = load_tokenizer(parsed.model)
+    data = prepare_data(parsed.data, tokenizer, parsed.train.seed).evaluation
+    assert data is not None and len(data) == small.TASK["eval_size"]
+    examples, collate = PaddedExamples(data), Collator(tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(data)):
+            batch = collate([examples[i]])
+            labels = batch.pop("labels")
+            total += float(summed_cross_entropy(loaded(**batch).logits, labels))
+            targets += data[i]["target_tokens"]
+    return total / targets
+
+
+def evaluations(folder: Path) -> list[float]:
+    return [line["eval_loss"] for line in small.lines(folder) if "eval_loss" in line]
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_goes_on_and_leaves_its_model(
+    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+) -> None:
+    folder, two = tmp_path / "run", ranks(2)
+    case = options(task, folder, engine, method, save_model=True)
+    ran = [(0, int(method in STARTS))] * 2
+    assert two.run(train, case) == ran
+    check_learned(case, method)
+    first, *_, last = evaluations(folder)
+    assert loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
+    # What a start adds it takes from W, or it is small; but LoRA-SB's is a step.
+    untrained = loss_on_held_out(case, task)
+    if method == "lora-sb":
+        assert first < untrained - 0.1
+    else:
+        assert first == pytest.approx(untrained, rel=1e-5)
+
+    expected = small.left(folder)
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    shutil.rmtree(folder / "model")
+    assert two.run(train, case | {"resume_from_checkpoint": "latest"}) == [(SAVED, 0)] * 2
+    assert small.left(folder) == expected
+
+
+def check_learned(case: dict[str, Any], method: str) -> None:
+    """The last losses are below the first, on the batches and on what was held out."""
+    losses, held_out = runs.losses(case["output_dir"]), evaluations(case["output_dir"])
+    print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
+    assert np.isfinite(losses).all() and len(losses) == case["max_steps"]
+    records = [line for line in small.lines(case["output_dir"]) if "loss" in line]
+    assert not any("skipped_step" in record for record in records)
+    restarts = [record["step"] for record in records if "restart" in record]
+    interval = SETTINGS["relora"]["relora_interval"]
+    every = list(range(interval, case["max_steps"] + 1, interval))
+    assert restarts == (every if method == "relora" else [])
+    if method == "lora-sb":
+        # Its first step lies before these losses, and its last are batches of other texts.
+        assert held_out[-1] < held_out[0] - FALLS[method] / 2
+        return
+    fall = FALLS.get(method, FALL)
+    assert np.mean(losses[-2:]) < losses[0] - fall
+    assert held_out[-1] < held_out[0] - fall
+
+
+@pytest.mark.parametrize("method", ["full", "relora", "lora-xs", "dora", "lora-sb"])
+def test_a_method_goes_on_in_one_process(
+    ranks: GetRanks, task: Path, tmp_path: Path, method: str
+) -> None:
+    """From ZeRO-3 on two ranks; without dropout, which other ranks draw otherwise."""
+    without = {"lora_dropout": 0.0}
+    case = options(task, tmp_path / "a", "zero3", method, **without)
+    ranks(2).run(train, case)
+    checkpoint = tmp_path / "a" / f"checkpoint-{SAVED}"
+    there = options(task, tmp_path / "b", "local", method, **without)
+    there["resume_from_checkpoint"] = checkpoint
+    assert ranks(1).run(train, there) == [(SAVED, 0)]
+    ours, theirs = (np.array(runs.losses(tmp_path / run)) for run in "ba")
+    assert (ours[:SAVED] == theirs[:SAVED]).all()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert evaluations(tmp_path / "b") == pytest.approx(evaluations(tmp_path / "a"), rel=1e-5)
+
+
+# Each on one engine; in one process where fp32 masters meet a bfloat16 model.
+BF16 = {
+    "scalora": ["zero3", "local"],
+    "lora": ["fsdp"],
+    "rslora": ["zero3"],
+    "lora-alpha": ["fsdp"],
+    "lora-plus": ["zero3"],
+    "lora-pro": ["fsdp"],
+    "relora": ["zero3", "local"],
+    "lora-xs": ["fsdp", "local"],
+    "lora-sb": ["zero3"],
+    "mora": ["fsdp", "local"],
+    "full": ["zero3", "local"],
+    "peft-lora": ["fsdp"],
+    "dora": ["zero3", "local"],
+    "hira": ["fsdp"],
+    "pissa": ["zero3"],
+    "lora-ga": ["fsdp"],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"), [(method, engine) for method in METHODS for engine in BF16[method]]
+)
+def test_a_method_learns_in_bf16(
+    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+) -> None:
+    """Three steps; then the model is loaded, and is what was evaluated last, to bf16's digits."""
+    case = options(task, tmp_path / "run", engine, method, max_steps=3, save_steps=0)
+    case |= {"bf16": True, "save_model": True, "per_device_train_batch_size": 6}
+    ranks(1 if engine == "local" else 2).run(train, case)
+    losses, held_out = runs.losses(tmp_path / "run"), evaluations(tmp_path / "run")
+    print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
+    assert np.isfinite(losses).all() and len(losses) == 3
+    assert held_out[-1] < held_out[0] - 0.02
+    exported = loss_on_held_out(case, tmp_path / "run" / "model")
+    assert exported == pytest.approx(held_out[-1], rel=1e-2)
