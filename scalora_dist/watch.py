@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import itertools
 import json
 import os
+import re
 import sys
 import sysconfig
 import threading
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from tempfile import TemporaryFile
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -256,24 +257,52 @@ def _places(rows: dict[int, Row]) -> str:
 
 def _place(thread: int) -> tuple[str, bool]:
     """A thread's innermost line outside the libraries, and whether it waits for other ranks."""
-    frames = sys._current_frames()
-    stack = [frame for frame, _ in traceback.walk_stack(frames[thread])]
+    threads = _stacks()
+    stack = threads.get(thread)
+    if not stack:
+        return "an unknown place", False
     stacks = [stack]
-    if stack[0].f_code.co_name == "_engine_run_backward":  # on a GPU hooks run in other threads
-        stacks = [[frame for frame, _ in traceback.walk_stack(top)] for top in frames.values()]
-    here = next((frame for frame in stack if not _in_library(frame)), stack[0])
-    file = Path(here.f_code.co_filename).name
-    return f"{file}:{here.f_lineno} in {here.f_code.co_name}", any(map(_waits, stacks))
+    if stack[0].function == "_engine_run_backward":  # on a GPU hooks run in other threads
+        stacks = list(threads.values())
+    here = next((call for call in stack if not _in_library(call)), stack[0])
+    name = f"{Path(here.file).name}:{here.line} in {here.function}"
+    return name, any(map(_waits, stacks))
 
 
-def _in_library(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    library = "-packages/" in file or file.startswith(LIBRARIES)
-    return library and not file.startswith(str(PACKAGE))
+class _Call(NamedTuple):
+    file: str
+    line: str  # "??" where the interpreter does not know it
+    function: str
 
 
-def _waits(stack: list[FrameType]) -> bool:
-    files = [frame.f_code.co_filename for frame in stack]
+def _stacks() -> dict[int, list[_Call]]:
+    """{thread: its calls, innermost first}.
+
+    By faulthandler, which makes no frame objects: to walk those of another thread while it runs
+    (``sys._current_frames``) has crashed CPython 3.11.
+    """
+    in_memory = hasattr(os, "memfd_create")  # Linux; elsewhere a file that may be on a full disk
+    with open(os.memfd_create("stacks"), "w+b") if in_memory else TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    stacks: dict[int, list[_Call]] = {}
+    calls: list[_Call] = []
+    for line in text.splitlines():
+        if head := re.match(r"(?:Current thread|Thread) 0x([0-9a-f]+)", line):
+            calls = stacks[int(head[1], 16)] = []
+        elif call := re.match(r'  File "(.*)", line (\S+) in (.*)', line):
+            calls.append(_Call(*call.groups()))
+    return {thread: calls for thread, calls in stacks.items() if calls}
+
+
+def _in_library(call: _Call) -> bool:
+    library = "-packages/" in call.file or call.file.startswith(LIBRARIES)
+    return library and not call.file.startswith(str(PACKAGE))
+
+
+def _waits(stack: list[_Call]) -> bool:
+    files = [call.file for call in stack]
     return any(part in files[0] for part in WAITS) or any(
         part in file for part in COLLECTIVES for file in files
     )

@@ -44,9 +44,9 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """The leading singular triples of a sharded matrix (m, n), which is never gathered.
 
-    Per step two all-reduces over ``matrix.group``, of (basis + split rows) × block and n × block
-    float64, block = rank + OVERSAMPLING, basis ≤ BLOCKS blocks; at the end one of m × rank.
-    None without a group. The small decompositions are computed on every rank, from the same bits.
+    Per step all-reduces over ``matrix.group`` of (basis + split rows) × block float64, n × block
+    float64 and one number, block = rank + OVERSAMPLING, basis ≤ BLOCKS blocks; at the end one of
+    m × rank. None without a group. The small decompositions are computed on every rank.
 
     Args:
         matrix: any float dtype; 16-bit is multiplied in float32, some rows at a time.
@@ -80,8 +80,9 @@ def truncated_svd(
         basis = torch.cat([basis, fresh], dim=1)
         image.append(fresh)
         ritz, vectors = image.ritz()
-        # From all-reduced numbers only: every rank decides the same.
-        if (ritz[:rank] - before <= TOLERANCE * ritz[:rank].clamp_min(SMALL * ritz[0])).all():
+        growth = ritz[:rank] - before
+        settled = (growth <= TOLERANCE * ritz[:rank].clamp_min(SMALL * ritz[0])).all()
+        if image.anywhere(settled):
             break
 
     leading = vectors[:, :rank]
@@ -173,6 +174,10 @@ class _Image:
         rows = self._summed(rows)
         rows[self.split] = self.shared @ vectors
         return rows
+
+    def anywhere(self, flag: Tensor) -> bool:
+        """Whether any rank says so: processors of two kinds may differ in the last bit."""
+        return bool(self._summed(flag.double()) > 0)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Piece]]:
         """(its rows in ``own``, its values in the products' dtype, the piece) of the matrix."""
