@@ -73,8 +73,8 @@ def export_model(
         with open(aside / filename if is_main else os.devnull, "wb") as file:
             writer = SafetensorsWriter(file, {name: entries[name] for name in names})
             for name in names:
-                tensor = buffers[name] if name in buffers else merged.whole(name)
-                if is_main:
+                tensor = buffers[name] if name in buffers else merged.whole(name, on=0)
+                if is_main and tensor is not None:
                     writer.write(tensor.to(entries[name][1]))
                 progress.update()
     progress.close()

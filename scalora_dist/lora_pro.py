@@ -54,8 +54,9 @@ class LoraPro(Transform):
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
             return Report(applied=False, seconds=clock.seconds)
         scalings = torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)
-        mixes = mixing_matrices(gram_a, gram_b, scalings)
-        before, after = _norms((gram_a, gram_b), mixes)
+        mixed = torch.stack(mixing_matrices(gram_a, gram_b, scalings))
+        mixes = mix_a, mix_b = self.world.same(mixed).unbind()
+        before, after = _norms((gram_a, gram_b), (mix_a, mix_b))
         clock.lap("solve")
         for i, stack in enumerate(stacks):
             mix_rows_(stack, mixes[i % 2][i // 2], self.layout.split[i], split_rows[i])

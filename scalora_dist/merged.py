@@ -12,11 +12,10 @@ from scalora_dist.adapters.layers import AdaptedLinear, adapted_linear
 from scalora_dist.adapters.peft import merged_by_peft
 from scalora_dist.engines.base import Engine, NamedShard
 from scalora_dist.merge import join_halves
-from scalora_dist.shards import FlatShard, Layout
 
 
 class MergedWeights:
-    """Gathers one parameter of the merged model at a time; no rank holds more than that."""
+    """Gathers one parameter of the merged model at a time, and merges it on one rank."""
 
     def __init__(self, engine: Engine, low: Mapping[str, Tensor]) -> None:
         """
@@ -31,29 +30,31 @@ class MergedWeights:
             self.added[layer].append(parameter)
 
     @torch.no_grad()
-    def whole(self, name: str) -> Tensor:
+    def whole(self, name: str, *, on: int) -> Tensor | None:
         """A parameter of the loaded model by name, merged if it is an adapted layer's W: float32.
 
-        On every rank; a collective. A parameter that no method touches keeps its dtype.
+        On rank ``on``, None elsewhere; a collective. What no method touches keeps its dtype.
         """
         parameter = self.base[name]
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer not in self.engine.adapted:
-            return self._gather(parameter.shard).view(parameter.shape)
+            whole = parameter.shard.whole(self.device).view(parameter.shape)
+            return whole if self.engine.world.rank == on else None
         shard, low = parameter.shard, self.low.get(layer)
         full = shard.local.float() if low is None else join_halves(shard.local, low)
-        weight = self._gather(shard.like(full))
+        weight = shard.like(full).whole(self.device)
         own = {
-            p.name.removeprefix(f"{layer}."): self._gather(p.shard).float().view(p.shape)
+            p.name.removeprefix(f"{layer}."): p.shard.whole(self.device).float().view(p.shape)
             for p in self.added[layer]
         }
+        if self.engine.world.rank != on:
+            return None
+        if weight.data_ptr() == shard.local.data_ptr():
+            weight = weight.clone()  # a whole fp32 W is the engine's own
         module = self.engine.adapted[layer]
         if isinstance(module, AdaptedLinear):
-            return weight + module.scaling * module.delta(own)
+            module.merge_(weight, own)
+            return weight
         if adapted_linear(module) is module:
             return weight  # trained itself
         return cast(Tensor, merged_by_peft(module, weight, own))
-
-    def _gather(self, shard: FlatShard) -> Tensor:
-        (whole,) = Layout.of([shard], self.device).gather([shard], range(1))
-        return whole

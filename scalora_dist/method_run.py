@@ -108,11 +108,15 @@ class MethodRun:
         def change(layers: list[LayerShards]) -> bool:
             started = time.perf_counter()
             report = transform(layers) if finite else Report(applied=False)
-            record["grad_norm"] = report.grad_norm / loss_scale
-            record["grad_norm_before"] = report.grad_norm_before / loss_scale
+            if report.applied and math.isnan(report.grad_norm):  # it does not know
+                applied = measure(layers)
+            else:
+                applied = report.applied
+                record["grad_norm"] = report.grad_norm / loss_scale
+                record["grad_norm_before"] = report.grad_norm_before / loss_scale
             seconds = time.perf_counter() - started
             record[transform.name] = {**report.record, "seconds": seconds}
-            return report.applied
+            return applied
 
         return change
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scalora_dist.adapters.init import lora_init
-from scalora_dist.adapters.inject import find_targets, inject
+from scalora_dist.adapters.inject import inject
 from scalora_dist.adapters.layers import CoreLinear, LowRankLinear, SquareLinear
 from scalora_dist.adapters.peft import Kind, add_peft_layers
 from scalora_dist.config import MethodArguments
@@ -43,6 +43,7 @@ class Method:
         transform: made once; runs between backward and the optimizer's step.
         restarts: made once; runs between two steps.
         edits_weights: whether W changes although it is not trained: checkpoints then hold it.
+        merges: whether it does so while training, and needs a Merger.
         rate: a trained parameter's multiple of the learning rate, by its name.
     """
 
@@ -52,12 +53,8 @@ class Method:
     transform: Callable[[Engine, Merger | None, MethodArguments], Transform] | None = None
     restarts: Callable[[Merger, MethodArguments, int], Restarts] | None = None
     edits_weights: bool = False
+    merges: bool = False
     rate: Callable[[str, MethodArguments], float] = lambda name, args: 1.0
-
-    @property
-    def merges(self) -> bool:
-        """Whether W changes while training, and needs the low halves of 16-bit weights."""
-        return self.edits_weights and self.start is None
 
 
 def find_method(args: MethodArguments) -> Method:
@@ -118,9 +115,10 @@ def _by_peft(kind: Kind, *, directions: int = 1) -> Add:
 def _nothing(
     model: PreTrainedModel, args: MethodArguments, seed: int, dtype: torch.dtype
 ) -> Mapping[str, nn.Module]:
-    """Full fine-tuning: every parameter is trained; the layers are those that others adapt."""
+    """Full fine-tuning trains every parameter; of the layers only their updates are measured."""
     model.requires_grad_(True)
-    return find_targets(model, args.target_modules)
+    head = model.get_output_embeddings()
+    return {n: x for n, x in model.named_modules() if type(x) is nn.Linear and x is not head}
 
 
 # --- s, learning rates ---------------------------------------------------------------------------
@@ -183,6 +181,7 @@ METHODS = {
         (*_LORA, *_RESCALE, "merge_rounding"),
         transform=_rescaler,
         edits_weights=True,
+        merges=True,
     ),
     "lora": Method(_low_rank(lora_scaling), _LORA),
     "rslora": Method(_low_rank(rslora_scaling), _LORA),
@@ -198,6 +197,7 @@ METHODS = {
         (*_LORA, *_RELORA, "merge_rounding"),
         restarts=_restarts,
         edits_weights=True,
+        merges=True,
     ),
     "lora-xs": Method(_zero(CoreLinear, lora_scaling), _LORA, start=start_lora_xs),
     "lora-sb": Method(_zero(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), start=start_lora_sb),

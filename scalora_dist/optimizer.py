@@ -55,12 +55,15 @@ def make_schedule(
         num_training_steps=steps,
     )
     if method.restarts:
+        every = options.method.relora_interval
+        if every >= steps:
+            logger.warning("--relora_interval %d: no restart in %d steps", every, steps)
+        if options.method.relora_warmup_steps >= every:
+            logger.warning("--relora_warmup_steps never end within --relora_interval %d", every)
 
         def again(rate: Callable[[int], float]) -> Callable[[int], float]:
             args = options.method
-            return warmed_up_again(
-                rate, interval=args.relora_interval, warmup_steps=args.relora_warmup_steps
-            )
+            return warmed_up_again(rate, interval=every, warmup_steps=args.relora_warmup_steps)
 
         schedule.lr_lambdas = [again(rate) for rate in schedule.lr_lambdas]
     return schedule

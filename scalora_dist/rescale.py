@@ -103,6 +103,7 @@ class Rescaler(Transform):
 
     def solve(self, layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
         """α and β of every layer, the same bit for bit on all ranks: each solves its share."""
+        (scaling,) = {layer.scaling for layer in layers}  # one for all of a model
         share = -(-len(layers) // self.world.size)
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         rank = gram_a.shape[-1] // 2
@@ -111,7 +112,7 @@ class Rescaler(Transform):
             scales = solve(
                 gram_a[mine],
                 gram_b[mine],
-                scaling=layers[0].scaling,
+                scaling=scaling,
                 eta_lipschitz=self.eta_lipschitz,
                 rule=self.rule,
                 bounds=self.bounds,

@@ -219,7 +219,7 @@ def check_same_run(folder: Path, options: Options) -> None:
     for group in ("data", "method", "train"):
         for name, before in state["options"][group].items():
             after = now[group].get(name)
-            if before == after or (group == "train" and name in FREE_TRAIN):
+            if str(before) == str(after) or (group == "train" and name in FREE_TRAIN):
                 continue
             if group == "data" or name in FIXED_METHOD + FIXED_TRAIN:
                 raise UserError(

@@ -108,6 +108,10 @@ class FlatShard:
         rows = torch.nn.functional.pad(self.local, (head, tail)) if head or tail else self.local
         return first, rows.view(-1, cols)
 
+    def whole(self, device: torch.device | str = "cpu") -> Tensor:
+        """The matrix (rows, cols) on every rank, on ``device``: two all-gathers."""
+        return Layout.of([self], device).gather([self], range(1))[0]
+
     def gram(self, *others: FlatShard) -> Tensor:
         """``[M, others…]ᵀ [M, others…]``, float64, the same on every rank. One all-reduce.
 

@@ -35,12 +35,12 @@ def summarize(
     rules: Counter[str] = Counter()
     for rescale in rescales:
         rules.update({rule: count for rule, count in rescale.items() if rule != "seconds"})
-    # What transforms, restarts and the monitor say of themselves.
+    # What transforms and restarts say of themselves.
     own = [value for record in timed for value in record.values() if isinstance(value, dict)]
     own_seconds = sum(said.get("seconds", 0.0) for said in own)
     return {
         "method": options.method.method,
-        "scaling_rule": options.method.scaling_rule,
+        "scaling_rule": options.method.scaling_rule if rules else None,
         "rank": rank,
         "trained_parameters": parameters,
         "world_size": world_size,

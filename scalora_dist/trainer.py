@@ -75,10 +75,10 @@ class Trainer:
         )
         self._check_data()
         self.engine = engine = make_engine()
-        torch.manual_seed(train.seed + self.world.rank)  # dropout
         with engine.loading():
             self.model = load_model(options.model, engine.dtype, weights=engine.reads_weights)
             layers = method.add(self.model, options.method, train.seed, engine.dtype)
+        torch.manual_seed(train.seed + self.world.rank)  # dropout
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         engine.attach(self.model, layers, partial(make_optimizer, method, options))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from scalora_dist.engines.base import Engine
 from scalora_dist.merged import MergedWeights
-from scalora_dist.shards import Layout
 
 # A singular value counts from this share of the largest on.
 RELATIVE_THRESHOLD = 1e-3
@@ -41,9 +40,9 @@ class UpdateRank:
         ranks = []
         for turn, (name, local) in enumerate(self.initial.items()):
             initial = merged.base[name].shard.like(local)
-            (before,) = Layout.of([initial], world.device).gather([initial], range(1))
-            update = merged.whole(name) - before.float()
-            ranks.append(numerical_rank(update) if turn % world.size == world.rank else 0)
+            before = initial.whole(world.device)
+            after = merged.whole(name, on=turn % world.size)
+            ranks.append(0 if after is None else numerical_rank(after.sub_(before)))
         return [int(rank) for rank in world.sum(*ranks)]
 
 

@@ -95,6 +95,15 @@ class World:
         dist.all_reduce(message, op=op)
         return message.tolist()
 
+    def same(self, tensor: Tensor) -> Tensor:
+        """Rank 0's ``tensor`` on every rank, where it was to be the same anyway: one broadcast.
+
+        What each rank computes by itself may differ in the last bit, on processors of two kinds.
+        """
+        message = tensor.to(self.device).contiguous()
+        dist.broadcast(message, src=0)
+        return message.to(tensor.device)
+
     def gather_rows(self, rows: Tensor) -> Tensor:
         """(k, …) of every rank as (size·k, …), in rank order, on every rank: one all-gather."""
         rows = rows.to(self.device).contiguous()

@@ -39,7 +39,9 @@ def inject(
         UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
     """
     model.requires_grad_(False)
-    targets = find_targets(model, target_modules)
+    survey = _Survey(model)
+    every = list(target_modules) == [ALL_LINEAR]
+    targets = survey.all_linear() if every else survey.by_suffix(target_modules)
     limits = {n: min(t.out_features, t.in_features) // directions for n, t in targets.items()}
     narrowest = min(limits, key=lambda name: limits[name])
     if not 1 <= rank <= limits[narrowest]:
@@ -48,17 +50,6 @@ def inject(
             "or leave such layers out of --target_modules"
         )
     return {name: adapt(name, linear) for name, linear in targets.items()}
-
-
-def find_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """{name: linear layer} in model order, as ``inject`` reads ``target_modules``.
-
-    Raises:
-        UserError: a target that does not exist or cannot be adapted.
-    """
-    survey = _Survey(model)
-    every = list(target_modules) == [ALL_LINEAR]
-    return survey.all_linear() if every else survey.by_suffix(target_modules)
 
 
 class _Survey:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 L = TypeVar("L", bound="AdaptedLinear")
+MERGED_COLUMNS = 256  # of W at a time, where ΔW is known by what it does
 
 
 class AdaptedLinear(nn.Linear):
@@ -41,8 +42,8 @@ class AdaptedLinear(nn.Linear):
         """ΔW x, (…, n) → (…, m). Parameters may be fp32 masters beside a 16-bit x: cast to it."""
         raise NotImplementedError
 
-    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
-        """ΔW whole, (m, n), without s, from this layer's own parameters whole, in their dtype."""
+    def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
+        """``weight += s·ΔW``: W (m, n) and this layer's own parameters whole, of one dtype."""
         raise NotImplementedError
 
 
@@ -74,8 +75,8 @@ class LowRankLinear(AdaptedLinear):
         # ZeRO-3, all of B gathered from this layer's forward to its backward.
         return F.linear(x @ self.B.to(x.dtype), self.A.to(x.dtype))
 
-    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
-        return own["A"] @ own["B"].T
+    def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
+        weight.addmm_(own["A"], own["B"].T, alpha=self.scaling)
 
 
 class CoreLinear(AdaptedLinear):
@@ -101,8 +102,8 @@ class CoreLinear(AdaptedLinear):
         z = F.linear(x @ self.V.to(x.dtype), self.R.to(x.dtype))
         return F.linear(z, self.U.to(x.dtype))
 
-    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
-        return own["U"] @ own["R"] @ own["V"].T
+    def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
+        weight.addmm_(own["U"] @ own["R"], own["V"].T, alpha=self.scaling)
 
 
 class SquareLinear(AdaptedLinear):
@@ -139,9 +140,11 @@ class SquareLinear(AdaptedLinear):
         repeats = -(-self.out_features // outputs.shape[-1])
         return outputs.repeat(*(1 for _ in x.shape[:-1]), repeats)[..., : self.out_features]
 
-    def delta(self, own: Mapping[str, Tensor]) -> Tensor:
-        identity = torch.eye(self.in_features, dtype=own["M"].dtype, device=own["M"].device)
-        return self._through(identity, own["M"]).T.contiguous()
+    def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
+        square = own["M"]
+        for columns in torch.arange(self.in_features, device=square.device).split(MERGED_COLUMNS):
+            unit = F.one_hot(columns, self.in_features).to(square)
+            weight[:, columns] += self.scaling * self._through(unit, square).T
 
 
 def square_side(out_features: int, in_features: int, rank: int) -> int:

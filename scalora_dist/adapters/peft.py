@@ -43,7 +43,7 @@ def add_peft_layers(
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
     for name, layer in layers.items():
-        layer.peft_config = config  # for `merged`
+        layer.peft_config = config  # for `merged_by_peft`
         if kind != "hira":
             m, n = layer.out_features, layer.in_features
             _, b = lora_init(name, m, n, args.rank, seed=seed, dtype=torch.float32)
@@ -71,11 +71,11 @@ def _config(kind: Kind, names: Sequence[str], args: MethodArguments) -> Any:
 def merged_by_peft(layer: Any, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     """W as PEFT merges it, from W (m, n) and the wrapper's own parameters, all whole and float32.
 
-    In a layer of one's own, for the model's is cut up over ranks.
+    In a layer of one's own, for the model's is cut up over ranks. ``weight`` is used up.
     """
     holder = nn.Module()
     holder.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
-    holder.layer.weight.data = weight.clone()
+    holder.layer.weight.data = weight
     config = type(layer.peft_config)(
         **(layer.peft_config.to_dict() | {"target_modules": ["layer"], "inference_mode": False})
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from scalora_dist.starts.start import Start
-from scalora_dist.starts.svd import truncated_svd
 
 CORE_DEVIATION = 1e-5  # of LoRA-XS's R
 
@@ -18,11 +17,11 @@ def start_lora_xs(start: Start) -> None:
 
     By turns over the layers, from each rank's own rows of W.
     """
-    rank, device = start.args.rank, start.engine.world.device
+    rank = start.args.rank
     with start.engine.writing():
         added = start.added()
         for name, weight in start.weights().items():
-            svd = truncated_svd(weight, rank, device=device, seed=start.seed)
+            svd = start.svd(weight, rank)
             added[f"{name}.U"].write_(svd.U * svd.S)
             added[f"{name}.V"].write_(svd.V)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{start.seed}:{name}".encode()))
@@ -33,14 +32,15 @@ def start_lora_xs(start: Start) -> None:
 def start_lora_sb(start: Start) -> None:
     """U, V and R of the truncated SVD of a first step ``−η·sign(Σ ∇W)`` (seed 003, equations 7, 8).
 
-    U and V are orthonormal, R = Σ_r / s with s = 1, η is the learning rate.
+    U and V are orthonormal (as far as the engine's dtype goes, in which they are kept), R = Σ_r / s
+    with s = 1, η is the learning rate.
     """
-    rank, world = start.args.rank, start.engine.world
+    rank = start.args.rank
     added = start.added()
     cores: dict[str, Tensor] = {}
     for name, gradient in start.gradients():
         step = gradient.like(gradient.local.sign_().neg_())
-        svd = truncated_svd(step, rank, device=world.device, seed=start.seed)
+        svd = start.svd(step, rank)
         # While R is 0 the model computes what it did: the next layers' gradients are W's own.
         added[f"{name}.U"].write_(svd.U)
         added[f"{name}.V"].write_(svd.V)

@@ -12,7 +12,6 @@ from scalora_dist.adapters.peft import factor_names, factor_scaling
 from scalora_dist.merge import add_low_rank_
 from scalora_dist.shards import FlatShard, Layout
 from scalora_dist.starts.start import Start
-from scalora_dist.starts.svd import truncated_svd
 
 STABLE_GAMMA = 16  # PEFT's default for LoRA-GA's scale "stable"
 
@@ -22,10 +21,9 @@ def start_pissa(start: Start) -> None:
 
     By turns over the layers, from each rank's own rows of W.
     """
-    device = start.engine.world.device
     factors = _Factors(start)
     for name, weight in start.weights().items():
-        svd = truncated_svd(weight, start.args.rank, device=device, seed=start.seed)
+        svd = start.svd(weight, start.args.rank)
         root = (svd.S / factors.scaling(name)).sqrt()
         factors.put(name, svd.U * root, svd.V * root)
     factors.write()
@@ -36,10 +34,10 @@ def start_lora_ga(start: Start) -> None:
 
     PEFT's "ArB2r" and "stable", Σ included, of the gradient of the samples' mean loss.
     """
-    rank, world = start.args.rank, start.engine.world
+    rank = start.args.rank
     factors = _Factors(start)
     for name, gradient in start.gradients():
-        svd = truncated_svd(gradient, 2 * rank, device=world.device, seed=start.seed)
+        svd = start.svd(gradient, 2 * rank)
         scale = gradient.shape[0] ** 0.25 / STABLE_GAMMA**0.5
         factors.put(name, svd.U[:, rank:] * svd.S[rank:] * scale, svd.V[:, :rank])
     factors.write()
@@ -58,11 +56,14 @@ class _Factors:
         return factor_scaling(self.layers[layer])
 
     def put(self, layer: str, a: Tensor, b: Tensor) -> None:
-        """A (m, r) and B (n, r) whole; PEFT keeps A and Bᵀ."""
+        """A (m, r) and B (n, r) whole; PEFT keeps A and Bᵀ.
+
+        Rounded to the dtype that W is in and a forward may read them in, as PEFT does.
+        """
         for name, whole in zip(factor_names(layer), (a, b.T), strict=True):
             shard = self.shards[name]
             part = shard.like(torch.empty_like(shard.local))
-            part.write_(whole)
+            part.write_(whole.to(self.start.engine.dtype))
             self.parts[name] = part.local
 
     def write(self) -> None:
@@ -78,5 +79,4 @@ class _Factors:
         a, b_transposed = Layout.of(factors, self.start.engine.world.device).gather(
             factors, range(2)
         )
-        # As the forward reads them: 16-bit weights go with 16-bit factors under ZeRO.
         add_low_rank_(weight, -self.scaling(layer) * a, b_transposed.T, None)

@@ -12,6 +12,7 @@ from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.starts.gradients import weight_gradients
+from scalora_dist.starts.svd import TruncatedSVD, truncated_svd
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Start:
                     "initial_scale_power in the --ds_config"
                 )
             yield name, gradient
+
+    def svd(self, matrix: FlatShard, rank: int) -> TruncatedSVD:
+        """``truncated_svd``, the same bits on all ranks, replicas of a mesh included."""
+        device = self.engine.world.device
+        svd = truncated_svd(matrix, rank, device=device, seed=self.seed)
+        return TruncatedSVD(*(self.engine.world.same(part) for part in svd))
 
     def weights(self) -> dict[str, FlatShard]:
         """{layer: this rank's range of its W}, in model order."""

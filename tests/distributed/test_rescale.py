@@ -42,7 +42,7 @@ def check_transform(record: dict[str, Any], name: str, index: int, step: int) ->
     assert expected.largest_error(record["after"][name]) < TOLERANCE
 
 
-@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("rank", [3, pytest.param(8, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(("world", "engine"), EVERYWHERE)
 def test_fp32_transform_equals_reference(ranks: Any, world: int, engine: str, rank: int) -> None:
     answers = ranks(world).run(toy.steps, 3, engine=engine, rank=rank)

@@ -18,14 +18,15 @@ def train(world: World, case: dict[str, Any]) -> tuple[int, int]:
     class Counting(Trainer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            if (start := self.method.start) is not None:
+            method = self.method.method
+            if (start := method.start) is not None:
 
                 def count(given: Start) -> None:
                     nonlocal starts
                     starts += 1
                     start(given)
 
-                self.method = dataclasses.replace(self.method, start=count)
+                self.method.method = dataclasses.replace(method, start=count)
 
     trainer = runs.make(world, case, Counting)
     trainer.run()

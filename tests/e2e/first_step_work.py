@@ -70,7 +70,7 @@ def together(trainer: Trainer, indices: list[int]) -> Batch:
 
 def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
     merged = MergedWeights(trainer.engine, trainer.method.low)
-    return {name: merged.whole(name).numpy().copy() for name in merged.base}
+    return {name: merged.whole(name, on=trainer.world.rank).numpy().copy() for name in merged.base}
 
 
 @torch.no_grad()

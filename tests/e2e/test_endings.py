@@ -46,7 +46,9 @@ def sound(folder: Path) -> list[int]:
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.heavy)]
+)
 def test_a_signal_ends_one_process_with_75(
     ranks: GetRanks, task: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

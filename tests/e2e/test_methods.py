@@ -169,7 +169,8 @@ BF16 = {
 
 
 @pytest.mark.parametrize(
-    ("method", "engine"), [(method, engine) for method in METHODS for engine in BF16[method]]
+    ("method", "engine"),
+    [(method, engine) for method in METHODS for engine in BF16.get(method, ["fsdp"])],
 )
 def test_a_method_learns_in_bf16(
     ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
