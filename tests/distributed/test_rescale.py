@@ -15,7 +15,11 @@ from toy import ENGINES, KEPT, ZERO, ranks_of
 TOLERANCE = 1e-5
 FACTORS = ("A", "B")
 # Each engine on every number of ranks that it can have here.
-EVERYWHERE = [*itertools.product([1, 2, 3, 4], [*ZERO, "fsdp"]), (1, "local"), (4, "hybrid")]
+EVERYWHERE = [*itertools.product([1, 2, 3], [*ZERO, "fsdp"]), (1, "local"), (4, "hybrid")]
+EVERYWHERE += [
+    pytest.param(4, engine, marks=[] if engine in ("zero3", "fsdp") else pytest.mark.heavy)
+    for engine in (*ZERO, "fsdp")
+]
 
 
 def full_gradient(state: State, name: str, step: int) -> np.ndarray:

@@ -147,7 +147,9 @@ def test_a_method_goes_on_in_one_process(
     assert evaluations(tmp_path / "b") == pytest.approx(evaluations(tmp_path / "a"), rel=1e-5)
 
 
-# Each on one engine; in one process where fp32 masters meet a bfloat16 model.
+# Each on one engine; in one process where fp32 masters meet a bfloat16 model. What differs from
+# others in s or a learning rate alone is tried now and then.
+ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
 BF16 = {
     "scalora": ["zero3", "local"],
     "lora": ["fsdp"],
@@ -170,7 +172,11 @@ BF16 = {
 
 @pytest.mark.parametrize(
     ("method", "engine"),
-    [(method, engine) for method in METHODS for engine in BF16.get(method, ["fsdp"])],
+    [
+        pytest.param(method, engine, marks=[pytest.mark.heavy] if method in ALIKE else [])
+        for method in METHODS
+        for engine in BF16.get(method, ["fsdp"])
+    ],
 )
 def test_a_method_learns_in_bf16(
     ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
