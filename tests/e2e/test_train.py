@@ -91,7 +91,7 @@ def test_what_a_run_leaves(
         assert ("rescale" in line) == due == ("grad_norm_before" in line)
         if due:
             rules = {k: v for k, v in line["rescale"].items() if k != "seconds"}
-            assert rules.keys() == {"column", "scalar", "nnls", "skipped"}
+            assert rules.keys() == {"column", "scalar", "nnls", "skipped", "kept"}
             assert sum(rules.values()) == 14
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert list(evaluations) == [0, 3, 4]
