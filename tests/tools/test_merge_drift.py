@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.errors import UserError
+from scalora_dist.merger import Merger
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard
@@ -169,18 +170,15 @@ def test_copies_take_what_the_trainer_merges() -> None:
 
     layers = [layer(f"layers.{i}", seed=10 * i) for i in range(3)]
     cpu: Any = torch.device("cpu")
-    rescaler = Rescaler(
-        layers,
-        World(0, 1, 0, cpu, store=None),  # type: ignore[arg-type]
-        rule="paper",
-        eta_lipschitz=0.5,
-        bounds=None,
-        merge_rounding="split",
-    )
+    world = World(0, 1, 0, cpu, store=None)  # type: ignore[arg-type]
+    merger = Merger(layers, world, "split")
+    rescaler = Rescaler(merger, rule="paper", eta_lipschitz=0.5, bounds=None)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.Linear(SHAPE[1], SHAPE[0]) for _ in layers)
     engine = SimpleNamespace(layers=lambda gradients: layers)
-    trainer = SimpleNamespace(engine=engine, rescaler=rescaler, model=model)
+    trainer = SimpleNamespace(
+        engine=engine, method=SimpleNamespace(transform=rescaler), model=model
+    )
     watcher = tool.Watcher(trainer, blocks=2, merges=[2])
     assert list(watcher.layers) == ["layers.0", "layers.2"]
 
