@@ -106,7 +106,9 @@ class MethodArguments:
     start_samples: Optional[int] = option(
         None, "lora-sb, lora-ga: samples of the first gradient; by default 0.1 %%, at least 25."
     )
-    start_memory: int = option(256, "lora-sb, lora-ga: MiB of a rank for gradients at the start.")
+    start_memory: int = option(
+        64, "lora-sb, lora-ga: MiB of a rank for gradients at the start; more: fewer passes."
+    )
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "rank", "relora_interval", "start_memory")

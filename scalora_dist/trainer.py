@@ -213,7 +213,6 @@ class Trainer:
             self.collate,
             self.world,
             count=count,
-            micro_batch_size=train.per_device_train_batch_size,
             seed=train.seed,
         )
 

@@ -17,9 +17,10 @@ from scalora_dist.world import World
 class SamplePass:
     """One pass over this rank's share of the samples: their losses, normalised as a step's are.
 
-    The samples depend on the seed alone. The losses of all ranks and micro-batches add up to the
-    mean over all target tokens; a rank that has none left gets an example without targets, so that
-    all have equally many micro-batches.
+    The samples depend on the seed alone, and go one by one: activations then take less than a
+    step's, which leaves room for gradients. The losses of all ranks add up to the mean over all
+    target tokens; a rank that has none left gets an example without targets, so that all have
+    equally many.
     """
 
     def __init__(
@@ -30,26 +31,22 @@ class SamplePass:
         world: World,
         *,
         count: int,
-        micro_batch_size: int,
         seed: int,
     ) -> None:
         """
         Args:
             count: of the samples, over all ranks; at most all examples are taken.
-            micro_batch_size: examples of one forward of one rank.
         """
         self.model, self.collate, self.world = model, collate, world
         self.examples = PaddedExamples(data)
         chosen = np.random.default_rng(seed).permutation(len(data))[:count]
         self.targets = int(np.asarray(data["target_tokens"])[chosen].sum())
-        each = micro_batch_size * world.size
-        padded = [*chosen.tolist(), *[None] * (-len(chosen) % each)]
-        starts = range(world.rank * micro_batch_size, len(padded), each)
-        self.batches = [padded[start : start + micro_batch_size] for start in starts]
+        padded = [*chosen.tolist(), *[None] * (-len(chosen) % world.size)]
+        self.mine = padded[world.rank :: world.size]
 
     def __call__(self) -> Iterator[Tensor]:
-        for batch in self.batches:
-            tensors = self.collate([self.examples[i] for i in batch])
+        for i in self.mine:
+            tensors = self.collate([self.examples[i]])
             tensors = {name: tensor.to(self.world.device) for name, tensor in tensors.items()}
             labels = tensors.pop("labels")
             logits = self.model(**tensors, use_cache=False).logits
