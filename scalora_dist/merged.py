@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from scalora_dist.adapters.layers import AdaptedLinear, adapted_linear
+from scalora_dist.adapters.layers import AdaptedLinear, adapted_linear, own_parameters
 from scalora_dist.adapters.peft import merged_by_peft
-from scalora_dist.engines.base import Engine, NamedShard
+from scalora_dist.engines.base import Engine
 from scalora_dist.merge import join_halves
 
 
@@ -24,10 +24,7 @@ class MergedWeights:
         """
         self.engine, self.low, self.device = engine, low, engine.world.device
         self.base = {p.name: p for p in engine.base()}
-        self.added: dict[str, list[NamedShard]] = {name: [] for name in engine.adapted}
-        for parameter in engine.added():
-            layer = max((n for n in engine.adapted if parameter.name.startswith(f"{n}.")), key=len)
-            self.added[layer].append(parameter)
+        self.added = {p.name: p for p in engine.added()}
 
     @torch.no_grad()
     def whole(self, name: str, *, on: int) -> Tensor | None:
@@ -43,15 +40,15 @@ class MergedWeights:
         shard, low = parameter.shard, self.low.get(layer)
         full = shard.local.float() if low is None else join_halves(shard.local, low)
         weight = shard.like(full).whole(self.device)
-        own = {
-            p.name.removeprefix(f"{layer}."): p.shard.whole(self.device).float().view(p.shape)
-            for p in self.added[layer]
-        }
+        module = self.engine.adapted[layer]
+        own = {}
+        for key in own_parameters(module):
+            added = self.added[f"{layer}.{key}"]
+            own[key] = added.shard.whole(self.device).float().view(added.shape)
         if self.engine.world.rank != on:
             return None
         if weight.data_ptr() == shard.local.data_ptr():
             weight = weight.clone()  # a whole fp32 W is the engine's own
-        module = self.engine.adapted[layer]
         if isinstance(module, AdaptedLinear):
             module.merge_(weight, own)
             return weight

@@ -72,13 +72,13 @@ class MethodRun:
             self.merger.monitor = monitor
         return monitor
 
-    def fill_in(self, losses: Callable[[], Iterable[Tensor]]) -> None:
-        """The method's start, if it has one; ``losses`` as for ``Start``."""
+    def fill_in(self, samples: Callable[[], Callable[[], Iterable[Tensor]]]) -> None:
+        """The method's start, if it has one: then ``samples`` makes the ``losses`` of ``Start``."""
         if self.method.start is None:
             return
         started = time.perf_counter()
         train, args = self.options.train, self.options.method
-        self.method.start(Start(self.engine, args, losses, train.learning_rate, train.seed))
+        self.method.start(Start(self.engine, args, samples(), train.learning_rate, train.seed))
         (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
         logger.info(
             "the start of %s took %.1f s; peak memory of a rank so far %.2f GiB",

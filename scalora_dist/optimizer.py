@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -55,15 +55,13 @@ def make_schedule(
         num_training_steps=steps,
     )
     if method.restarts:
-        every = options.method.relora_interval
+        every, warmup = options.method.relora_interval, options.method.relora_warmup_steps
         if every >= steps:
             logger.warning("--relora_interval %d: no restart in %d steps", every, steps)
-        if options.method.relora_warmup_steps >= every:
+        if warmup >= every:
             logger.warning("--relora_warmup_steps never end within --relora_interval %d", every)
-
-        def again(rate: Callable[[int], float]) -> Callable[[int], float]:
-            args = options.method
-            return warmed_up_again(rate, interval=every, warmup_steps=args.relora_warmup_steps)
-
-        schedule.lr_lambdas = [again(rate) for rate in schedule.lr_lambdas]
+        schedule.lr_lambdas = [
+            warmed_up_again(rate, interval=every, warmup_steps=warmup)
+            for rate in schedule.lr_lambdas
+        ]
     return schedule

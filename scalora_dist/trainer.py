@@ -183,7 +183,7 @@ class Trainer:
             if self.world.is_main:
                 clear_results(self.folder)
             self.watch.pause()
-            self.method.fill_in(self._samples())
+            self.method.fill_in(self._samples)
             return self._micro_batches(), []
         if self.world.is_main and self.resumes_from.parent.resolve() == self.folder.resolve():
             clear_leftovers(self.folder)

@@ -18,8 +18,8 @@ class Report:
         applied: False when it could not be done with finite numbers: then nothing was changed and
             the step must be discarded.
         grad_norm_before, grad_norm: of the gradients as they came and as the optimizer sees them,
-            over all layers and ranks (loss scale included). NaN, from a
-            transform that changes gradients alone: to be measured.
+            over all layers and ranks (loss scale included). NaN, from a transform that changes
+            gradients alone: to be measured.
         seconds: of this rank, by part.
         record: what metrics.jsonl says of it.
     """

@@ -16,7 +16,12 @@ def lora_init(
     Drawn on the CPU from a generator of its own, so neither ranks, stages, devices nor other layers
     change it.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    generator = generator_of(name, seed)
     bound = in_features**-0.5
     b = torch.empty(in_features, rank).uniform_(-bound, bound, generator=generator)
     return torch.zeros(out_features, rank, dtype=dtype), b.to(dtype)
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """A CPU generator of a layer's own, from its name and the run's seed."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))

@@ -92,9 +92,10 @@ class CoreLinear(AdaptedLinear):
     ) -> CoreLinear:
         """Turn ``linear`` into a CoreLinear in place, all zero: a start fills it once sharded."""
         layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
-        sides = (layer.out_features, layer.in_features)
-        u, v = (torch.zeros(side, rank, dtype=dtype) for side in sides)
-        layer.U, layer.V = (nn.Parameter(side, requires_grad=False) for side in (u, v))
+        u = torch.zeros(layer.out_features, rank, dtype=dtype)
+        v = torch.zeros(layer.in_features, rank, dtype=dtype)
+        layer.U = nn.Parameter(u, requires_grad=False)
+        layer.V = nn.Parameter(v, requires_grad=False)
         layer.R = nn.Parameter(torch.zeros(rank, rank, dtype=dtype))
         return layer
 

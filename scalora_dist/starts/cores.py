@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from torch import Tensor
 
+from scalora_dist.adapters.init import generator_of
 from scalora_dist.starts.start import Start
 
 CORE_DEVIATION = 1e-5  # of LoRA-XS's R
@@ -24,9 +23,8 @@ def start_lora_xs(start: Start) -> None:
             svd = start.svd(weight, rank)
             added[f"{name}.U"].write_(svd.U * svd.S)
             added[f"{name}.V"].write_(svd.V)
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{start.seed}:{name}".encode()))
-            core = torch.randn(rank, rank, generator=generator) * CORE_DEVIATION
-            added[f"{name}.R"].write_(core)
+            core = torch.randn(rank, rank, generator=generator_of(name, start.seed))
+            added[f"{name}.R"].write_(core * CORE_DEVIATION)
 
 
 def start_lora_sb(start: Start) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalora_dist.adapters.peft import factor_names, factor_scaling
 from scalora_dist.merge import add_low_rank_
-from scalora_dist.shards import FlatShard, Layout
+from scalora_dist.shards import FlatShard
 from scalora_dist.starts.start import Start
 
 STABLE_GAMMA = 16  # PEFT's default for LoRA-GA's scale "stable"
@@ -76,7 +76,5 @@ class _Factors:
                 self._subtract(layer, weight, [shards[name] for name in factor_names(layer)])
 
     def _subtract(self, layer: str, weight: FlatShard, factors: list[FlatShard]) -> None:
-        a, b_transposed = Layout.of(factors, self.start.engine.world.device).gather(
-            factors, range(2)
-        )
+        a, b_transposed = (shard.whole(self.start.engine.world.device) for shard in factors)
         add_low_rank_(weight, -self.scaling(layer) * a, b_transposed.T, None)
