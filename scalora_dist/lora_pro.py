@@ -52,7 +52,7 @@ class LoraPro(Transform):
         clock.lap("grams")
         gram_a, gram_b = (torch.stack(grams[side::2]).cpu() for side in (0, 1))
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
-            return Report(applied=False, seconds=clock.seconds)
+            return self.refuse(layers)
         scalings = torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)
         mixed = torch.stack(mixing_matrices(gram_a, gram_b, scalings))
         mixes = mix_a, mix_b = self.world.same(mixed).unbind()

@@ -19,7 +19,6 @@ from scalora_dist.monitor import UpdateMonitor
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.shards import global_norm
 from scalora_dist.starts.start import Start
-from scalora_dist.transform import Report
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class MethodRun:
 
         def change(layers: list[LayerShards]) -> bool:
             started = time.perf_counter()
-            report = transform(layers) if finite else Report(applied=False)
+            report = transform(layers) if finite else transform.refuse(layers)
             if report.applied and math.isnan(report.grad_norm):  # it does not know
                 applied = measure(layers)
             else:

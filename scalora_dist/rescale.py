@@ -58,13 +58,13 @@ class Rescaler(Transform):
         gram_a, gram_b = self.grams(layers)
         clock.lap("grams")
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
-            return self._refused(layers, clock)
+            return self.refuse(layers)
         scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
         # Squared norms of the gradients' columns (layers, r); A's gradient takes β and B's takes α.
         norms_a, norms_b = (_gradient_diagonal(gram) for gram in (gram_a, gram_b))
         scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
         if not self.fits(layers, scales):
-            return self._refused(layers, clock)
+            return self.refuse(layers)
         clock.lap("solve")
         self.merge(layers, scales, clock)
         scale_factors_(layers, scales)
@@ -77,9 +77,9 @@ class Rescaler(Transform):
             record=_count(scales.rule),
         )
 
-    def _refused(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+    def refuse(self, layers: Sequence[LayerShards]) -> Report:
         skipped = _count(torch.full((len(layers),), int(Rule.SKIPPED)))
-        return Report(applied=False, seconds=clock.seconds, record=skipped)
+        return Report(applied=False, record=skipped)
 
     def keep_unmoved(self, scales: Scales) -> Scales:
         """``scales`` with 1 for the layers whose scales are all within the threshold."""

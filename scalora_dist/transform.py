@@ -44,6 +44,10 @@ class Transform(ABC):
         """Whether the step after so many that were taken is transformed."""
         return True
 
+    def refuse(self, layers: Sequence[LayerShards]) -> Report:
+        """What to report of a step whose numbers are not finite: nothing was changed."""
+        return Report(applied=False)
+
     @abstractmethod
     def __call__(self, layers: Sequence[LayerShards]) -> Report:
         """Transform ``layers`` in place, or leave all as they were (``applied`` False)."""

@@ -273,6 +273,7 @@ def test_a_loss_that_stays_nan_ends_the_run(
     assert sound(folder) == [POISONED - 1, POISONED - 2]
     steps = [line for line in small.lines(folder) if "loss" in line]
     assert [line["step"] for line in steps if "skipped_step" in line] == [6, 7, 8, 9]
+    assert all(line["rescale"]["skipped"] == 14 for line in steps if "skipped_step" in line)
     assert [line["loss"] is None for line in steps] == [False] * 5 + [True] * 4
     healthy = {**case, "output_dir": tmp_path / "healthy", "max_steps": POISONED - 1}
     ranks(size).run(small.train, healthy)
