@@ -37,7 +37,7 @@ OTHERS: dict[str, str] = {
     "relora_prune": "0.5",
     "relora_warmup_steps": "3",
     "start_samples": "30",
-    "start_memory": "64",
+    "start_memory": "32",
 }
 OPTIONS = [field.name for field in fields(MethodArguments) if field.name != "method"]
 PEFTS = ("peft-lora", "dora", "hira", "pissa", "lora-ga")
