@@ -147,6 +147,57 @@ def test_a_method_goes_on_in_one_process(
     assert evaluations(tmp_path / "b") == pytest.approx(evaluations(tmp_path / "a"), rel=1e-5)
 
 
+RARE = {"zero3_offload": 2, "fsdp_offload": 2, "hybrid": 4}  # on so many ranks
+
+
+@pytest.fixture(scope="module")
+def in_one_process(
+    ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[float]]:
+    """``in_one_process(method)``: its losses without an engine and without dropout."""
+    made: dict[str, list[float]] = {}
+
+    def get(method: str) -> list[float]:
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method) / "run"
+            ranks(1).run(train, options(task, folder, "local", method, **STEADY))
+            made[method] = runs.losses(folder)
+        return made[method]
+
+    return get
+
+
+STEADY = {"lora_dropout": 0.0, "save_steps": 0}  # other ranks draw other dropout
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", RARE)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_alike_where_few_train(
+    ranks: GetRanks,
+    task: Path,
+    tmp_path: Path,
+    in_one_process: Callable[[str], list[float]],
+    method: str,
+    engine: str,
+) -> None:
+    """Offloaded to the CPU, and on a hybrid mesh."""
+    case = options(task, tmp_path / "run", engine, method, **STEADY)
+    ranks(RARE[engine]).run(train, case)
+    assert runs.losses(tmp_path / "run") == pytest.approx(in_one_process(method), rel=1e-4)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_in_fp16(
+    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+) -> None:
+    case = options(task, tmp_path / "run", engine, method, fp16=True, save_steps=0)
+    ranks(2).run(small.train_fp16, case)
+    check_learned(case, method)
+
+
 # Each on one engine; in one process where fp32 masters meet a bfloat16 model. What differs from
 # others in s or a learning rate alone is tried now and then.
 ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
