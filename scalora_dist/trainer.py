@@ -135,10 +135,15 @@ class Trainer:
                 self.watch.end(gone)
             raise
         except Ending:
-            self.watch.close()
+            self._close()
             raise
-        self.watch.close()
+        self._close()
         return summary
+
+    def _close(self) -> None:
+        """Leave no threads behind, in a process that may go on."""
+        self.watch.close()
+        self.checkpoints.close()
 
     def _train(self) -> tuple[Evaluation | None, Evaluation | None]:
         """All steps; the evaluations before the first and after the last."""

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +23,10 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield get
     for group in started.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """The folder of SmolLM2-135M-Instruct, converted on first use."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "tools" / "demo_model.py")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]

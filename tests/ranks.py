@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -66,9 +67,14 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     from scalora_dist.world import World
 
     world = World.join(timeout=timedelta(seconds=120))
+    first = True
     while True:
         function, args, kwargs = pipe.recv()
         try:
             pipe.send((True, function(world, *args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        if first:  # what is loaded by now stays: let no collection look through it again
+            gc.collect()
+            gc.freeze()
+            first = False

@@ -117,6 +117,11 @@ class Checkpoints:
         dist.all_gather_object(everyone, mine, group=self.group)
         return [fault for some in everyone for fault in some]
 
+    def close(self) -> None:
+        """Leave the group, which ends its threads, when the last save is done."""
+        self.outcome(wait=True)
+        dist.destroy_process_group(self.group)
+
     def newest_first(self) -> list[Path]:
         """The run's checkpoints as rank 0 sees them, on every rank."""
         found = [checkpoints(self.output_dir) if self.world.is_main else None]

@@ -1,20 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 import runs
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> str:
-    """The folder of SmolLM2-135M-Instruct, converted on first use."""
-    command = [sys.executable, str(runs.REPOSITORY / "tools" / "demo_model.py")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
 
 
 @pytest.fixture(scope="session")
