@@ -98,7 +98,7 @@ CASES_16_BIT = [
 CASES_16_BIT += [("fsdp", "bf16", False), ("fsdp", "bf16", True), ("local", "bf16", False)]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.heavy), 2])
 @pytest.mark.parametrize(("engine", "dtype", "offload"), CASES_16_BIT)
 def test_16_bit_masters_equal_reference(
     ranks: Any, engine: str, dtype: str, offload: bool, accumulation: int
@@ -225,7 +225,7 @@ def test_a_skipped_step_changes_nothing(ranks: Any, engine: str, dtype: str, off
             assert not np.array_equal(seen["step2_output"][name], seen["step1_output"][name])
 
 
-@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize("skip_first", [pytest.param(False, marks=pytest.mark.heavy), True])
 @pytest.mark.parametrize(("engine", "dtype", "offload"), SKIPS)
 def test_a_layer_that_is_not_reached_has_no_gradient(
     ranks: Any, engine: str, dtype: str, offload: bool, skip_first: bool

@@ -35,6 +35,7 @@ def figures(tiny_model: str, tmp_path: Path) -> dict[str, float]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.heavy
 def test_every_byte_is_written_once(figures: dict[str, float]) -> None:
     assert figures["world_size"] == 2
     # Beside the tensors: headers, state.json and manifest.json, tens of kilobytes.

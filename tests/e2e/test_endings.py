@@ -167,7 +167,10 @@ def check_disk(folder: Path, warned: str) -> None:
     assert "No space left on device" in warned and "earlier checkpoints are intact" in warned
 
 
-@pytest.mark.parametrize(("size", "engine"), [(1, "local"), (2, "fsdp"), (2, "zero3")])
+@pytest.mark.parametrize(
+    ("size", "engine"),
+    [(1, "local"), (2, "fsdp"), pytest.param(2, "zero3", marks=pytest.mark.heavy)],
+)
 def test_a_full_disk_does_not_end_the_run(
     ranks: GetRanks, task: Path, disk: Path, tmp_path: Path, size: int, engine: str
 ) -> None:
@@ -194,7 +197,9 @@ def test_a_full_disk_ends_the_run_where_asked(
     assert 4 <= small.last_step(disk / "run") <= 6
 
 
-@pytest.mark.parametrize(("on_failure", "status"), [("continue", 0), ("stop", 2)])
+@pytest.mark.parametrize(
+    ("on_failure", "status"), [pytest.param("continue", 0, marks=pytest.mark.heavy), ("stop", 2)]
+)
 def test_the_status_after_a_full_disk(
     task: Path, disk: Path, tmp_path: Path, on_failure: str, status: int
 ) -> None:
@@ -248,7 +253,12 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("size", "engine"), [(1, "local"), (2, "fsdp"), (2, "zero0"), (2, "zero2"), (2, "zero3")]
+    ("size", "engine"),
+    [
+        (1, "local"),
+        (2, "zero3"),
+        *(pytest.param(2, name, marks=pytest.mark.heavy) for name in ("fsdp", "zero0", "zero2")),
+    ],
 )
 def test_a_loss_that_stays_nan_ends_the_run(
     ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str

@@ -95,13 +95,14 @@ ENGINES += [
 ENGINES += [(4, "hybrid")]
 
 
+ALWAYS = {("gemma3", "hybrid"), ("llama", "local")}
 # Each architecture on some numbers of ranks every day, on all of them now and then.
 CASES = [
     pytest.param(
         *(architecture, size, engine),
-        marks=[] if size in sizes or engine in ("local", "hybrid") else pytest.mark.heavy,
+        marks=[] if size in sizes or (architecture, engine) in ALWAYS else pytest.mark.heavy,
     )
-    for architecture, sizes in (("gemma3", (2, 4)), ("llama", (1, 3)))
+    for architecture, sizes in (("gemma3", (2,)), ("llama", (3,)))
     for size, engine in ENGINES
 ]
 

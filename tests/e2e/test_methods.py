@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from scalora_dist.methods import METHODS
 from scalora_dist.models import load_tokenizer
 
 GetRanks = Callable[[int], Ranks]
+HEAVY = pytest.mark.heavy
 
 STEPS, SAVED = 6, 3
 # HiRA's update is W's size at most, LoRA-SB has taken its first step before the first; the others
@@ -79,14 +81,33 @@ def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
     return total / targets
 
 
+@pytest.fixture(scope="module")
+def untrained(task: Path) -> float:
+    """The loss on what is held out before training."""
+    return loss_on_held_out(options(task, task, "local", "lora"), task)
+
+
 def evaluations(folder: Path) -> list[float]:
     return [line["eval_loss"] for line in small.lines(folder) if "eval_loss" in line]
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
+# Each kind of method on both engines every day, one that is like another on one of them.
+BOTH = ("scalora", "relora", "full")
+
+
+def every_day(method: str, engine: str) -> bool:
+    return method in BOTH or engine == ("zero3", "fsdp")[list(METHODS).index(method) % 2]
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [
+        pytest.param(*case, marks=[] if every_day(*case) else HEAVY)
+        for case in itertools.product(METHODS, ("zero3", "fsdp"))
+    ],
+)
 def test_a_method_learns_goes_on_and_leaves_its_model(
-    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+    ranks: GetRanks, task: Path, untrained: float, tmp_path: Path, method: str, engine: str
 ) -> None:
     folder, two = tmp_path / "run", ranks(2)
     case = options(task, folder, engine, method, save_model=True)
@@ -96,7 +117,6 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     first, *_, last = evaluations(folder)
     assert loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
     # What a start adds it takes from W, or it is small; but LoRA-SB's is a step.
-    untrained = loss_on_held_out(case, task)
     if method == "lora-sb":
         assert first < untrained - 0.1
     else:
@@ -129,7 +149,10 @@ def check_learned(case: dict[str, Any], method: str) -> None:
     assert held_out[-1] < held_out[0] - fall
 
 
-@pytest.mark.parametrize("method", ["full", "relora", "lora-xs", "dora", "lora-sb"])
+@pytest.mark.parametrize(
+    "method",
+    ["full", "relora", *(pytest.param(n, marks=HEAVY) for n in ("lora-xs", "dora", "lora-sb"))],
+)
 def test_a_method_goes_on_in_one_process(
     ranks: GetRanks, task: Path, tmp_path: Path, method: str
 ) -> None:
@@ -170,7 +193,7 @@ def in_one_process(
 STEADY = {"lora_dropout": 0.0, "save_steps": 0}  # other ranks draw other dropout
 
 
-@pytest.mark.heavy
+@HEAVY
 @pytest.mark.parametrize("engine", RARE)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_alike_where_few_train(
@@ -187,7 +210,7 @@ def test_a_method_trains_alike_where_few_train(
     assert runs.losses(tmp_path / "run") == pytest.approx(in_one_process(method), rel=1e-4)
 
 
-@pytest.mark.heavy
+@HEAVY
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_in_fp16(
@@ -200,7 +223,7 @@ def test_a_method_learns_in_fp16(
 
 # Each on one engine; in one process where fp32 masters meet a bfloat16 model. What differs from
 # others in s or a learning rate alone is tried now and then.
-ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
+ALIKE = ("rslora", "lora-alpha", "lora-plus", "lora-ga", "pissa", "peft-lora")
 BF16 = {
     "scalora": ["zero3", "local"],
     "lora": ["fsdp"],
@@ -224,7 +247,7 @@ BF16 = {
 @pytest.mark.parametrize(
     ("method", "engine"),
     [
-        pytest.param(method, engine, marks=[pytest.mark.heavy] if method in ALIKE else [])
+        pytest.param(method, engine, marks=HEAVY if method in ALIKE else [])
         for method in METHODS
         for engine in BF16.get(method, ["fsdp"])
     ],

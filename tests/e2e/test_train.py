@@ -60,19 +60,24 @@ def test_losses_of_the_demo_model_do_not_depend_on_the_sharding(
     ("world", "engine", "others"),
     [
         (2, "zero3", {}),
-        (3, "zero2", {"gradient_checkpointing": True}),
         (2, "zero3_offload", {"gradient_checkpointing": True}),
         (2, "zero3", {"bf16": True, "gradient_accumulation_steps": 2}),
-        (1, "zero1", {"method": "lora", "bf16": True}),
         (4, "zero3", {"scaling_interval": 2, "scaling_rule": "nnls"}),
-        (1, "local", {"gradient_accumulation_steps": 2}),
         (1, "local", {"bf16": True, "gradient_checkpointing": True}),
-        (2, "fsdp", {"gradient_checkpointing": True}),
-        (2, "fsdp", {"bf16": True, "gradient_accumulation_steps": 2}),
-        (3, "fsdp_offload", {"method": "lora"}),
         (2, "fsdp_offload", {"bf16": True}),
         (4, "hybrid", {"bf16": True, "gradient_checkpointing": True}),
-        (4, "hybrid", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.heavy)
+            for case in (
+                (1, "zero1", {"method": "lora", "bf16": True}),
+                (3, "zero2", {"gradient_checkpointing": True}),
+                (2, "fsdp", {"gradient_checkpointing": True}),
+                (1, "local", {"gradient_accumulation_steps": 2}),
+                (2, "fsdp", {"bf16": True, "gradient_accumulation_steps": 2}),
+                (3, "fsdp_offload", {"method": "lora"}),
+                (4, "hybrid", {}),
+            )
+        ),
     ],
 )
 def test_what_a_run_leaves(

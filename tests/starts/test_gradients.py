@@ -137,7 +137,12 @@ def test_gradients_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize(
     ("engine", "checkpointing"),
-    [("zero2", False), ("zero3", False), ("zero3", True), ("fsdp", True)],
+    [
+        ("zero2", False),
+        pytest.param("zero3", False, marks=pytest.mark.heavy),
+        ("zero3", True),
+        pytest.param("fsdp", True, marks=pytest.mark.heavy),
+    ],
 )
 def test_training_afterwards_is_as_without(
     ranks: GetRanks, model: Path, tmp_path: Path, engine: str, checkpointing: bool
