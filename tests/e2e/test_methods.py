@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -207,16 +208,24 @@ def test_a_method_trains_alike_where_few_train(
     """Offloaded to the CPU, and on a hybrid mesh."""
     case = options(task, tmp_path / "run", engine, method, **STEADY)
     ranks(RARE[engine]).run(train, case)
-    assert runs.losses(tmp_path / "run") == pytest.approx(in_one_process(method), rel=1e-4)
+    # LoRA-Pro divides by what A's first steps have left of its columns.
+    tolerance = 1e-3 if method == "lora-pro" else 1e-4
+    assert runs.losses(tmp_path / "run") == pytest.approx(in_one_process(method), rel=tolerance)
 
 
 @HEAVY
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora-pro"])
 def test_a_method_learns_in_fp16(
     ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
 ) -> None:
-    case = options(task, tmp_path / "run", engine, method, fp16=True, save_steps=0)
+    """Every method but LoRA-Pro, which refuses it."""
+    config = json.loads(Path(runs.ds_config(engine)).read_text())
+    # A loss scale that overflows on no first step.
+    config["fp16"] = {"enabled": "auto", "initial_scale_power": 5}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    given = {"ds_config": tmp_path / "ds.json", "fp16": True, "save_steps": 0}
+    case = options(task, tmp_path / "run", engine, method, **given)
     ranks(2).run(small.train_fp16, case)
     check_learned(case, method)
 
