@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 help:
 	@echo "make train   set up, fetch the demo model, fine-tune it on $(NPROC) ranks (ZeRO-3)"
 	@echo "make test    set up and run lint and tests"
-	@echo "make test-heavy  kill runs at random moments, and the slower signals (half an hour)"
+	@echo "make test-heavy  kill runs at random moments, and test every combination (long)"
 	@echo "make clean   remove .venv and runs/"
 
 setup: $(VENV)/installed
