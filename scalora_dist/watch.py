@@ -53,7 +53,8 @@ class Row:
         beat: heartbeats so far. since: the one at which the phase began.
         phase: what the main thread does; phases are counted, alike on all ranks.
         paused: the main thread may take as long as it likes until the next phase.
-        place: the main thread's line of code. waits: it waits for other ranks there.
+        place: the main thread's line of code, once a phase has taken half of its time.
+        waits: it waits for other ranks there.
         closed: the rank has ended well. said: it has told why the job ends.
     """
 
@@ -62,7 +63,7 @@ class Row:
     phase: str = "the start"
     count: int = 0
     paused: bool = True
-    place: str = ""
+    place: str = "an unknown place"
     waits: bool = False
     closed: bool = False
     said: bool = False
@@ -174,12 +175,15 @@ class Watch:
                 self._stop.wait(0.02)
 
     def _exchange_once(self) -> None:
-        place, waits = _place(self._main)
+        mine = self._mine
+        # Not before a hang is likely: a thread that comes to life while stacks are read, as torch's
+        # do, crashes CPython 3.11.
+        if not mine.paused and self._beat - mine.since > self.timeout / BEAT / 2:
+            place, waits = _place(self._main)
+            mine = replace(mine, place=place, waits=waits)
         mine = replace(
-            self._mine,
+            mine,
             beat=self._beat,
-            place=place,
-            waits=waits,
             closed=self._closing.is_set(),
             said=self._said,
         )
