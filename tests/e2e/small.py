@@ -116,6 +116,14 @@ def train(
     return made.first_step, timeless(summary), heard
 
 
+def fp16_options(engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """fp16 under a ZeRO stage, with such settings of DeepSpeed; its config goes to ``folder``."""
+    config = json.loads(Path(runs.ds_config(engine)).read_text())
+    config["fp16"] = {"enabled": "auto", **settings}
+    (folder / "ds.json").write_text(json.dumps(config))
+    return {"ds_config": folder / "ds.json", "fp16": True}
+
+
 def train_fp16(world: World, case: dict[str, Any]) -> tuple[int, dict[str, Any], list[str]]:
     """As ``train``, where DeepSpeed is told that this CPU has fp16 (slow, but it has)."""
     from deepspeed.accelerator import get_accelerator

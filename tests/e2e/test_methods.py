@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +171,7 @@ def test_a_method_goes_on_in_one_process(
 
 
 RARE = {"zero3_offload": 2, "fsdp_offload": 2, "hybrid": 4}  # on so many ranks
+STEADY = {"lora_dropout": 0.0, "save_steps": 0}  # other ranks draw other dropout
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +189,6 @@ def in_one_process(
         return made[method]
 
     return get
-
-
-STEADY = {"lora_dropout": 0.0, "save_steps": 0}  # other ranks draw other dropout
 
 
 @HEAVY
@@ -220,12 +217,9 @@ def test_a_method_learns_in_fp16(
     ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
 ) -> None:
     """Every method but LoRA-Pro, which refuses it."""
-    config = json.loads(Path(runs.ds_config(engine)).read_text())
     # A loss scale that overflows on no first step.
-    config["fp16"] = {"enabled": "auto", "initial_scale_power": 5}
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {"ds_config": tmp_path / "ds.json", "fp16": True, "save_steps": 0}
-    case = options(task, tmp_path / "run", engine, method, **given)
+    fp16 = small.fp16_options(engine, tmp_path, initial_scale_power=5)
+    case = options(task, tmp_path / "run", engine, method, save_steps=0, **fp16)
     ranks(2).run(small.train_fp16, case)
     check_learned(case, method)
 

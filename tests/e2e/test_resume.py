@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,23 +85,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_the_loss_scale_goes_on(ranks: GetRanks, task: Path, tmp_path: Path, stage: str) -> None:
     """fp16: the scale grows every second good step, also over the checkpoint at step 3."""
-    config = json.loads(Path(runs.ds_config(stage)).read_text())
-    config["fp16"] = {
-        "enabled": "auto",
-        "loss_scale_window": 2,
-        "initial_scale_power": 5,
-        "hysteresis": 1,
-    }
-    (tmp_path / "ds.json").write_text(json.dumps(config))
+    settings = {"loss_scale_window": 2, "initial_scale_power": 5, "hysteresis": 1}
     case = small.options(
         task,
         tmp_path / "run",
         stage,
-        ds_config=tmp_path / "ds.json",
         max_steps=STEPS,
         save_steps=3,
-        fp16=True,
         save_model=True,
+        **small.fp16_options(stage, tmp_path, **settings),
     )
     lines = check_goes_on(ranks(2), small.train_fp16, case)
     scales = [line["loss_scale"] for line in lines if "loss" in line]
