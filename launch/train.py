@@ -20,7 +20,7 @@ from scalora_dist.errors import exit_with_one_sentence
 def train(options: Options) -> None:
     # The options are checked before the seconds that these imports take.
     from scalora_dist.engines.pick import pick_engine
-    from scalora_dist.models import hidden_size
+    from scalora_dist.models import read_base
     from scalora_dist.summary import render
     from scalora_dist.trainer import Trainer
     from scalora_dist.world import World
@@ -30,8 +30,9 @@ def train(options: Options) -> None:
         timeout=timedelta(seconds=options.train.ddp_timeout),
     )
     options.train.settle_batch(world.size)
-    make_engine = pick_engine(options, world, hidden_size(options.model))
-    summary = Trainer(options, world, make_engine).run()
+    base = read_base(options.model, options.train.dtype, world.device)
+    make_engine = pick_engine(options, world, base)
+    summary = Trainer(options, world, base, make_engine).run()
     if world.is_main:
         print(f"\n{render(summary)}")
     world.leave()

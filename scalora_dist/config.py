@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -58,6 +59,19 @@ class ModelArguments:
         None, "eager, sdpa or flash_attention_2 (extra: flash); transformers' choice by default."
     )
     trust_remote_code: bool = option(False, "Run the model's own Python code from the hub.")
+    load_in_4bit: bool = option(
+        False, "Keep linear layers but the LM head in bitsandbytes' 4 bits (extra: quant)."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "Which 4-bit numbers.")
+    bnb_4bit_use_double_quant: bool = option(
+        True, "Quantize the blocks' sizes too: 0.016 bytes a weight beside its codes, not 0.063."
+    )
+    bnb_4bit_compute_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = option(
+        None, "What 4-bit weights are multiplied in; by default the training's dtype."
+    )
+    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = option(
+        "uint8", "Of the tensors that hold the codes: uint8, or the training's dtype."
+    )
 
 
 @dataclass
@@ -90,6 +104,18 @@ class MethodArguments:
     scale_bounds: list[str] = option(
         ["0.05", "5"], "Normalised column sizes stay between these two; none: the paper's letter."
     )
+    merge_target: Optional[Literal["weight", "carry"]] = option(
+        None, "Where merges go: into W (dense bases), or a low-rank carry beside it (4-bit ones)."
+    )
+    carry_rank: Optional[int] = option(
+        None, "R, which the carry is compressed to when it is full; by default 8 × rank."
+    )
+    carry_room: Optional[int] = option(
+        None, "Columns of the carry beyond R, rank of them for each merge; by default 8 × rank."
+    )
+    carry_limit: float = option(
+        0.01, "Warn when a layer's carry has lost more than this share of its update."
+    )
     merge_rounding: Literal["split", "nearest"] = option(
         "split", "16-bit bases: keep the low halves of merged weights (2 bytes each), or lose them."
     )
@@ -114,9 +140,10 @@ class MethodArguments:
         _check_at_least(self, 1, "rank", "relora_interval", "start_memory")
         _check_at_least(self, 0, "relora_warmup_steps", "relora_prune")
         _check_positive(self, "eta_lipschitz", "lora_alpha", "alpha_multiplier", "lr_ratio")
-        _check_positive(self, "auto_threshold")
-        if self.start_samples is not None:
-            _check_at_least(self, 1, "start_samples")
+        _check_positive(self, "auto_threshold", "carry_limit")
+        for name in ("start_samples", "carry_rank", "carry_room"):
+            if getattr(self, name) is not None:
+                _check_at_least(self, 1, name)
         if self.relora_prune > 1:
             raise UserError(f"--relora_prune {self.relora_prune}: set a share, 0 to 1")
         self.interval  # noqa: B018 - raises where the option cannot be read
@@ -221,6 +248,11 @@ class TrainArguments:
             raise UserError("--output_dir is missing: say where the run's results go")
         if self.train_batch_size is not None:
             _check_at_least(self, 1, "train_batch_size")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the options have it."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def settle_batch(self, ranks: int) -> None:
         """Make ``train_batch_size`` and ``gradient_accumulation_steps`` agree on so many ranks.

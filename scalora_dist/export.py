@@ -50,12 +50,12 @@ def export_model(
     holds half a model.
 
     Args:
-        low: {layer: int16 remainders of its 16-bit W} (``Merger.low``).
+        low: {parameter: int16 remainders of its 16-bit values} (``MergeTarget.low``).
     """
     merged = MergedWeights(engine, low)
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    entries = {name: (p.shape, engine.dtype) for name, p in merged.base.items()}
+    entries = {name: (merged.shape(name), engine.dtype) for name in merged.base}
     entries |= {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
     # The plan needs sizes only: meta tensors.
     plan = split_torch_state_dict_into_shards(

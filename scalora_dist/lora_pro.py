@@ -22,7 +22,7 @@ from torch import Tensor
 from scalora_dist.engines.base import Engine, LayerShards, factor_shards, gradient_shards
 from scalora_dist.errors import UserError
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.shards import FlatShard, Layout, side_by_side
+from scalora_dist.shards import Layout, mixed_rows
 from scalora_dist.transform import Report, Transform
 
 DAMPING = 1e-8  # δ of (AᵀA + δ·1)⁻¹: A = 0 at the start
@@ -59,7 +59,8 @@ class LoraPro(Transform):
         before, after = _norms((gram_a, gram_b), (mix_a, mix_b))
         clock.lap("solve")
         for i, stack in enumerate(stacks):
-            mix_rows_(stack, mixes[i % 2][i // 2], self.layout.split[i], split_rows[i])
+            mix = mixes[i % 2][i // 2]
+            stack[1].local.copy_(mixed_rows(stack, mix, self.layout.split[i], split_rows[i]))
         clock.lap("mix")
         return Report(applied=True, grad_norm_before=before, grad_norm=after, seconds=clock.seconds)
 
@@ -100,21 +101,3 @@ def _norms(grams: tuple[Tensor, Tensor], mixes: tuple[Tensor, Tensor]) -> tuple[
             squares[i] += norms.diagonal(dim1=-2, dim2=-1).sum()
     before, after = squares.sqrt().tolist()
     return before, after
-
-
-def mix_rows_(
-    stack: tuple[FlatShard, FlatShard], mix: Tensor, split: Tensor, split_rows: Tensor
-) -> None:
-    """``∇ ← [M, ∇] mix`` on this rank's range of ∇; local.
-
-    Args:
-        stack: (M, ∇), each (rows, r). mix: (2r, r) float64.
-        split: rows that lie on several ranks, and split_rows those rows of [M, ∇] whole.
-    """
-    gradient = stack[1]
-    first, rows = side_by_side(stack)
-    here = (split >= first) & (split < first + len(rows))
-    rows[(split[here] - first).to(rows.device)] = split_rows[here.to(split_rows.device)].to(rows)
-    mixed = (rows @ mix.to(rows)).view(-1)
-    start = gradient.offset - first * gradient.shape[1]
-    gradient.local.copy_(mixed[start : start + gradient.local.numel()])

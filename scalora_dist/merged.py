@@ -8,10 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.adapters.layers import AdaptedLinear, adapted_linear, own_parameters
 from scalora_dist.adapters.peft import merged_by_peft
 from scalora_dist.engines.base import Engine
 from scalora_dist.merge import join_halves
+from scalora_dist.shards import FlatShard
 
 
 class MergedWeights:
@@ -20,11 +22,16 @@ class MergedWeights:
     def __init__(self, engine: Engine, low: Mapping[str, Tensor]) -> None:
         """
         Args:
-            low: {layer: int16 remainders of its 16-bit W} (``Merger.low``).
+            low: {parameter: int16 remainders of its 16-bit values} (``MergeTarget.low``).
         """
         self.engine, self.low, self.device = engine, low, engine.world.device
         self.base = {p.name: p for p in engine.base()}
         self.added = {p.name: p for p in engine.added()}
+        self.fourbit = {
+            f"{name}.weight": module
+            for name, module in engine.model.named_modules()
+            if isinstance(module, FourBitLinear)
+        }
 
     @torch.no_grad()
     def whole(self, name: str, *, on: int) -> Tensor | None:
@@ -32,22 +39,16 @@ class MergedWeights:
 
         On rank ``on``, None elsewhere; a collective. What no method touches keeps its dtype.
         """
-        parameter = self.base[name]
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer not in self.engine.adapted:
-            whole = parameter.shard.whole(self.device).view(parameter.shape)
+            whole = self._whole(name)
             return whole if self.engine.world.rank == on else None
-        shard, low = parameter.shard, self.low.get(layer)
-        full = shard.local.float() if low is None else join_halves(shard.local, low)
-        weight = shard.like(full).whole(self.device)
+        weight = self._whole(name).float()
         module = self.engine.adapted[layer]
-        own = {}
-        for key in own_parameters(module):
-            added = self.added[f"{layer}.{key}"]
-            own[key] = added.shard.whole(self.device).float().view(added.shape)
+        own = {key: self._whole(f"{layer}.{key}").float() for key in own_parameters(module)}
         if self.engine.world.rank != on:
             return None
-        if weight.data_ptr() == shard.local.data_ptr():
+        if weight.data_ptr() == self.base[name].shard.local.data_ptr():
             weight = weight.clone()  # a whole fp32 W is the engine's own
         if isinstance(module, AdaptedLinear):
             module.merge_(weight, own)
@@ -55,3 +56,27 @@ class MergedWeights:
         if adapted_linear(module) is module:
             return weight  # trained itself
         return cast(Tensor, merged_by_peft(module, weight, own))
+
+    def shape(self, name: str) -> torch.Size:
+        """Of ``whole(name)``."""
+        if fourbit := self.fourbit.get(name):
+            return torch.Size([fourbit.out_features, fourbit.in_features])
+        return (self.base.get(name) or self.added[name]).shape
+
+    def _whole(self, name: str) -> Tensor:
+        """A parameter as it is, on every rank: exact where it was merged into, 4 bits as float32.
+
+        A collective.
+        """
+        parameter = self.base.get(name) or self.added[name]
+        shard = parameter.shard
+        if (low := self.low.get(name)) is not None:
+            shard = shard.like(join_halves(shard.local, low))
+        return self.dense(name, shard).view(self.shape(name))
+
+    def dense(self, name: str, shard: FlatShard) -> Tensor:
+        """``shard``, of the parameter ``name`` or a copy of it, whole; 4 bits as float32."""
+        whole = shard.whole(self.device)
+        if fourbit := self.fourbit.get(name):
+            return fourbit.dense(whole, torch.float32)
+        return whole

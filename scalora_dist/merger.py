@@ -1,8 +1,10 @@
-"""Merging products of A and B into this rank's shards of W, for all layers of a model."""
+"""Merging products of A and B, for all layers of a model: into W, or into what stands for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,30 +17,75 @@ from scalora_dist.shards import Layout
 from scalora_dist.world import World
 
 
+class MergeTarget(ABC):
+    """What merges are added to, and what that leaves.
+
+    Attributes:
+        low: {parameter: int16 remainders of its 16-bit values}; sharded like it.
+    """
+
+    low: Mapping[str, Tensor]
+
+    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:  # noqa: B027
+        """Prepare for one ``add`` to each of the layers ``which``, on every rank alike."""
+
+    @abstractmethod
+    def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
+        """Add ``s·left rightᵀ`` to a layer's frozen part; local.
+
+        Args:
+            left: (m, r) float32, whole. right: (n, r) float32, whole.
+        """
+
+    def finish(self, layers: Sequence[LayerShards]) -> None:  # noqa: B027
+        """After the last merge of a run."""
+
+    def report(self) -> dict[str, Any]:
+        """What metrics.jsonl is to know of the merges since the last call."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json is to know of it at the end."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides tensors, the same on every rank."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go back to ``state``."""
+
+
+class IntoWeights(MergeTarget):
+    """W itself, on the ranges of it that this rank owns."""
+
+    def __init__(self, layers: Sequence[LayerShards], rounding: MergeRounding) -> None:
+        self.low: dict[str, Tensor] = {}
+        if rounding == "split":
+            self.low = {
+                f"{layer.name}.weight": zero_low_half(layer.W)
+                for layer in layers
+                if layer.W.local.dtype != torch.float32
+            }
+
+    def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
+        add_low_rank_(layer.W, left * layer.scaling, right, self.low.get(f"{layer.name}.weight"))
+
+
 class Merger:
-    """Holds what of a model's merges does not change between steps, and what they leave.
+    """Gathers A and B of layer after layer, and merges their products.
 
     Attributes:
         layout: of the factors, A and B of each layer in turn.
-        low: {layer: int16 remainders of its 16-bit W}, with ``split`` only; sharded like W.
         monitor: is told of every merge.
     """
 
     monitor: UpdateMonitor | None = None
 
-    def __init__(
-        self, layers: Sequence[LayerShards], world: World, rounding: MergeRounding
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerShards], world: World, into: MergeTarget) -> None:
         """Exchange who holds what (one all-gather); ``layers`` in the order of every later call."""
-        self.world = world
+        self.world, self.into = world, into
         self.layout = Layout.of(factor_shards(layers), world.device)
-        self.low: dict[str, Tensor] = {}
-        if rounding == "split":
-            self.low = {
-                layer.name: zero_low_half(layer.W)
-                for layer in layers
-                if layer.W.local.dtype != torch.float32
-            }
 
     @torch.no_grad()
     def __call__(
@@ -48,25 +95,25 @@ class Merger:
         clock: Clock,
         which: Sequence[int] | None = None,
     ) -> None:
-        """``W += s·A diag(weights) Bᵀ``: A and B whole by all-gathers in buckets; W never travels.
+        """Add ``s·A diag(weights) Bᵀ``: A and B whole by all-gathers in buckets; W never travels.
 
         Args:
             weights: (layers, r) float64 on the CPU.
             which: the layers to merge, by number, the same on every rank; None: all.
         """
         shards = factor_shards(layers)
-        scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=torch.float64)
         # One copy to the device for all layers: a copy each would wait for it each time.
-        scaled = (scalings * weights).to(self.world.device)
+        on_device = weights.to(self.world.device)
         if self.monitor:
-            self.monitor.add(layers, scaled)
+            scalings = torch.tensor([[layer.scaling] for layer in layers]).to(on_device)
+            self.monitor.add(layers, scalings * on_device)
             clock.lap("monitor")
         chosen = range(len(layers)) if which is None else which
+        self.into.make_room(layers, chosen)
+        clock.lap("room")
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in chosen]):
             gathered = self.layout.gather(shards, bucket)
             clock.lap("gather")
             for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
-                layer = layers[i // 2]
-                left = a * scaled[i // 2].to(a)
-                add_low_rank_(layer.W, left, b, self.low.get(layer.name))
+                self.into.add(layers[i // 2], a * on_device[i // 2].to(a), b)
             clock.lap("merge")

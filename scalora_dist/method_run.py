@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from scalora_dist.config import Options
+from scalora_dist.adapters.carry import CarryLinear
+from scalora_dist.carry import Carry
+from scalora_dist.config import MethodArguments, Options
 from scalora_dist.engines.base import Engine, LayerShards
 from scalora_dist.errors import UserError
-from scalora_dist.merger import Merger
+from scalora_dist.merger import IntoWeights, Merger, MergeTarget
 from scalora_dist.methods import Method
 from scalora_dist.monitor import UpdateMonitor
 from scalora_dist.profiling.memory import peak_memory_bytes
@@ -28,7 +30,8 @@ class MethodRun:
     Attributes:
         parameters: how many numbers are trained, over all ranks.
         merger: of a method that merges while it trains.
-        low: {layer: int16 remainders of its 16-bit W}.
+        low: {parameter: int16 remainders of its 16-bit values}.
+        edits_weights: whether W changes although it is not trained.
         transform, restarts, monitor: None where the method or the options have none.
     """
 
@@ -45,9 +48,11 @@ class MethodRun:
         args, seed = options.method, options.train.seed
         self.merger = None
         if method.merges:
-            layers = engine.layers(gradients=False)
-            self.merger = Merger(layers, engine.world, args.merge_rounding)
-        self.low: dict[str, Tensor] = self.merger.low if self.merger else {}
+            self.merger = Merger(
+                engine.layers(gradients=False), engine.world, merge_target(engine, args)
+            )
+        self.low: Mapping[str, Tensor] = self.merger.into.low if self.merger else {}
+        self.edits_weights = method.edits_weights and args.merge_target != "carry"
         self.transform = self.restarts = self.monitor = None
         if method.transform:
             self.transform = method.transform(engine, self.merger, args)
@@ -123,5 +128,25 @@ class MethodRun:
         """A restart and the monitor's reading, where they are due; they go into ``record``."""
         if self.restarts and self.restarts.due(steps_taken):
             record[self.restarts.name] = self.restarts(self.engine, steps_taken)
+        if self.merger and (report := self.merger.into.report()):
+            record["carry"] = report
         if self.monitor and record["step"] % self.options.train.rank_monitor_steps == 0:
             record["rank_monitor"] = self.monitor.read(self.engine.layers(gradients=False))
+
+    def finish(self) -> dict[str, Any]:
+        """After the last step: a carry becomes as small as an adapter is; what that lost."""
+        if not self.merger:
+            return {}
+        with self.engine.writing():
+            self.merger.into.finish(self.engine.layers(gradients=False))
+        return self.merger.into.report()
+
+
+def merge_target(engine: Engine, args: MethodArguments) -> MergeTarget:
+    """What the merges of a method go into, by its settled options."""
+    layers = engine.layers(gradients=False)
+    if args.merge_target != "carry":
+        return IntoWeights(layers, args.merge_rounding)
+    modules = {n: x for n, x in engine.adapted.items() if isinstance(x, CarryLinear)}
+    assert args.carry_rank is not None
+    return Carry(layers, modules, engine.world, rank=args.carry_rank, limit=args.carry_limit)

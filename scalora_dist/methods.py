@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from scalora_dist.adapters.carry import CarryLinear
 from scalora_dist.adapters.init import lora_init
 from scalora_dist.adapters.inject import inject
 from scalora_dist.adapters.layers import CoreLinear, LowRankLinear, SquareLinear
@@ -42,8 +43,10 @@ class Method:
         start: fills in what was added, once the model is sharded, and may edit W.
         transform: made once; runs between backward and the optimizer's step.
         restarts: made once; runs between two steps.
-        edits_weights: whether W changes although it is not trained: checkpoints then hold it.
-        merges: whether it does so while training, and needs a Merger.
+        edits_weights: whether its start or its merges change a W that is not trained: checkpoints
+            then hold it.
+        merges: whether it merges while training, and needs a Merger.
+        needs_dense: whether it reads, trains or edits W as numbers: no 4-bit base.
         rate: a trained parameter's multiple of the learning rate, by its name.
     """
 
@@ -54,6 +57,7 @@ class Method:
     restarts: Callable[[Merger, MethodArguments, int], Restarts] | None = None
     edits_weights: bool = False
     merges: bool = False
+    needs_dense: bool = False
     rate: Callable[[str, MethodArguments], float] = lambda name, args: 1.0
 
 
@@ -74,6 +78,42 @@ def find_method(args: MethodArguments) -> Method:
     return method
 
 
+def settle_merges(args: MethodArguments, method: Method, *, quantized: bool) -> None:
+    """Decide what was left to default of the options on merges, by what the base is.
+
+    Raises:
+        UserError: a method that cannot train a 4-bit base, or options that contradict each other.
+    """
+    if quantized and method.needs_dense:
+        raise UserError(
+            f"--method {args.method} reads or changes W itself, which 4 bits do not hold: choose "
+            f"one of {', '.join(name for name, x in METHODS.items() if not x.needs_dense)}"
+        )
+    if not method.merges:
+        return
+    args.merge_target = args.merge_target or ("carry" if quantized else "weight")
+    if args.merge_target == "weight":
+        if quantized:
+            raise UserError(
+                "--merge_target weight: a merge would round away in 4 bits; leave it out or set "
+                "carry"
+            )
+        for name in ("carry_rank", "carry_room"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is --merge_target carry's: leave it out or set that")
+        return
+    if args.merge_rounding != MethodArguments().merge_rounding:
+        raise UserError("--merge_rounding is --merge_target weight's: leave it out")
+    args.carry_rank = 8 * args.rank if args.carry_rank is None else args.carry_rank
+    args.carry_room = 8 * args.rank if args.carry_room is None else args.carry_room
+    for name in ("carry_rank", "carry_room"):
+        if getattr(args, name) < args.rank:
+            raise UserError(
+                f"--{name} {getattr(args, name)} is less than --rank {args.rank}, the columns of "
+                f"one merge: set at least {args.rank}"
+            )
+
+
 # --- what is added -------------------------------------------------------------------------------
 
 
@@ -84,9 +124,13 @@ def _low_rank(scaling: Scaling) -> Add:
         def adapt(name: str, linear: nn.Linear) -> LowRankLinear:
             m, n = linear.out_features, linear.in_features
             a, b = lora_init(name, m, n, args.rank, seed=seed, dtype=dtype)
-            return LowRankLinear.adapt(
-                linear, a, b, scaling=scaling(args, n), dropout=args.lora_dropout
-            )
+            s, dropout = scaling(args, n), args.lora_dropout
+            if args.merge_target != "carry":
+                return LowRankLinear.adapt(linear, a, b, scaling=s, dropout=dropout)
+            layer = CarryLinear.adapt(linear, a, b, scaling=s, dropout=dropout)
+            assert args.carry_rank is not None and args.carry_room is not None
+            layer.add_carry(args.carry_rank + args.carry_room, dtype)
+            return layer
 
         return inject(model, args.target_modules, args.rank, adapt)
 
@@ -173,12 +217,13 @@ _LAYERS = ("rank", "lora_dropout", "target_modules")
 _LORA = (*_LAYERS, "lora_alpha")
 _SAMPLES = ("start_samples", "start_memory")
 _RESCALE = ("scaling_rule", "scaling_interval", "auto_threshold", "eta_lipschitz", "scale_bounds")
+_MERGE = ("merge_target", "carry_rank", "carry_room", "carry_limit", "merge_rounding")
 _RELORA = ("relora_interval", "relora_prune", "relora_warmup_steps")
 
 METHODS = {
     "scalora": Method(
         _low_rank(lora_scaling),
-        (*_LORA, *_RESCALE, "merge_rounding"),
+        (*_LORA, *_RESCALE, *_MERGE),
         transform=_rescaler,
         edits_weights=True,
         merges=True,
@@ -194,7 +239,7 @@ METHODS = {
     ),
     "relora": Method(
         _low_rank(lora_scaling),
-        (*_LORA, *_RELORA, "merge_rounding"),
+        (*_LORA, *_RELORA, *_MERGE),
         restarts=_restarts,
         edits_weights=True,
         merges=True,
@@ -202,15 +247,18 @@ METHODS = {
     "lora-xs": Method(_zero(CoreLinear, lora_scaling), _LORA, start=start_lora_xs),
     "lora-sb": Method(_zero(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), start=start_lora_sb),
     "mora": Method(_zero(SquareLinear, _unscaled), _LAYERS),
-    "full": Method(_nothing, ()),
-    "peft-lora": Method(_by_peft("lora"), _LORA),
-    "dora": Method(_by_peft("dora"), _LORA),
-    "hira": Method(_by_peft("hira"), _LAYERS),
-    "pissa": Method(_by_peft("lora"), _LORA, start=start_pissa, edits_weights=True),
+    "full": Method(_nothing, (), needs_dense=True),
+    "peft-lora": Method(_by_peft("lora"), _LORA, needs_dense=True),  # PEFT wraps its own 4 bits
+    "dora": Method(_by_peft("dora"), _LORA, needs_dense=True),
+    "hira": Method(_by_peft("hira"), _LAYERS, needs_dense=True),
+    "pissa": Method(
+        _by_peft("lora"), _LORA, start=start_pissa, edits_weights=True, needs_dense=True
+    ),
     "lora-ga": Method(
         _by_peft("lora", directions=2),  # B takes the gradient's first r directions, A the next r
         (*_LORA, *_SAMPLES),
         start=start_lora_ga,
         edits_weights=True,
+        needs_dense=True,
     ),
 }

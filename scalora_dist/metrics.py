@@ -66,11 +66,16 @@ class RunLog:
         if record["step"] % self.logging_steps == 0:
             self._scalars("train", record)
 
+    def note(self, step: int, prefix: str, record: dict[str, Any]) -> None:
+        """What belongs to no single step: a line, and scalars under ``prefix``."""
+        if self.is_main:
+            self._line({"step": step, **record})
+            self._scalars(prefix, {"step": step, **record})
+
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
         if not self.is_main:
             return
-        self._line({"step": step, **record})
-        self._scalars("eval", {"step": step, **record})
+        self.note(step, "eval", record)
         self.bar.write(
             f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in record.items())
         )

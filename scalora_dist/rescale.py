@@ -128,7 +128,7 @@ class Rescaler(Transform):
 
         If not, the engine would skip the step after the factors had changed.
         """
-        if layers[0].W.local.dtype != torch.float16:
+        if layers[0].grad_A.local.dtype != torch.float16:
             return True  # scales stay far from fp32's and bfloat16's largest number
         largest = 0.0
         for layer, alpha, beta in zip(layers, scales.alpha, scales.beta, strict=True):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist import random_state
+from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_state, step_of
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.storage import Checkpoints
@@ -37,6 +38,9 @@ FIXED_METHOD = (
     "alpha_multiplier",
     "target_modules",
     "merge_rounding",
+    "merge_target",
+    "carry_rank",
+    "carry_room",
     "relora_interval",
 )
 FIXED_TRAIN = (
@@ -93,6 +97,7 @@ class RunState:
             "device": self.world.device.type,
             "engine": self.engine.state(),
             "schedule": {"last_epoch": self.scheduler.last_epoch},
+            "merges": self.method.merger.into.state() if self.method.merger else {},
             "base": self.base,
             "options": options_as_json(self.options),
             "versions": {name: version(name) for name in LIBRARIES},
@@ -130,17 +135,18 @@ class RunState:
             seed = f"{self.options.train.seed}:{state['step']}:{self.world.rank}"
             torch.manual_seed(zlib.crc32(seed.encode()))
         self._restore_schedule(state["schedule"])
+        if self.method.merger:
+            self.method.merger.into.restore(state.get("merges", {}))
         return state
 
     def _shards(self) -> dict[str, FlatShard]:
         """{name: shard} of all that starts and training change."""
         shards = {p.name: p.shard for p in self.engine.added()}
-        if self.method.method.edits_weights:
+        if self.method.edits_weights:
             loaded = {p.name: p.shard for p in self.engine.base()}
-            for layer in self.engine.adapted:
-                weight = shards[f"{layer}.weight"] = loaded[f"{layer}.weight"]
-                if (low := self.method.low.get(layer)) is not None:
-                    shards[f"{layer}.weight.low"] = weight.like(low)
+            shards |= {f"{x}.weight": loaded[f"{x}.weight"] for x in self.engine.adapted}
+        for name, low in self.method.low.items():
+            shards[f"{name}.low"] = shards[name].like(low)
         if self.method.monitor:
             shards |= self.method.monitor.shards()
         for trained in self.engine.trained(gradients=False):
@@ -265,6 +271,10 @@ def fingerprint(engine: Engine) -> str:
     total = torch.zeros((), dtype=torch.int64, device=engine.world.device)
     for _, _, shard in engine.base():
         total += _bit_sum(FlatPart.share_of(shard, engine.world).local).to(total.device)
+    if engine.world.is_main:  # the others have the same
+        for module in engine.model.modules():
+            if isinstance(module, FourBitLinear):
+                total += _bit_sum(module.sizes).to(total.device)
     dist.all_reduce(total)
     return f"{int(total) & (2**64 - 1):016x}"
 

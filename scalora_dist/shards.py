@@ -8,7 +8,7 @@ them are a ``FlatShard``, so everything above this file is written once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -160,6 +160,16 @@ class Layout:
         order = everyone[..., 0].T.argsort(dim=1, stable=True).tolist()
         return cls(shapes, everyone, split, order, group, device)
 
+    def only(self, which: Sequence[int]) -> Layout:
+        """The layout of some of the matrices, by number; local, no message."""
+        return replace(
+            self,
+            shapes=[self.shapes[i] for i in which],
+            ranges=self.ranges[:, list(which)],
+            split=[self.split[i] for i in which],
+            order=[self.order[i] for i in which],
+        )
+
     def grams(self, stacks: Sequence[Sequence[FlatShard]]) -> list[Tensor]:
         """Per matrix ``XᵀX``, X = its stack side by side, summed over the ranks: ONE all-reduce.
 
@@ -269,6 +279,23 @@ def side_by_side(stack: Sequence[FlatShard]) -> tuple[int, Tensor]:
     """
     first = stack[0].offset // stack[0].shape[1]
     return first, torch.cat([shard.padded_rows()[1].double() for shard in stack], dim=1)
+
+
+def mixed_rows(
+    stack: Sequence[FlatShard], mix: Tensor, split: Tensor, split_rows: Tensor
+) -> Tensor:
+    """``[M, …] mix`` on this rank's range: 1-D float64, like the ``local`` of each; local.
+
+    Args:
+        stack: shards of one range, each (rows, k). mix: (shards·k, k) float64.
+        split: rows that lie on several ranks, and split_rows those rows of [M, …] whole.
+    """
+    first, rows = side_by_side(stack)
+    here = (split >= first) & (split < first + len(rows))
+    rows[(split[here] - first).to(rows.device)] = split_rows[here.to(split_rows.device)].to(rows)
+    shard = stack[0]
+    start = shard.offset - first * shard.shape[1]
+    return (rows @ mix.to(rows)).view(-1)[start : start + shard.local.numel()]
 
 
 def split_rows(ranges: Tensor, cols: int) -> Tensor:

@@ -19,6 +19,7 @@ def summarize(
     rank: int | None,
     parameters: int,
     update_rank: list[int],
+    carry: dict[str, Any],
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """
@@ -27,6 +28,7 @@ def summarize(
         rank: of what the method adds, if it has one.
         parameters: how many are trained, over all ranks.
         update_rank: of the layers that were measured.
+        carry: columns (least, mean, most) and the largest share that was lost, or empty.
         peak_memory_bytes: of the rank that needed most.
     """
     timed = records[1:] or records  # the first step also sets up kernels and buffers
@@ -53,6 +55,7 @@ def summarize(
         "eval_exact_match": [before.exact_match, after.exact_match] if before and after else None,
         "layers_by_rule": dict(rules),
         "update_rank": update_rank,
+        "carry": carry,
         "seconds_per_step": seconds / len(timed),
         "method_share": own_seconds / seconds,
         "tokens_per_second": sum(record["tokens"] for record in timed) / seconds,
@@ -82,6 +85,10 @@ def render(summary: dict[str, Any]) -> str:
         factors = f"factors: {summary['rank']}; " if summary["rank"] else ""
         of = f"({factors}{len(ranks)} layers measured)"
         rows.append(("rank of the accumulated update", f"{spread} {of}"))
+    if carry := summary["carry"]:
+        least, mean, most = carry["columns"]
+        columns = f"{least} to {most}, mean {mean:.0f} columns"
+        rows.append(("carry", f"{columns}; lost at most {carry['lost_max']:.1e} of an update"))
     rows.append(("trained parameters", f"{summary['trained_parameters']:,}"))
     own = summary["method_share"]
     share = f", {summary['method']}'s own work {own:.1%} of it" if own else ""

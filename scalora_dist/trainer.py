@@ -30,9 +30,9 @@ from scalora_dist.export import export_model
 from scalora_dist.health import loss_spike
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.method_run import MethodRun
-from scalora_dist.methods import find_method
+from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.metrics import RunLog, read_history, write_json
-from scalora_dist.models import load_model, load_tokenizer
+from scalora_dist.models import Base, load_model, load_tokenizer
 from scalora_dist.optimizer import make_optimizer, make_schedule
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
@@ -49,7 +49,9 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Fine-tunes one model on one engine and leaves its results in ``output_dir``."""
 
-    def __init__(self, options: Options, world: World, make_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, options: Options, world: World, base: Base, make_engine: Callable[[], Engine]
+    ) -> None:
         """Load data and model, add the method's layers, shard; writes nothing yet.
 
         The engine, which takes longest to set up, is made when the rest has been checked.
@@ -59,6 +61,7 @@ class Trainer:
         """
         self.options, self.world = options, world
         method = find_method(options.method)
+        settle_merges(options.method, method, quantized=base.fourbit is not None)
         train = options.train
         self.folder = Path(str(train.output_dir))
         self.checkpoints = Checkpoints(
@@ -76,7 +79,7 @@ class Trainer:
         self._check_data()
         self.engine = engine = make_engine()
         with engine.loading():
-            self.model = load_model(options.model, engine.dtype, weights=engine.reads_weights)
+            self.model = load_model(options.model, base, engine.dtype, weights=engine.reads_weights)
             layers = method.add(self.model, options.method, train.seed, engine.dtype)
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         if train.gradient_checkpointing:
@@ -177,6 +180,8 @@ class Trainer:
                 self.watch.pause()  # a slow disk is no hung rank
                 self.saving.after(done, self.records, votes, save)
             self.saving.finish()
+            if report := self.method.finish():
+                log.note(self.steps, "train", {"carry": report})
             after = self._evaluate(log, self.steps)
         finally:
             log.close()  # before the sentence that a run may end with
@@ -236,6 +241,7 @@ class Trainer:
             rank=self.options.method.rank if "rank" in self.method.method.options else None,
             parameters=self.method.parameters,
             update_rank=ranks,
+            carry=self.method.merger.into.summary() if self.method.merger else {},
             peak_memory_bytes=int(peak),
         )
         if self.world.is_main:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class UpdateRank:
         }
 
     @torch.no_grad()
-    def measure(self, low: dict[str, Tensor]) -> list[int]:
+    def measure(self, low: Mapping[str, Tensor]) -> list[int]:
         """The numerical rank of each remembered layer's update, on every rank.
 
         One layer is whole at a time; the ranks take turns with the SVDs.
@@ -39,8 +41,7 @@ class UpdateRank:
         merged = MergedWeights(self.engine, low)
         ranks = []
         for turn, (name, local) in enumerate(self.initial.items()):
-            initial = merged.base[name].shard.like(local)
-            before = initial.whole(world.device)
+            before = merged.dense(name, merged.base[name].shard.like(local))
             after = merged.whole(name, on=turn % world.size)
             ranks.append(0 if after is None else numerical_rank(after.sub_(before)))
         return [int(rank) for rank in world.sum(*ranks)]

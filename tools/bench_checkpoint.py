@@ -33,7 +33,7 @@ from scalora_dist.metrics import write_json
 def measure(options: Options, rounds: int) -> dict[str, Any]:
     """The figures of ``rounds`` saves, the same on every rank: seconds and bytes."""
     from scalora_dist.engines.pick import pick_engine
-    from scalora_dist.models import hidden_size
+    from scalora_dist.models import read_base
     from scalora_dist.trainer import Trainer
     from scalora_dist.world import World
 
@@ -42,7 +42,8 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
         timeout=timedelta(seconds=options.train.ddp_timeout),
     )
     options.train.settle_batch(world.size)
-    trainer = Trainer(options, world, pick_engine(options, world, hidden_size(options.model)))
+    base = read_base(options.model, options.train.dtype, world.device)
+    trainer = Trainer(options, world, base, pick_engine(options, world, base))
     batches, checkpoints = trainer._micro_batches(), trainer.checkpoints
     steps = 0
 

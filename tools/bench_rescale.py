@@ -42,9 +42,10 @@ from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.merger import Merger
-from scalora_dist.methods import find_method
+from scalora_dist.method_run import merge_target
+from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.metrics import write_json
-from scalora_dist.models import hidden_size, load_model
+from scalora_dist.models import Base, load_model, read_base
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.rescale import Rescaler
@@ -96,16 +97,27 @@ def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
 class Bench:
     """A model on an engine, and what is timed on it."""
 
-    def __init__(self, options: config.Options, world: World, ds: dict[str, Any], length: int):
+    def __init__(
+        self,
+        options: config.Options,
+        world: World,
+        base: Base,
+        ds: dict[str, Any],
+        length: int,
+    ) -> None:
         from scalora_dist.engines.deepspeed import DeepSpeedEngine
 
         method, train = options.method, options.train
-        self.world, self.engine = world, DeepSpeedEngine(world, ds)
+        self.world = world
+        self.engine = DeepSpeedEngine(world, ds, quantized=base.fourbit is not None)
         with self.engine.loading():
-            model = load_model(options.model, self.engine.dtype, weights=True)
+            model = load_model(
+                options.model, base, self.engine.dtype, weights=self.engine.reads_weights
+            )
         if method.method != "scalora":
             raise UserError(f"--method {method.method} rescales nothing: leave it out")
         scalora = find_method(method)
+        settle_merges(method, scalora, quantized=base.fourbit is not None)
         self.modules = scalora.add(model, method, train.seed, self.engine.dtype)
         self.engine.attach(
             model,
@@ -113,7 +125,7 @@ class Bench:
             lambda named: torch.optim.AdamW(named.values(), lr=train.learning_rate),
         )
         self.shards = self.engine.layers(gradients=False)
-        self.merger = Merger(self.shards, world, method.merge_rounding)
+        self.merger = Merger(self.shards, world, merge_target(self.engine, method))
         assert scalora.transform is not None
         rescaler = scalora.transform(self.engine, self.merger, method)
         assert isinstance(rescaler, Rescaler)
@@ -187,7 +199,7 @@ class Bench:
         Returns the largest difference of the results and the largest increment, each in units of
         the layer's largest weight here, over layers and ranks.
         """
-        tensors = [*(layer.W.local for layer in self.shards), *self.merger.low.values()]
+        tensors = [*(layer.W.local for layer in self.shards), *self.merger.into.low.values()]
         states = []  # before, ours, naive
         for merge in (lambda _: None, self.local_merge, partial(naive_merge, self.modules)):
             merge(self.scales(1.0, 1.5))
@@ -270,9 +282,10 @@ def run(argv: list[str]) -> None:
     train = config.TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
     options = config.Options(model, DataArguments(), method, train, config.LaunchArguments())
     world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
-    width = hidden_size(model)
+    base = read_base(model, train.dtype, world.device)
+    width = base.hidden_size
     ds = load_ds_config(args.ds_config, train, world_size=world.size, hidden_size=width)
-    bench = Bench(options, world, ds, args.length)
+    bench = Bench(options, world, base, ds, args.length)
     cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if cuda else f"{platform.machine()} CPU"
     result = {

@@ -40,7 +40,7 @@ from scalora_dist.engines.pick import pick_engine
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.merge import add_low_rank_, join_halves, zero_low_half
 from scalora_dist.metrics import write_json
-from scalora_dist.models import hidden_size
+from scalora_dist.models import read_base
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard
@@ -216,8 +216,9 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
             raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
         world = World.join(timeout=timedelta(minutes=30))
         options.train.settle_batch(world.size)
-        make_engine = pick_engine(options, world, hidden_size(options.model))
-        trainer = Trainer(options, world, make_engine)
+        base = read_base(options.model, options.train.dtype, world.device)
+        make_engine = pick_engine(options, world, base)
+        trainer = Trainer(options, world, base, make_engine)
         watcher = Watcher(trainer, args.blocks, args.merges)
         trainer.run()
         world.leave()

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.errors import UserError
 
 ALL_LINEAR = "all-linear"
@@ -113,11 +114,12 @@ class _Survey:
             return f"{name} holds fused 3-D expert weights: target 2-D layers (q_proj …)"
         if not isinstance(module, nn.Linear):
             return f"{name} is a {type(module).__name__}, not an nn.Linear: name linear layers"
-        if not module.weight.is_floating_point():
+        quantized = isinstance(module, FourBitLinear)
+        if not quantized and not module.weight.is_floating_point():
             return f"{name} is quantized to {module.weight.dtype}: load the model unquantized"
         if isinstance(module.weight, DTensor):
             return f"{name} is tensor-parallel: load the model without a tp_plan"
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, FourBitLinear):
             return f"{name} is a {type(module).__name__} with a forward of its own: leave it out"
         if id(module.weight) in self.shared:
             return f"{name} shares its weight, and a merge would change both: leave it out"

@@ -27,14 +27,18 @@ class AdaptedLinear(nn.Linear):
 
     @classmethod
     def put_on(cls: type[L], linear: nn.Linear, *, scaling: float, dropout: float) -> L:
-        """Turn ``linear`` into this class in place; its own parameters are the caller's to add."""
-        linear.__class__ = cls
+        """Turn ``linear`` into this class in place; its own parameters are the caller's to add.
+
+        A linear layer of a class of its own (4-bit) keeps that one's way to compute W x.
+        """
+        kind = type(linear)
+        linear.__class__ = cls if kind is nn.Linear else type(cls.__name__, (cls, kind), {})
         assert isinstance(linear, cls)
         linear.scaling, linear.dropout = scaling, dropout
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         update = self.update(F.dropout(x, self.dropout, self.training))
         return y + self.scaling * update.to(y.dtype)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from scalora_dist.adapters.carry import CarryLinear
 from scalora_dist.adapters.layers import LowRankLinear, adapted_linear, own_parameters
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
@@ -37,6 +38,7 @@ class LayerShards:
     grad_B: FlatShard
     moments_A: tuple[FlatShard, ...]
     moments_B: tuple[FlatShard, ...]
+    carry: tuple[FlatShard, FlatShard] | None = None
 
 
 def factor_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
@@ -174,6 +176,9 @@ class Engine(ABC):
 
     def _layer(self, name: str, layer: LowRankLinear, gradients: bool) -> LayerShards:
         a, b = (self._trained(key, p, gradients) for key, p in (("A", layer.A), ("B", layer.B)))
+        carry = None
+        if isinstance(layer, CarryLinear):
+            carry = self.places.weight(layer.C), self.places.weight(layer.D)
         return LayerShards(
             name=name,
             scaling=layer.scaling,
@@ -184,6 +189,7 @@ class Engine(ABC):
             grad_B=b.gradient,
             moments_A=a.moments,
             moments_B=b.moments,
+            carry=carry,
         )
 
     def trained(self, *, gradients: bool = True) -> list[Trained]:

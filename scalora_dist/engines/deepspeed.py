@@ -30,6 +30,7 @@ from scalora_dist.engines.base import (
     Trained,
     as_matrix,
 )
+from scalora_dist.engines.spread import check_alike, replaced_parameters, spread_buffers
 from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
@@ -43,10 +44,12 @@ class DeepSpeedEngine(Engine):
 
     places: _Places
 
-    def __init__(self, world: World, config: dict[str, Any]) -> None:
+    def __init__(self, world: World, config: dict[str, Any], *, quantized: bool = False) -> None:
         """
         Args:
             config: a DeepSpeed config without "auto" (see ``engines/ds_config.py``).
+            quantized: whether the base is: transformers cannot cut such a one up while loading it,
+                so at stage 3 rank 0 loads it and sends each rank its parts.
         """
         self.world, self.config = world, config
         # Built with a C++ compiler on CPUs when the group is joined, and used for inference alone.
@@ -58,6 +61,8 @@ class DeepSpeedEngine(Engine):
             reason = " ".join(str(error).splitlines()[:3])
             raise UserError(f"DeepSpeed refuses the --ds_config: {reason}") from error
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.spreads = quantized and self.stage == 3
+        self.reads_weights = world.is_main or not self.spreads
         self.dtype = torch.float32
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(name, {}).get("enabled"):
@@ -67,6 +72,9 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
+        if self.spreads:
+            yield
+            return
         # transformers partitions a model while loading it for as long as this object lives.
         keep = HfDeepSpeedConfig(self.config)
         yield
@@ -78,6 +86,8 @@ class DeepSpeedEngine(Engine):
         layers: Mapping[str, nn.Module],
         make_optimizer: MakeOptimizer,
     ) -> None:
+        if self.spreads:
+            self._spread(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(trainable)
         if self.stage == 3:
@@ -96,6 +106,14 @@ class DeepSpeedEngine(Engine):
             3: _PartitionPlaces,
         }
         self.places = places[self.stage](self.engine)
+
+    def _spread(self, model: nn.Module) -> None:
+        """Cut ``model``, which rank 0 has read, up over the ranks, a parameter at a time."""
+        check_alike(model, self.world)
+        spread_buffers(model, dict(model.named_buffers()), self.world)
+        parameters = replaced_parameters(model, self.world.device, keep=self.world.is_main)
+        # DeepSpeed broadcasts each one from rank 0 and keeps this rank's part.
+        deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters(parameters)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # DeepSpeed divides by the accumulation and by the ranks; our loss is a share of a sum.

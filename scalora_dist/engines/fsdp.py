@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -22,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from scalora_dist.engines.base import LayerShards, NamedShard, Trained, as_matrix
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine, TorchPlaces
-from scalora_dist.errors import UserError
+from scalora_dist.engines.spread import check_alike, from_main, replaced_parameters, spread_buffers
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
@@ -48,39 +46,21 @@ class FSDPEngine(LocalEngine):
 
     def place(self, model: nn.Module) -> None:
         """Cut ``model`` up while it has no storage, then send each rank its part of rank 0's."""
+        check_alike(model, self.world)
         source = {name: p.detach() for name, p in model.named_parameters()}
         buffers = dict(model.named_buffers())
-        self._check_alike(source | buffers)
-        _to_meta(model)
+        for _ in replaced_parameters(model, "meta", keep=False):
+            pass
         self._shard(model)
         model.to_empty(device="cpu" if self.config.cpu_offload else self.world.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 assert isinstance(parameter, DTensor)
-                whole = self._from_main(source[name])
+                whole = from_main(source[name], self.world)
                 part = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
                 parameter.to_local().copy_(part.to_local())
-            for name, buffer in buffers.items():  # on the device, even where parameters are not
-                holder, _, attribute = name.rpartition(".")
-                model.get_submodule(holder)._buffers[attribute] = self._from_main(buffer)
-
-    def _check_alike(self, tensors: Mapping[str, Tensor]) -> None:
-        """Ranks that know only the config must expect what rank 0 sends."""
-        known = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
-        if not self.world.agree(zlib.crc32(repr(known).encode())):
-            raise UserError(
-                "the model's files hold other tensors than its config.json says "
-                "(tie_word_embeddings?): correct it, or train with --ds_config"
-            )
-
-    def _from_main(self, tensor: Tensor) -> Tensor:
-        """Rank 0's ``tensor`` on every rank's device; elsewhere only its shape and dtype count."""
-        if self.world.is_main:
-            whole = tensor.to(self.world.device)
-        else:
-            whole = torch.empty_like(tensor, device=self.world.device)
-        dist.broadcast(whole, src=0)
-        return whole
+        # On the device, even where parameters are not.
+        spread_buffers(model, buffers, self.world)
 
     def _shard(self, model: nn.Module) -> None:
         config, on_gpu = self.config, self.world.device.type == "cuda"
@@ -155,14 +135,3 @@ def _decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers never splits, in model order."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _to_meta(model: nn.Module) -> None:
-    """Drop the storage of all parameters, in place; tied ones stay tied."""
-    moved: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter not in moved:
-                empty = parameter.detach().to("meta")
-                moved[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, moved[parameter])

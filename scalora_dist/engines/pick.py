@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from scalora_dist.config import Options
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
+from scalora_dist.models import Base
 from scalora_dist.world import World
 
 
-def pick_engine(options: Options, world: World, hidden_size: int) -> Callable[[], Engine]:
+def pick_engine(options: Options, world: World, base: Base) -> Callable[[], Engine]:
     """What makes the engine, its settings checked: DeepSpeed, FSDP2, or none on one rank.
 
     Args:
-        hidden_size: the model's width, which DeepSpeed's buffers are sized by.
+        base: what is known of the model.
 
     Raises:
         UserError: two engines, no engine for several ranks, bad settings.
@@ -26,15 +25,15 @@ def pick_engine(options: Options, world: World, hidden_size: int) -> Callable[[]
         raise UserError("--fsdp_config without --fsdp: give both")
     if launch.ds_config and launch.fsdp:
         raise UserError("--ds_config and --fsdp are two engines: give one")
-    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    dtype = train.dtype
     if launch.ds_config:
         from scalora_dist.engines.deepspeed import DeepSpeedEngine
         from scalora_dist.engines.ds_config import load_ds_config
 
         config = load_ds_config(
-            launch.ds_config, train, world_size=world.size, hidden_size=hidden_size
+            launch.ds_config, train, world_size=world.size, hidden_size=base.hidden_size
         )
-        return lambda: DeepSpeedEngine(world, config)
+        return lambda: DeepSpeedEngine(world, config, quantized=base.fourbit is not None)
     if launch.fsdp:
         from scalora_dist.engines.fsdp import FSDPEngine
         from scalora_dist.engines.fsdp_config import load_fsdp_config

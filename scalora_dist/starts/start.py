@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.config import MethodArguments
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
@@ -60,9 +61,14 @@ class Start:
         return TruncatedSVD(*(self.engine.world.same(part) for part in svd))
 
     def weights(self) -> dict[str, FlatShard]:
-        """{layer: this rank's range of its W}, in model order."""
+        """{layer: this rank's range of its W}, in model order; a 4-bit W as float32 numbers."""
         shards = {p.name: p.shard for p in self.engine.base()}
-        return {name: shards[f"{name}.weight"] for name in self.engine.adapted}
+        weights = {}
+        for name, layer in self.engine.adapted.items():
+            codes = weights[name] = shards[f"{name}.weight"]
+            if isinstance(layer, FourBitLinear):
+                weights[name] = layer.dense_shard(codes)
+        return weights
 
     def added(self) -> dict[str, FlatShard]:
         """{parameter: this rank's range of it} of what the method added."""

@@ -23,7 +23,7 @@ from scalora_dist.engines.fsdp import FSDPEngine
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.merge import join_halves
-from scalora_dist.merger import Merger
+from scalora_dist.merger import IntoWeights, Merger
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard, Layout
 from scalora_dist.solve import Rule
@@ -168,7 +168,8 @@ class Run:
             layers,
             lambda named: torch.optim.AdamW(named.values(), lr=LEARNING_RATE, weight_decay=0),
         )
-        self.merger = Merger(self.engine.layers(gradients=False), world, "split")
+        shards = self.engine.layers(gradients=False)
+        self.merger = Merger(shards, world, IntoWeights(shards, "split"))
         self.rescaler = Rescaler(
             self.merger,
             rule=rule,
@@ -210,7 +211,7 @@ class Run:
         """Every layer's state, gathered."""
         states = {}
         for layer in layers:
-            W, low = layer.W, self.merger.low.get(layer.name)
+            W, low = layer.W, self.merger.into.low.get(f"{layer.name}.weight")
             fields = {
                 "W": W if low is None else W.like(join_halves(W.local, low)),
                 "A": layer.A,
@@ -322,8 +323,8 @@ def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, by
         held = {"alpha": run.scales.alpha, "beta": run.scales.beta}
         for layer in run.engine.layers(gradients=False):
             held |= {f"{layer.name}.{key}": getattr(layer, key).local for key in "WAB"}
-            if layer.name in run.merger.low:
-                held[f"{layer.name}.low"] = run.merger.low[layer.name]
+            if (low := run.merger.into.low.get(f"{layer.name}.weight")) is not None:
+                held[f"{layer.name}.low"] = low
         seen.append(
             {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in held.items()}
         )
@@ -354,7 +355,7 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
         first.step(step)
     state = copy.deepcopy(first.engine.state())
     saved = [shard.local.clone() for shard in checkpointed(first)]
-    low = {name: part.clone() for name, part in first.merger.low.items()}
+    low = {name: part.clone() for name, part in first.merger.into.low.items()}
     seen = {"first": [first.look()]}
     first.step(3)
     seen["first"].append(first.look())
@@ -364,7 +365,7 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
         for shard, part in zip(checkpointed(second), saved, strict=True):
             shard.local.copy_(part)
         for name, part in low.items():
-            second.merger.low[name].copy_(part)
+            second.merger.into.low[name].copy_(part)
     seen["second"] = [second.look()]
     assert second.engine.state() == state
     second.step(3)

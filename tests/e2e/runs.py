@@ -18,7 +18,7 @@ from transformers import (
 
 from scalora_dist.config import parse_options
 from scalora_dist.engines.pick import pick_engine
-from scalora_dist.models import hidden_size
+from scalora_dist.models import read_base
 from scalora_dist.rescale import Rescaler
 from scalora_dist.solve import Rule, quadratic
 from scalora_dist.trainer import Trainer
@@ -36,7 +36,8 @@ def make(world: World, options: dict[str, Any], trainer: type[Trainer] = Trainer
     """What launch/train.py makes after the launcher, on ranks that are there already."""
     parsed = parse_options(words(options))
     parsed.train.settle_batch(world.size)
-    return trainer(parsed, world, pick_engine(parsed, world, hidden_size(parsed.model)))
+    base = read_base(parsed.model, parsed.train.dtype, world.device)
+    return trainer(parsed, world, base, pick_engine(parsed, world, base))
 
 
 def run(world: World, options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from scalora_dist.config import Options, parse_options
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.engines.pick import pick_engine
 from scalora_dist.errors import UserError
+from scalora_dist.models import Base
 from scalora_dist.world import World
 
 ZERO3 = runs.ds_config("zero3")
@@ -32,14 +33,14 @@ def world(size: int) -> World:
     ("given", "dtype"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)]
 )
 def test_one_rank_needs_no_engine(given: dict[str, bool], dtype: torch.dtype) -> None:
-    engine = pick_engine(options(max_grad_norm=0.7, **given), world(1), 576)()
+    engine = pick_engine(options(max_grad_norm=0.7, **given), world(1), Base(576, None, False))()
     assert type(engine) is LocalEngine
     assert (engine.dtype, engine.max_grad_norm) == (dtype, 0.7)
 
 
 def refused(size: int, **given: Any) -> str:
     with pytest.raises(UserError) as error:
-        pick_engine(options(**given), world(size), 576)
+        pick_engine(options(**given), world(size), Base(576, None, False))
     return one_sentence(error)
 
 

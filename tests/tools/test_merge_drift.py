@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.errors import UserError
-from scalora_dist.merger import Merger
+from scalora_dist.merger import IntoWeights, Merger
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard
@@ -171,7 +171,7 @@ def test_copies_take_what_the_trainer_merges() -> None:
     layers = [layer(f"layers.{i}", seed=10 * i) for i in range(3)]
     cpu: Any = torch.device("cpu")
     world = World(0, 1, 0, cpu, store=None)  # type: ignore[arg-type]
-    merger = Merger(layers, world, "split")
+    merger = Merger(layers, world, IntoWeights(layers, "split"))
     rescaler = Rescaler(merger, rule="paper", eta_lipschitz=0.5, bounds=None)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.Linear(SHAPE[1], SHAPE[0]) for _ in layers)
