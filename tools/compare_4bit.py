@@ -1,0 +1,155 @@
+"""ScaLoRA's carry on a 4-bit base, against QLoRA and against requantizing after every merge.
+
+    python tools/compare_4bit.py --model_name_or_path MODEL --config launch/recipes/demo.yaml \
+        --output_dir runs/compare_4bit --seeds 0 1 2
+
+trains with the same data, rank and learning rate, in one process, and writes results.json and
+curves.svg. Options of launch/train.py may follow. A run that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora_dist.adapters.fourbit import FourBitLinear, quantize
+from scalora_dist.config import parse_options
+from scalora_dist.engines.base import LayerShards
+from scalora_dist.engines.pick import pick_engine
+from scalora_dist.errors import UserError, exit_with_one_sentence
+from scalora_dist.merger import MergeTarget
+from scalora_dist.metrics import write_json
+from scalora_dist.models import read_base
+from scalora_dist.trainer import Trainer
+from scalora_dist.world import World
+
+WAYS = {
+    "QLoRA": {"method": "lora"},
+    "ScaLoRA, carry": {"method": "scalora"},
+    "ScaLoRA, requantized": {"method": "scalora"},
+}
+REQUANTIZED = "ScaLoRA, requantized"
+SMOOTH = 5  # steps that a drawn loss is the mean of
+
+
+class Requantized(MergeTarget):
+    """W itself: dequantized, added to and quantized again. Shown for what it does."""
+
+    def __init__(self, modules: dict[str, FourBitLinear]) -> None:
+        self.modules, self.low = modules, {}
+        # Of each merge: the part of it by which W moved, and the size of what W moved otherwise.
+        self.kept: list[float] = []
+        self.noise: list[float] = []
+
+    def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
+        module = self.modules[layer.name]
+        before = module.dense(module.weight, torch.float32)
+        change = layer.scaling * left @ right.T
+        codes, sizes = quantize(before + change, module.fourbit)
+        module.weight.data.copy_(codes)
+        module.sizes.copy_(sizes)
+        if (size := change.square().sum()) > 0:
+            moved = module.dense(module.weight, torch.float32) - before
+            self.kept.append(float((moved * change).sum() / size))
+            self.noise.append(float((moved - change).norm() / size.sqrt()))
+
+
+def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) -> dict[str, Any]:
+    """One run's losses, and what its summary.json says."""
+    given = {**WAYS[way], "load_in_4bit": True, "seed": seed, "output_dir": folder}
+    given |= {"overwrite_output_dir": True, "save_model": False, "save_steps": 0}
+    options = parse_options([*argv, *(f"--{name}={value}" for name, value in given.items())])
+    if options.launch.ds_config or options.launch.fsdp:
+        raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
+    options.train.settle_batch(world.size)
+    base = read_base(options.model, options.train.dtype, world.device)
+    trainer = Trainer(options, world, base, pick_engine(options, world, base))
+    if way == REQUANTIZED:
+        assert trainer.method.merger is not None
+        modules = {n: x for n, x in trainer.engine.adapted.items() if isinstance(x, FourBitLinear)}
+        target = trainer.method.merger.into = Requantized(modules)
+    summary = trainer.run()
+    found = {"losses": [record["loss"] for record in trainer.records], "summary": summary}
+    if way == REQUANTIZED:
+        for name, values in (("kept", target.kept), ("noise", target.noise)):
+            found[name] = float(torch.tensor(values).median())
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    rows = ["| | training loss, last 5 steps | held-out loss | exact match | rank of ΔW |"]
+    rows.append("|---|---|---|---|---|")
+    for way, runs in results.items():
+        last = [sum(run["losses"][-SMOOTH:]) / SMOOTH for run in runs.values()]
+        told = [run["summary"] for run in runs.values()]
+        held_out = [each["eval_loss"][1] for each in told]
+        match = [100 * each["eval_exact_match"][1] for each in told]
+        ranks = [rank for each in told for rank in each["update_rank"]]
+        cells = [_spread(last, 3), _spread(held_out, 3), _spread(match, 0) + " %"]
+        cells.append(f"{min(ranks)} to {max(ranks)}" if ranks else "")
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Each way's mean training loss over the seeds, smoothed, and the range of the seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for way, runs in results.items():
+        losses = torch.tensor([run["losses"] for run in runs.values()])
+        smooth = losses.unfold(1, SMOOTH, 1).mean(dim=2)
+        steps = range(SMOOTH, losses.shape[1] + 1)
+        (line,) = axes.plot(steps, smooth.mean(0), label=way)
+        axes.fill_between(
+            steps, smooth.amin(0), smooth.amax(0), alpha=0.2, color=line.get_color(), linewidth=0
+        )
+    axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args, others = parser.parse_known_args(argv)
+    world = World.join(timeout=timedelta(minutes=30))
+    if world.size > 1:
+        raise UserError("this tool runs in one process: start it with python")
+    results: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
+    for seed in args.seeds:
+        for way in WAYS:
+            name = f"{way.lower().replace(', ', '-')}-{seed}"
+            found = args.output_dir / f"{name}.json"
+            if not found.exists():
+                logging.info("%s, seed %d", way, seed)
+                run_folder = args.output_dir / name
+                write_json(found, train(way, seed, run_folder, others, world))
+            results[way][str(seed)] = json.loads(found.read_text())
+    write_json(args.output_dir / "results.json", results)
+    draw(results, args.output_dir / "curves.svg")
+    print(table(results))
+    world.leave()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with exit_with_one_sentence():
+        run(sys.argv[1:])
