@@ -74,7 +74,7 @@ class Carry(MergeTarget):
         }
         self.lost = dict.fromkeys((layer.name for layer in layers), 0.0)  # summed over compressions
         self.shares: dict[str, float] = {}  # of the update, at each layer's last compression
-        self.compressed: set[str] = set()  # layers, since the last report
+        self.compressed: dict[str, int] = {}  # layers, since the last report: columns kept
         self.warned = False
 
     def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:
@@ -117,7 +117,7 @@ class Carry(MergeTarget):
                 self.modules[name].used = done.kept
                 self.lost[name] += done.lost
                 self.shares[name] = self.lost[name] / done.norm if done.norm else 0.0
-                self.compressed.add(name)
+                self.compressed[name] = done.kept
         self._warn()
 
     def _solve(self, grams: Tensor) -> list[Compression]:
@@ -192,15 +192,14 @@ class Carry(MergeTarget):
         The bound is the sum of the norms that all compressions of a layer lost, over the norm of
         its carry.
         """
-        names, self.compressed = sorted(self.compressed), set()
-        if not names:
+        kept, self.compressed = self.compressed, {}
+        if not kept:
             return {}
-        kept = [self.modules[name].used for name in names]
-        lost = {name: self.shares[name] for name in names}
+        lost = {name: self.shares[name] for name in kept}
         return {
-            "compressed": len(names),
-            "rank_max": max(kept),
-            "rank_mean": sum(kept) / len(kept),
+            "compressed": len(kept),
+            "rank_max": max(kept.values()),
+            "rank_mean": sum(kept.values()) / len(kept),
             "lost_max": max(lost.values()),
             "lost": lost,
         }

@@ -43,6 +43,12 @@ FIXED_METHOD = (
     "carry_room",
     "relora_interval",
 )
+FIXED_MODEL = (
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+)
 FIXED_TRAIN = (
     "bf16",
     "fp16",
@@ -52,6 +58,13 @@ FIXED_TRAIN = (
     "rank_monitor_layers",
 )
 # Another one of these changes where or how fast the run goes on, not what it computes.
+FREE_MODEL = (
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "attn_implementation",
+    "trust_remote_code",
+    "bnb_4bit_quant_storage",
+)
 FREE_TRAIN = (
     "output_dir",
     "overwrite_output_dir",
@@ -222,12 +235,12 @@ def check_same_run(folder: Path, options: Options) -> None:
     if state.get("format") != FORMAT:
         raise UserError(f"{folder} has format {state.get('format')}; this version reads {FORMAT}")
     now = options_as_json(options)
-    for group in ("data", "method", "train"):
+    for group in ("model", "data", "method", "train"):
         for name, before in state["options"][group].items():
             after = now[group].get(name)
-            if str(before) == str(after) or (group == "train" and name in FREE_TRAIN):
+            if str(before) == str(after) or name in FREE_TRAIN + FREE_MODEL:
                 continue
-            if group == "data" or name in FIXED_METHOD + FIXED_TRAIN:
+            if group == "data" or name in FIXED_MODEL + FIXED_METHOD + FIXED_TRAIN:
                 raise UserError(
                     f"{folder} was saved with --{name} {before}, and this run has {after}: "
                     f"set --{name} {before}"

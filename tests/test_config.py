@@ -150,6 +150,8 @@ def test_a_stray_word_is_a_mistake(words: list[str]) -> None:
     [
         ("scaling_rule", ["paper", "scalar", "nnls"]),
         ("merge_rounding", ["split", "nearest"]),
+        ("merge_target", ["weight", "carry"]),
+        ("bnb_4bit_quant_type", ["nf4", "fp4"]),
         ("lr_scheduler_type", ["linear", "cosine", "constant"]),
     ],
 )

@@ -76,8 +76,8 @@ class FourBitLinear(nn.Linear):
 
     def dense(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """W (m, n) in ``dtype`` from all the codes."""
-        shape = (self.out_features, self.in_features)
-        return self._values(codes, self.block_sizes(), shape[0] * shape[1], dtype).view(shape)
+        m, n = self.out_features, self.in_features
+        return self._values(codes, self.block_sizes(), dtype)[: m * n].view(m, n)
 
     def dense_shard(self, codes: FlatShard) -> FlatShard:
         """This rank's range of W, float32, from its range of the codes; local, no message."""
@@ -90,7 +90,7 @@ class FourBitLinear(nn.Linear):
         head = start - blocks.start * BLOCK
         padding = (head // 2, -(head // 2 + codes.local.nbytes) % (BLOCK // 2))
         padded = torch.nn.functional.pad(codes.local.view(torch.uint8), padding)
-        values = self._values(padded, self.block_sizes()[blocks], padded.numel() * 2, torch.float32)
+        values = self._values(padded, self.block_sizes()[blocks], torch.float32)
         return FlatShard(values[head : head + end - start], start, (m, n), codes.group)
 
     def block_sizes(self) -> Tensor:
@@ -101,19 +101,18 @@ class FourBitLinear(nn.Linear):
         floats, codes = self.sizes.tensor_split([self.sizes.numel() - blocks])
         offset, *_ = nested = floats.view(torch.float32)
         dequantize = _bnb().dequantize_blockwise
-        return (
-            dequantize(codes, absmax=nested[1:], code=_nested_code(codes), blocksize=256) + offset
-        )
+        code = _nested_code(codes)
+        return dequantize(codes, absmax=nested[1:], code=code, blocksize=NESTED_BLOCK) + offset
 
-    def _values(self, codes: Tensor, sizes: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """The first ``count`` elements (count,) that the codes stand for."""
-        if not count:
+    def _values(self, codes: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The elements that codes stand for, 1-D: two for each byte."""
+        if not codes.numel():
             return torch.empty(0, dtype=dtype, device=codes.device)
         # As one row: bitsandbytes 0.50.2 dequantizes rows wrongly on a CPU where their length is no
         # multiple of the block.
         state = _bnb().QuantState(
             sizes,
-            shape=torch.Size([count]),
+            shape=torch.Size([2 * codes.nbytes]),
             blocksize=BLOCK,
             quant_type=self.fourbit.quant_type,
             dtype=dtype,
@@ -202,7 +201,7 @@ def take_over(model: nn.Module, fourbit: FourBit) -> None:
                 f"{name} is a Conv1D (GPT-2's transposed layer), for which there is no 4-bit "
                 "product here: leave out --load_in_4bit"
             )
-        weight = layer.weight
+        weight: Any = layer.weight
         if weight.is_meta:
             FourBitLinear.of(layer, fourbit, *_empty(layer, fourbit))
             continue
@@ -235,9 +234,7 @@ def check_products(fourbit: FourBit, device: torch.device) -> None:
         layer = FourBitLinear.quantize(nn.Linear(BLOCK, 1, bias=False, device=device), fourbit)
         broken = not bool(layer.dense(layer.weight, torch.float32).isfinite().all())
     except ImportError as error:
-        raise UserError(
-            "4-bit bases need bitsandbytes: pip install 'scalora_dist[quant]'"
-        ) from error
+        raise UserError("4 bits need bitsandbytes: pip install 'scalora_dist[quant]'") from error
     except (NotImplementedError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"bitsandbytes has no 4-bit kernels for {device}: {reason}") from error

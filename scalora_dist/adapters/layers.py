@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 L = TypeVar("L", bound="AdaptedLinear")
+LR = TypeVar("LR", bound="LowRankLinear")
 MERGED_COLUMNS = 256  # of W at a time, where ΔW is known by what it does
 
 
@@ -63,9 +64,9 @@ class LowRankLinear(AdaptedLinear):
 
     @classmethod
     def adapt(
-        cls, linear: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float
-    ) -> LowRankLinear:
-        """Turn ``linear`` into a LowRankLinear in place, starting at A = a (m, r), B = b (n, r)."""
+        cls: type[LR], linear: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float
+    ) -> LR:
+        """Turn ``linear`` into one of these in place, starting at A = a (m, r), B = b (n, r)."""
         layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
         layer.A, layer.B = nn.Parameter(a), nn.Parameter(b)
         return layer

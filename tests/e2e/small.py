@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from transformers import AutoModelForCausalLM
 
 import runs
+from scalora_dist.config import parse_options
+from scalora_dist.data import Collator, PaddedExamples, prepare_data
 from scalora_dist.errors import UserError
+from scalora_dist.loss import summed_cross_entropy
+from scalora_dist.models import load_tokenizer
 from scalora_dist.trainer import Trainer
 from scalora_dist.world import World
 
@@ -84,6 +90,28 @@ def left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, 
     """Everything that must not depend on an interruption."""
     summary = json.loads((folder / "summary.json").read_text())
     return lines(folder), timeless(summary), digests(folder)
+
+
+def evaluations(folder: Path) -> list[float]:
+    return [line["eval_loss"] for line in lines(folder) if "eval_loss" in line]
+
+
+def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
+    """The mean loss over the evaluation set, by transformers alone, an example at a time."""
+    parsed = parse_options(runs.words(case))
+    tokenizer = load_tokenizer(parsed.model)
+    data = prepare_data(parsed.data, tokenizer, parsed.train.seed).evaluation
+    assert data is not None and len(data) == TASK["eval_size"]
+    examples, collate = PaddedExamples(data), Collator(tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(data)):
+            batch = collate([examples[i]])
+            labels = batch.pop("labels")
+            total += float(summed_cross_entropy(loaded(**batch).logits, labels))
+            targets += data[i]["target_tokens"]
+    return total / targets
 
 
 # On ranks that are there already.

@@ -10,18 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import runs
 import small
 from counting import train
 from ranks import Ranks
-from scalora_dist.config import parse_options
-from scalora_dist.data import Collator, PaddedExamples, prepare_data
-from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.methods import METHODS
-from scalora_dist.models import load_tokenizer
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -63,32 +57,10 @@ def options(task: Path, folder: Path, engine: str, method: str, **others: Any) -
     return small.options(task, folder, engine, **given)
 
 
-def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
-    """The mean loss over the evaluation set, by transformers alone, an example at a time."""
-    parsed = parse_options(runs.words(case))
-    tokenizer = load_tokenizer(parsed.model)
-    data = prepare_data(parsed.data, tokenizer, parsed.train.seed).evaluation
-    assert data is not None and len(data) == small.TASK["eval_size"]
-    examples, collate = PaddedExamples(data), Collator(tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    total, targets = 0.0, 0
-    with torch.no_grad():
-        for i in range(len(data)):
-            batch = collate([examples[i]])
-            labels = batch.pop("labels")
-            total += float(summed_cross_entropy(loaded(**batch).logits, labels))
-            targets += data[i]["target_tokens"]
-    return total / targets
-
-
 @pytest.fixture(scope="module")
 def untrained(task: Path) -> float:
     """The loss on what is held out before training."""
-    return loss_on_held_out(options(task, task, "local", "lora"), task)
-
-
-def evaluations(folder: Path) -> list[float]:
-    return [line["eval_loss"] for line in small.lines(folder) if "eval_loss" in line]
+    return small.loss_on_held_out(options(task, task, "local", "lora"), task)
 
 
 # Each kind of method on both engines every day, one that is like another on one of them.
@@ -114,8 +86,8 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     ran = [(0, int(method in STARTS))] * 2
     assert two.run(train, case) == ran
     check_learned(case, method)
-    first, *_, last = evaluations(folder)
-    assert loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
+    first, *_, last = small.evaluations(folder)
+    assert small.loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
     # What a start adds it takes from W, or it is small; but LoRA-SB's is a step.
     if method == "lora-sb":
         assert first < untrained - 0.1
@@ -131,7 +103,7 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
 
 def check_learned(case: dict[str, Any], method: str) -> None:
     """The last losses are below the first, on the batches and on what was held out."""
-    losses, held_out = runs.losses(case["output_dir"]), evaluations(case["output_dir"])
+    losses, held_out = runs.losses(case["output_dir"]), small.evaluations(case["output_dir"])
     print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
     assert np.isfinite(losses).all() and len(losses) == case["max_steps"]
     records = [line for line in small.lines(case["output_dir"]) if "loss" in line]
@@ -167,7 +139,9 @@ def test_a_method_goes_on_in_one_process(
     ours, theirs = (np.array(runs.losses(tmp_path / run)) for run in "ba")
     assert (ours[:SAVED] == theirs[:SAVED]).all()
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert evaluations(tmp_path / "b") == pytest.approx(evaluations(tmp_path / "a"), rel=1e-5)
+    assert small.evaluations(tmp_path / "b") == pytest.approx(
+        small.evaluations(tmp_path / "a"), rel=1e-5
+    )
 
 
 RARE = {"zero3_offload": 2, "fsdp_offload": 2, "hybrid": 4}  # on so many ranks
@@ -262,9 +236,9 @@ def test_a_method_learns_in_bf16(
     case = options(task, tmp_path / "run", engine, method, max_steps=3, save_steps=0)
     case |= {"bf16": True, "save_model": True, "per_device_train_batch_size": 6}
     ranks(1 if engine == "local" else 2).run(train, case)
-    losses, held_out = runs.losses(tmp_path / "run"), evaluations(tmp_path / "run")
+    losses, held_out = runs.losses(tmp_path / "run"), small.evaluations(tmp_path / "run")
     print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
     assert np.isfinite(losses).all() and len(losses) == 3
     assert held_out[-1] < held_out[0] - 0.02
-    exported = loss_on_held_out(case, tmp_path / "run" / "model")
+    exported = small.loss_on_held_out(case, tmp_path / "run" / "model")
     assert exported == pytest.approx(held_out[-1], rel=1e-2)

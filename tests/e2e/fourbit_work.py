@@ -1,0 +1,126 @@
+"""What ranks find out about runs on 4-bit bases, for tests/e2e/test_fourbit.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import runs
+from scalora_dist.adapters.fourbit import FourBitLinear
+from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.carry import Carry
+from scalora_dist.merged import MergedWeights
+from scalora_dist.trainer import Trainer
+from scalora_dist.transform import Report
+from scalora_dist.world import World
+
+
+def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, float]]]:
+    """Train; per rescale and layer, on rank 0, what it did to what the layer computes.
+
+    "weight": the relative change of W and all that is added to it, (m, n) float64. "allowed": the
+    same as far as the carry says that it lost it. On one process also "output": the relative change
+    of the layer's output.
+    """
+    trainer = runs.make(world, case)
+    transform, merger = trainer.method.transform, trainer.method.merger
+    assert transform is not None and merger is not None
+    carry = merger.into
+    assert isinstance(carry, Carry)
+    seen: list[dict[str, dict[str, float]]] = []
+
+    def look() -> dict[str, tuple[Tensor, Tensor, float]]:
+        merged = MergedWeights(trainer.engine, trainer.method.low)
+        found = {}
+        for name, layer in trainer.engine.adapted.items():
+            assert isinstance(layer, LowRankLinear)
+            weight = merged.whole(f"{name}.weight", on=0)
+            output = torch.zeros(1)
+            if world.size == 1:
+                x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(0))
+                output = layer(x)
+            if weight is not None:
+                found[name] = weight.double(), output, layer.scaling * carry.lost[name]
+        return found
+
+    class Watched(type(transform)):  # type: ignore[misc]
+        def __call__(self, layers: Any) -> Report:
+            with torch.no_grad():
+                before = look()
+                report = super().__call__(layers)
+                after = look()
+            step = {}
+            for name, (weight, output, lost) in before.items():
+                weight2, output2, lost2 = after[name]
+                size = float(weight.norm())
+                step[name] = {
+                    "weight": float((weight2 - weight).norm()) / size,
+                    "allowed": (lost2 - lost) / size,
+                    "output": float((output2 - output).norm() / output.norm().clamp_min(1e-9)),
+                }
+            seen.append(step)
+            return report
+
+    transform.__class__ = Watched
+    trainer.run()
+    return seen
+
+
+def held(world: World, case: dict[str, Any]) -> dict[str, int]:
+    """What this rank holds of a model, before it trains: bytes, and elements of all ranks.
+
+    Under ZeRO-3 also what it keeps gathered of small parameters, as "persistent".
+    """
+    trainer = runs.make(world, case)
+    engine = trainer.engine
+    layers = dict(engine.model.named_modules())
+    found = dict.fromkeys(
+        ("quantized", "other", "codes", "sizes", "dense", "carry", "adapters", "persistent"), 0
+    )
+    for name, shape, shard in engine.base():
+        layer = layers.get(name.rpartition(".")[0])
+        if isinstance(layer, FourBitLinear) and name.endswith(".weight"):
+            found["quantized"] += layer.out_features * layer.in_features
+            found["codes"] += shard.local.nbytes
+            found["sizes"] += layer.sizes.nbytes
+        else:
+            found["other"] += shape.numel()
+            found["dense"] += shard.local.nbytes
+    for name, _, shard in engine.added():
+        kind = "carry" if name.endswith((".C", ".D")) else "adapters"
+        found[kind] += shard.local.nbytes
+    found["carry"] += sum(low.nbytes for low in trainer.method.low.values())
+    zero = getattr(getattr(engine, "engine", None), "optimizer", None)
+    for parameter in getattr(zero, "persistent_parameters", []):
+        found["persistent"] += parameter.data.nbytes
+    trainer.checkpoints.close()
+    trainer.watch.close()
+    return found
+
+
+def on_meta(world: World, case: dict[str, Any]) -> list[str]:
+    """Parameters that this rank had no numbers of when the engine was given the model."""
+    names: list[str] = []
+
+    class Watched(Trainer):
+        pass
+
+    from scalora_dist import trainer as module
+
+    load = module.load_model
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        names.extend(name for name, p in model.named_parameters() if p.is_meta)
+        return model
+
+    module.load_model = note
+    try:
+        made = runs.make(world, case, Watched)
+    finally:
+        module.load_model = load
+    made.checkpoints.close()
+    made.watch.close()
+    return names
