@@ -111,7 +111,7 @@ class MethodArguments:
         None, "R, which the carry is compressed to when it is full; by default 8 × rank."
     )
     carry_room: Optional[int] = option(
-        None, "Columns of the carry beyond R, rank of them for each merge; by default 8 × rank."
+        None, "Columns of the carry beyond R, rank of them for each merge; by default 4 × rank."
     )
     carry_limit: float = option(
         0.01, "Warn when a layer's carry has lost more than this share of its update."

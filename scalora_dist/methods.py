@@ -105,7 +105,7 @@ def settle_merges(args: MethodArguments, method: Method, *, quantized: bool) -> 
     if args.merge_rounding != MethodArguments().merge_rounding:
         raise UserError("--merge_rounding is --merge_target weight's: leave it out")
     args.carry_rank = 8 * args.rank if args.carry_rank is None else args.carry_rank
-    args.carry_room = 8 * args.rank if args.carry_room is None else args.carry_room
+    args.carry_room = 4 * args.rank if args.carry_room is None else args.carry_room
     for name in ("carry_rank", "carry_room"):
         if getattr(args, name) < args.rank:
             raise UserError(
