@@ -38,16 +38,18 @@ class Rescaler(Transform):
         bounds: tuple[float, float] | None,
         interval: int = 1,
         threshold: float = 0.0,
+        fp16: bool = False,
     ) -> None:
         """
         Args:
+            fp16: whether gradients are float16 and may overflow when they are scaled.
             interval: rescale before steps 0, I, 2I … (ScaLoRA-I).
             threshold: merge a layer only when one of its scales is further than this from 1, as
                 |ln α| or |ln β|; else the layer stays as it is. 0: always.
         """
         self.merger, self.world = merger, merger.world
         self.rule, self.eta_lipschitz, self.bounds = rule, eta_lipschitz, bounds
-        self.interval, self.threshold = interval, threshold
+        self.interval, self.threshold, self.fp16 = interval, threshold, fp16
 
     def due(self, steps_taken: int) -> bool:
         return steps_taken % self.interval == 0
@@ -128,7 +130,7 @@ class Rescaler(Transform):
 
         If not, the engine would skip the step after the factors had changed.
         """
-        if layers[0].grad_A.local.dtype != torch.float16:
+        if not self.fp16:
             return True  # scales stay far from fp32's and bfloat16's largest number
         largest = 0.0
         for layer, alpha, beta in zip(layers, scales.alpha, scales.beta, strict=True):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalora_dist.adapters.fourbit import BLOCK, FourBit, FourBitLinear
+from refusals import one_sentence
+from scalora_dist.adapters.fourbit import BLOCK, FourBit, FourBitLinear, check_products
 from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -159,3 +162,25 @@ def test_a_method_s_layer_on_four_bits() -> None:
     x = torch.randn(5, 96)
     expected = F.linear(x, dense + 2 * a @ b.T, layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def checked() -> str:
+    settings = FourBit("nf4", True, torch.float32, torch.uint8)
+    with pytest.raises(UserError) as error:
+        check_products(settings, torch.device("cpu"))
+    return one_sentence(error)
+
+
+def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install 'scalora_dist[quant]'" in checked()
+
+
+def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise NotImplementedError("bitsandbytes::quantize_4bit is not implemented\nfor 'xpu'")
+
+    monkeypatch.setattr(bnb, "quantize_4bit", missing)
+    sentence = checked()
+    assert "no 4-bit kernels for cpu" in sentence and "not implemented" in sentence

@@ -176,6 +176,7 @@ class Run:
             eta_lipschitz=ETA_LIPSCHITZ,
             bounds=BOUNDS,
             threshold=threshold,
+            fp16=self.engine.dtype == torch.float16,
         )
         solve = self.rescaler.solve
 

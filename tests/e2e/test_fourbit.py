@@ -164,6 +164,18 @@ def test_in_bf16(
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
 
+@HEAVY
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_in_fp16(
+    ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
+) -> None:
+    fp16 = small.fp16_options(engine, tmp_path, initial_scale_power=5)
+    case = options(task, tmp_path / "run", engine, per_device_train_batch_size=1, **fp16)
+    ranks(2).run(small.train_fp16, case)
+    alone = runs.losses(in_one_process[False])
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
+
+
 @pytest.mark.parametrize("engine", ["local", "zero3", "fsdp"])
 def test_a_rescale_leaves_what_layers_compute(
     ranks: GetRanks, task: Path, tmp_path: Path, engine: str
