@@ -10,7 +10,7 @@ merged columns are nearly parallel, and those of the first merge are zero.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from scalora_dist.adapters.carry import CarryLinear
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.merge import join_halves, split_halves, zero_low_half
 from scalora_dist.merger import MergeTarget
-from scalora_dist.shards import GATHER_BUCKET_BYTES, FlatShard, Layout, mixed_rows
+from scalora_dist.shards import FlatShard, Layout, mixed_rows
 from scalora_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,13 @@ class Carry(MergeTarget):
     @torch.no_grad()
     def compress(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:
         """Compress the carries of the layers ``which`` to rank R: an all-reduce per bucket."""
-        for bucket in self._buckets(layers, which):
-            names = [layers[i].name for i in bucket]
-            shards = [shard for i in bucket for shard in _carry(layers[i])]
+        carries = _shards(layers)
+        for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in which]):
+            names = [layers[j // 2].name for j in bucket[::2]]
+            shards = [carries[j] for j in bucket]
             keys = [f"{name}.{key}" for name in names for key in "CD"]
             stacks = [[self._precise(*pair)] for pair in zip(keys, shards, strict=True)]
-            layout = self.layout.only([j for i in bucket for j in (2 * i, 2 * i + 1)])
+            layout = self.layout.only(bucket)
             grams, split_rows = layout.grams_and_split_rows(stacks)
             compressions = self._solve(torch.stack(grams).cpu())
             mixes = [mix for done in compressions for mix in (done.on_C, done.on_D)]
@@ -136,12 +137,6 @@ class Carry(MergeTarget):
             kept, lost, norm = numbers.tolist()
             solved.append(Compression(on_c.view(K, K), on_d.view(K, K), int(kept), lost, norm))
         return solved
-
-    def _buckets(self, layers: Sequence[LayerShards], which: Sequence[int]) -> Iterator[list[int]]:
-        """Runs of layers whose grams are some bytes together."""
-        size = GATHER_BUCKET_BYTES // (2 * 8 * _carry(layers[0])[0].shape[1] ** 2) or 1
-        for start in range(0, len(which), size):
-            yield list(which[start : start + size])
 
     def _precise(self, key: str, shard: FlatShard) -> FlatShard:
         """In fp32, with what 16 bits do not hold."""

@@ -67,7 +67,7 @@ class ModelArguments:
         True, "Quantize the blocks' sizes too: 0.016 bytes a weight beside its codes, not 0.063."
     )
     bnb_4bit_compute_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = option(
-        None, "What 4-bit weights are multiplied in; by default the training's dtype."
+        None, "What 4-bit weights are multiplied in; by default the input's dtype."
     )
     bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = option(
         "uint8", "Of the tensors that hold the codes: uint8, or the training's dtype."

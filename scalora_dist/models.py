@@ -66,7 +66,7 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
                 f"--model_name_or_path {name} is quantized by {kind}{bits}: name the model it was "
                 "made from (and --load_in_4bit), or a base in bitsandbytes' 4 bits"
             )
-    compute = getattr(torch, args.bnb_4bit_compute_dtype or "", dtype)
+    compute = getattr(torch, args.bnb_4bit_compute_dtype or "", None)
     if saved is None:
         storage = getattr(torch, args.bnb_4bit_quant_storage)
         fourbit = FourBit(

@@ -29,13 +29,13 @@ class FourBit:
     Attributes:
         quant_type: nf4 or fp4.
         double_quant: whether the blocks' sizes are quantized too.
-        compute_dtype: what W is dequantized to for a product.
+        compute_dtype: what W is dequantized to for a product; None: the input's.
         storage: the dtype of the tensor that holds the codes; its bits are not numbers.
     """
 
     quant_type: str
     double_quant: bool
-    compute_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
     storage: torch.dtype
 
 
@@ -70,7 +70,7 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # The class may be another one by now, whose forward calls this one.
-        dtype = self.fourbit.compute_dtype
+        dtype = self.fourbit.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return _Product.apply(x.to(dtype), self.weight, bias, self).to(x.dtype)
 

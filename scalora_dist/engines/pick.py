@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from scalora_dist.config import Options
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
@@ -39,6 +41,12 @@ def pick_engine(options: Options, world: World, base: Base) -> Callable[[], Engi
         from scalora_dist.engines.fsdp_config import load_fsdp_config
 
         settings = load_fsdp_config(launch.fsdp_config, train, world_size=world.size)
+        storage = base.fourbit.storage if base.fourbit else torch.uint8
+        if storage.is_floating_point and settings.param_dtype not in (None, storage):
+            raise UserError(
+                "FSDP's param_dtype would cast 4-bit codes that are kept as another one: leave out "
+                "--bnb_4bit_quant_storage"
+            )
         return lambda: FSDPEngine(world, settings, dtype=dtype, max_grad_norm=train.max_grad_norm)
     if world.size > 1:
         raise UserError(

@@ -164,6 +164,17 @@ def test_in_bf16(
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
 
+def test_where_fsdp_computes_in_another_dtype(
+    ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path
+) -> None:
+    config = runs.REPOSITORY / "launch/fsdp/mixed.yaml"
+    others = {"fsdp_config": config, "gradient_checkpointing": True}
+    case = options(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
+    ranks(2).run(small.train, case)
+    alone = runs.losses(in_one_process[False])
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
+
+
 @HEAVY
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_in_fp16(

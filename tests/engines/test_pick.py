@@ -10,6 +10,7 @@ import torch
 
 import runs
 from refusals import one_sentence
+from scalora_dist.adapters.fourbit import FourBit
 from scalora_dist.config import Options, parse_options
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.engines.pick import pick_engine
@@ -58,6 +59,21 @@ def refused(size: int, **given: Any) -> str:
 )
 def test_what_does_not_go_together(size: int, given: dict[str, Any], says: str) -> None:
     assert says in refused(size, **given)
+
+
+def test_fsdp_casts_no_codes(tmp_path: Path) -> None:
+    """fp32 weights that are computed in bf16, with codes kept in fp32 tensors."""
+    path = tmp_path / "mixed.yaml"
+    path.write_text("mixed_precision: {param_dtype: bf16}")
+    given = options(fsdp=True, fsdp_config=path)
+    for storage, refuses in ((torch.float32, True), (torch.uint8, False)):
+        base = Base(576, FourBit("nf4", True, None, storage), False)
+        if refuses:
+            with pytest.raises(UserError) as error:
+                pick_engine(given, world(2), base)
+            assert "--bnb_4bit_quant_storage" in one_sentence(error)
+        else:
+            pick_engine(given, world(2), base)
 
 
 def test_several_ranks_need_an_engine() -> None:
