@@ -208,7 +208,9 @@ class Carry(MergeTarget):
 
     def state(self) -> dict[str, Any]:
         used = {name: module.used for name, module in self.modules.items()}
-        return {"used": used, "lost": self.lost, "shares": self.shares, "warned": self.warned}
+        # Copies: a checkpoint is written while training goes on.
+        lost, shares = dict(self.lost), dict(self.shares)
+        return {"used": used, "lost": lost, "shares": shares, "warned": self.warned}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for name, used in state["used"].items():

@@ -72,6 +72,9 @@ class ModelArguments:
     bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = option(
         "uint8", "Of the tensors that hold the codes: uint8, or the training's dtype."
     )
+    adapter_name_or_path: Optional[str] = option(
+        None, "Continue from this PEFT LoRA adapter (a folder, or a hub name)."
+    )
 
 
 @dataclass
@@ -229,6 +232,10 @@ class TrainArguments:
         600, "Seconds without progress after which a dead or hung rank ends the run."
     )
     save_model: bool = option(True, "Write the merged model to <output_dir>/model at the end.")
+    adapter_rank: Optional[int] = option(
+        None,
+        "Also write what was merged into W as an adapter, its best approximation of this rank.",
+    )
     ddp_timeout: int = option(1800, "Seconds after which a collective gives up.")
 
     def __post_init__(self) -> None:
@@ -246,8 +253,9 @@ class TrainArguments:
             raise UserError("--bf16 and --fp16 exclude each other: set one")
         if not self.output_dir:
             raise UserError("--output_dir is missing: say where the run's results go")
-        if self.train_batch_size is not None:
-            _check_at_least(self, 1, "train_batch_size")
+        for name in ("train_batch_size", "adapter_rank"):
+            if getattr(self, name) is not None:
+                _check_at_least(self, 1, name)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,8 +47,7 @@ def export_model(
 ) -> None:
     """Write every adapted layer's merged weight and all else as it is, in the model's dtype.
 
-    Called on every rank; only rank 0 writes. Written aside, then renamed, so that ``folder`` never
-    holds half a model.
+    Called on every rank; only rank 0 writes.
 
     Args:
         low: {parameter: int16 remainders of its 16-bit values} (``MergeTarget.low``).
@@ -61,34 +61,45 @@ def export_model(
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(shape, dtype=d, device="meta") for name, (shape, d) in entries.items()}
     )
-    aside = folder.with_name(f"{folder.name}.partial")
     is_main = engine.world.is_main
-    if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
     progress = tqdm(
         total=len(entries), desc="writing the model", disable=None if is_main else True, leave=False
     )
-    for filename, names in plan.filename_to_tensors.items():
-        with open(aside / filename if is_main else os.devnull, "wb") as file:
-            writer = SafetensorsWriter(file, {name: entries[name] for name in names})
-            for name in names:
-                tensor = buffers[name] if name in buffers else merged.whole(name, on=0)
-                if is_main and tensor is not None:
-                    writer.write(tensor.to(entries[name][1]))
-                progress.update()
-    progress.close()
-    if not is_main:
-        return
-    if plan.is_sharded:
-        files = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(files, indent=2))
-    model.config.save_pretrained(aside)
-    if model.can_generate():
-        model.generation_config.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.replace(folder)
+    with written_aside(folder, is_main=is_main) as aside:
+        for filename, names in plan.filename_to_tensors.items():
+            with open(aside / filename if is_main else os.devnull, "wb") as file:
+                writer = SafetensorsWriter(file, {name: entries[name] for name in names})
+                for name in names:
+                    tensor = buffers[name] if name in buffers else merged.whole(name, on=0)
+                    if is_main and tensor is not None:
+                        writer.write(tensor.to(entries[name][1]))
+                    progress.update()
+        progress.close()
+        if not is_main:
+            return
+        if plan.is_sharded:
+            files = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(files, indent=2))
+        model.config.save_pretrained(aside)
+        if model.can_generate():
+            model.generation_config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+@contextmanager
+def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
+    """Where to write what is ``folder`` in the end, which so never holds half of it.
+
+    Only rank 0 makes, renames and removes anything.
+    """
+    aside = folder.with_name(f"{folder.name}.partial")
+    if is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    yield aside
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
 
 
 class SafetensorsWriter:

@@ -41,11 +41,11 @@ class MergedWeights:
         """
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer not in self.engine.adapted:
-            whole = self._whole(name)
+            whole = self.precise(name)
             return whole if self.engine.world.rank == on else None
-        weight = self._whole(name).float()
+        weight = self.precise(name).float()
         module = self.engine.adapted[layer]
-        own = {key: self._whole(f"{layer}.{key}").float() for key in own_parameters(module)}
+        own = {key: self.precise(f"{layer}.{key}").float() for key in own_parameters(module)}
         if self.engine.world.rank != on:
             return None
         if weight.data_ptr() == self.base[name].shard.local.data_ptr():
@@ -63,16 +63,18 @@ class MergedWeights:
             return torch.Size([fourbit.out_features, fourbit.in_features])
         return (self.base.get(name) or self.added[name]).shape
 
-    def _whole(self, name: str) -> Tensor:
+    def precise(self, name: str) -> Tensor:
         """A parameter as it is, on every rank: exact where it was merged into, 4 bits as float32.
 
         A collective.
         """
-        parameter = self.base.get(name) or self.added[name]
-        shard = parameter.shard
-        if (low := self.low.get(name)) is not None:
-            shard = shard.like(join_halves(shard.local, low))
-        return self.dense(name, shard).view(self.shape(name))
+        return self.dense(name, self.precise_shard(name)).view(self.shape(name))
+
+    def precise_shard(self, name: str) -> FlatShard:
+        """This rank's range of a parameter: float32 where 16 bits were merged into; local."""
+        shard = (self.base.get(name) or self.added[name]).shard
+        low = self.low.get(name)
+        return shard if low is None else shard.like(join_halves(shard.local, low))
 
     def dense(self, name: str, shard: FlatShard) -> Tensor:
         """``shard``, of the parameter ``name`` or a copy of it, whole; 4 bits as float32."""

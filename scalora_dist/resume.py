@@ -82,6 +82,7 @@ FREE_TRAIN = (
     "max_skipped_steps",
     "hang_timeout",
     "save_model",
+    "adapter_rank",
     "ddp_timeout",
 )
 

@@ -27,7 +27,9 @@ from scalora_dist.engines.base import Engine
 from scalora_dist.errors import Ending, UserError
 from scalora_dist.evaluate import Evaluation, evaluate
 from scalora_dist.export import export_model
+from scalora_dist.export_adapter import AdapterExport, check_adapter_rank
 from scalora_dist.health import loss_spike
+from scalora_dist.import_adapter import SavedAdapter
 from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.method_run import MethodRun
 from scalora_dist.methods import find_method, settle_merges
@@ -62,6 +64,7 @@ class Trainer:
         self.options, self.world = options, world
         method = find_method(options.method)
         settle_merges(options.method, method, quantized=base.fourbit is not None)
+        check_adapter_rank(options, merges=method.merges)
         train = options.train
         self.folder = Path(str(train.output_dir))
         self.checkpoints = Checkpoints(
@@ -71,6 +74,9 @@ class Trainer:
             timeout=timedelta(seconds=train.ddp_timeout),
         )
         self.resumes_from = self._find_checkpoint()
+        self.saved_adapter = None
+        if options.model.adapter_name_or_path and self.resumes_from is None:
+            self.saved_adapter = self.world.main_first(lambda: SavedAdapter(options))
         name = options.model.model_name_or_path
         self.tokenizer = load_tokenizer(options.model)
         self.data = self.world.main_first(
@@ -81,11 +87,14 @@ class Trainer:
         with engine.loading():
             self.model = load_model(options.model, base, engine.dtype, weights=engine.reads_weights)
             layers = method.add(self.model, options.method, train.seed, engine.dtype)
+        if self.saved_adapter:
+            self.saved_adapter.check(layers)
         torch.manual_seed(train.seed + self.world.rank)  # dropout
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         engine.attach(self.model, layers, partial(make_optimizer, method, options))
         self.method = MethodRun(method, engine, options)
+        self.adapter = AdapterExport(engine, options, edits_weights=self.method.edits_weights)
         logger.info(
             "%s: %d layers adapted, %d parameters trained",
             *(name, len(layers), self.method.parameters),
@@ -194,6 +203,8 @@ class Trainer:
                 clear_results(self.folder)
             self.watch.pause()
             self.method.fill_in(self._samples)
+            if self.saved_adapter:
+                self.saved_adapter.fill(self.method)
             return self._micro_batches(), []
         if self.world.is_main and self.resumes_from.parent.resolve() == self.folder.resolve():
             clear_leftovers(self.folder)
@@ -227,7 +238,7 @@ class Trainer:
         )
 
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-        """Write summary and model."""
+        """Write summary, adapter and model."""
         train = self.options.train
         low = self.method.low
         ranks = self.update_rank.measure(low) if self.update_rank else []
@@ -246,6 +257,7 @@ class Trainer:
         )
         if self.world.is_main:
             write_json(self.folder / "summary.json", summary)
+        self.adapter.write(self.folder / "adapter", low)
         if train.save_model:
             export_model(self.folder / "model", self.engine, self.model, self.tokenizer, low)
         return summary
@@ -349,7 +361,7 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
-    done = any((folder / name).exists() for name in ("summary.json", "model"))
+    done = any((folder / name).exists() for name in ("summary.json", "adapter", "model"))
     begun = (folder / "metrics.jsonl").is_file() and not done
     resumes = train.resume_from_checkpoint == "latest" and begun
     empty = not folder.is_dir() or not any(folder.iterdir())
@@ -363,7 +375,7 @@ def clear_results(folder: Path) -> None:
     """Remove what an earlier run left, so that nothing of it stands beside ours."""
     for name in ("metrics.jsonl", "summary.json", PREEMPTED):
         (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "model"):
+    for name in ("tensorboard", "adapter", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     clear_leftovers(folder)
     prune(folder, keep=0)

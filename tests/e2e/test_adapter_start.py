@@ -1,0 +1,222 @@
+"""Runs that start from an adapter, and the adapters that they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapter_work as work
+import runs
+import small
+from adapter_work import CARRY, RANK, differ, options, size
+from ranks import Ranks
+from refusals import one_sentence
+from scalora_dist.config import parse_options
+from scalora_dist.errors import UserError
+from scalora_dist.import_adapter import SavedAdapter
+from scalora_dist.methods import find_method, settle_merges
+
+GetRanks = Callable[[int], Ranks]
+HEAVY = pytest.mark.heavy
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows divide by nothing."""
+    return small.save_task(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return work.save_even_task(tmp_path_factory.mktemp("even"))
+
+
+@pytest.fixture(scope="module")
+def left(ranks: GetRanks, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of LoRA's."""
+    run = tmp_path_factory.mktemp("left") / "run"
+    ranks(1).run(runs.run, options(odd, run, method="lora"))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("engine", "others"),
+    [
+        ("local", {"method": "lora", "lora_alpha": 3}),
+        ("zero3", {"method": "lora", "lora_alpha": 3}),
+        ("fsdp", {"method": "scalora"}),
+        ("local", {"method": "scalora", "merge_target": "carry"}),
+        pytest.param("zero2", {"method": "lora-plus", "lora_alpha": 3}, marks=HEAVY),
+    ],
+)
+def test_a_run_goes_on_from_an_adapter(
+    ranks: GetRanks, odd: Path, left: Path, tmp_path: Path, engine: str, others: dict[str, Any]
+) -> None:
+    case = options(odd, tmp_path / "run", engine, max_steps=2, **others)
+    case["adapter_name_or_path"] = left / "adapter"
+    ranks(size(engine)).run(runs.run, case)
+    first, last = work.held_out(left)
+    start, end = work.held_out(tmp_path / "run")
+    assert last < first - 0.1
+    assert start == pytest.approx(last, rel=1e-5)
+    assert end < start
+
+
+def test_a_run_goes_on_from_peft_s_adapter(ranks: GetRanks, odd: Path, tmp_path: Path) -> None:
+    """One that PEFT wrote, with rsLoRA's scaling and two layers that differ."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=["q_proj", "down_proj"],
+        alpha_pattern={"down_proj": 5, "layers.1.self_attn.q_proj": 7},
+        init_lora_weights=False,
+    )
+    model = get_peft_model(work.base(odd), config)
+    model.save_pretrained(tmp_path / "adapter")
+    case = options(odd, tmp_path / "run", method="lora", learning_rate=1e-30, max_steps=1)
+    case |= {"adapter_name_or_path": tmp_path / "adapter", "target_modules": "q_proj down_proj"}
+    assert differ(ranks(1).run(work.train, case)[0], work.logits(model)) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["local", "zero3", pytest.param("fsdp", marks=HEAVY)])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=HEAVY)])
+def test_a_carry_goes_on(
+    ranks: GetRanks, even: Path, tmp_path: Path, engine: str, bf16: bool
+) -> None:
+    """On another engine than it came from, its empty columns left out; then from a checkpoint."""
+    case = options(even, tmp_path / "a", **CARRY, bf16=bf16, max_steps=2)
+    ranks(1).run(runs.run, case | {"carry_rank": 12})
+    case = options(even, tmp_path / "b", engine, **CARRY, bf16=bf16, save_steps=2)
+    case |= {"carry_rank": 12, "lora_alpha": 3, "adapter_name_or_path": tmp_path / "a" / "adapter"}
+    group = ranks(size(engine))
+    group.run(runs.run, case)
+    _, last = work.held_out(tmp_path / "a")
+    start, end = work.held_out(tmp_path / "b")
+    # Factors of 16 bits are written in 16 bits.
+    assert start == pytest.approx(last, rel=1e-3 if bf16 else 1e-5)
+    assert end < start
+    records = [x for x in runs.metrics(tmp_path / "b") if "carry" in x]
+    # 8 columns of 16 are used: two more merges fit.
+    assert next(x["step"] for x in records) == 3
+    # What a checkpoint holds is not started from anew, and the adapter may be gone.
+    expected = small.lines(tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "b" / "adapter")
+    shutil.rmtree(tmp_path / "a")
+    group.run(runs.run, case | {"resume_from_checkpoint": "latest"})
+    assert small.lines(tmp_path / "b") == expected
+    assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def read(case: dict[str, Any]) -> None:
+    """What the trainer does with a saved adapter before it trains."""
+    parsed = parse_options(runs.words(case))
+    method = find_method(parsed.method)
+    settle_merges(parsed.method, method, quantized=False)
+    saved = SavedAdapter(parsed)
+    model = work.base(Path(str(parsed.model.model_name_or_path)))
+    saved.check(method.add(model, parsed.method, 0, torch.float32))
+
+
+Spoil = Callable[[Path], None]
+
+
+def set_config(**settings: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return spoil
+
+
+def rename(old: str, new: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        save_file({key.replace(old, new): x for key, x in tensors.items()}, path)
+
+    return spoil
+
+
+def write(file: str, text: str) -> Spoil:
+    return lambda folder: (folder / file).write_text(text) and None
+
+
+def remove(file: str) -> Spoil:
+    return lambda folder: (folder / file).unlink()
+
+
+FACTOR = "model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "others", "words"),
+    [
+        (shutil.rmtree, {}, "no such folder"),
+        (remove("adapter_config.json"), {}, "has no adapter_config.json"),
+        (remove("adapter_model.safetensors"), {}, "has no adapter_model.safetensors"),
+        (write("adapter_config.json", "{"), {}, "is no JSON"),
+        (write("adapter_config.json", "[]"), {}, "is no JSON object"),
+        (write("adapter_model.safetensors", "x" * 99), {}, "is damaged"),
+        (set_config(peft_type="IA3"), {}, "peft_type IA3"),
+        (set_config(use_dora=True), {}, "use_dora"),
+        (set_config(bias="all"), {}, "bias all"),
+        (set_config(modules_to_save=["lm_head"]), {}, "modules_to_save"),
+        (set_config(init_lora_weights="pissa_niter_4"), {}, "changed its base"),
+        (rename(FACTOR, FACTOR.replace("_A", "_embedding_A")), {}, "lora_embedding_A"),
+        (rename(FACTOR, FACTOR.replace("q_proj", "x")), {}, "do not fit together"),
+        (rename(".q_proj.", ".qq_proj."), {}, "nothing for model.layers.0.self_attn.q_proj: set "),
+        (
+            rename("", ""),
+            {"target_modules": "q_proj"},
+            "is not adapted here: set --target_modules down_proj ",
+        ),
+        (rename("", ""), {"rank": 3}, "has rank 4 there: set --rank 4"),
+        (
+            rename("", ""),
+            {"rank": 2, "method": "scalora", "merge_target": "carry"},
+            "set --rank 4, or --carry_rank 2",
+        ),
+        (
+            rename("", ""),
+            {"rank": 2, "merge_target": "carry", "carry_rank": 2, "rank_monitor_steps": 1}
+            | {"method": "scalora"},
+            "--rank_monitor_steps",
+        ),
+        (rename("", ""), {"method": "lora-xs"}, "no A and B of ours"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    odd: Path, left: Path, tmp_path: Path, spoil: Spoil, others: dict[str, Any], words: str
+) -> None:
+    folder = shutil.copytree(left / "adapter", tmp_path / "adapter")
+    case = options(odd, tmp_path / "run", **{"method": "lora"} | others)
+    case["adapter_name_or_path"] = folder
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        read(case)
+    message = one_sentence(error)
+    assert words in message and message.startswith(f"--adapter_name_or_path {folder}")
+
+
+def test_an_adapter_of_another_model_is_refused(
+    odd: Path, even: Path, left: Path, tmp_path: Path
+) -> None:
+    case = options(even, tmp_path / "run", method="lora")
+    with pytest.raises(UserError) as error:
+        read(case | {"adapter_name_or_path": left / "adapter"})
+    assert "q_proj is 30 × 35 there and 64 × 64 in this model" in one_sentence(error)
