@@ -175,6 +175,8 @@ FACTOR = "model.layers.0.self_attn.q_proj.lora_A.weight"
         (set_config(peft_type="IA3"), {}, "peft_type IA3"),
         (set_config(use_dora=True), {}, "use_dora"),
         (set_config(bias="all"), {}, "bias all"),
+        (set_config(lora_alpha="8"), {}, "lora_alpha or alpha_pattern is damaged"),
+        (set_config(alpha_pattern={"(": 8}), {}, "lora_alpha or alpha_pattern is damaged"),
         (set_config(modules_to_save=["lm_head"]), {}, "modules_to_save"),
         (set_config(init_lora_weights="pissa_niter_4"), {}, "changed its base"),
         (rename(FACTOR, FACTOR.replace("_A", "_embedding_A")), {}, "lora_embedding_A"),
