@@ -89,6 +89,11 @@ class Carry(MergeTarget):
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         module = self.modules[layer.name]
         columns = slice(module.used, module.used + left.shape[1])
+        # Columns as long in C as in D, by powers of two, which round nothing: fp16 has no digits
+        # for small numbers.
+        ratio = (right.norm(dim=0) / left.norm(dim=0)).sqrt().log2().round().exp2()
+        balance = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        left, right = left * balance, right / balance
         for key, shard, values in zip("CD", _carry(layer), (left, right), strict=True):
             self._write_columns(f"{layer.name}.{key}", shard, columns, values)
         module.used = columns.stop
@@ -113,7 +118,7 @@ class Carry(MergeTarget):
             mixes = [mix for done in compressions for mix in (done.on_C, done.on_D)]
             for j, (key, shard) in enumerate(zip(keys, shards, strict=True)):
                 mixed = mixed_rows(stacks[j], mixes[j], layout.split[j], split_rows[j])
-                self._write(key, shard.local, mixed.float(), slice(None))
+                self._write(key, shard.local, mixed.float())
             for name, done in zip(names, compressions, strict=True):
                 self.modules[name].used = done.kept
                 self.lost[name] += done.lost
@@ -161,13 +166,13 @@ class Carry(MergeTarget):
                 piece.block[:, here] = high
                 low[piece.flat].view_as(piece.block)[:, here] = rest
 
-    def _write(self, key: str, local: Tensor, values: Tensor, where: slice) -> None:
+    def _write(self, key: str, local: Tensor, values: Tensor) -> None:
         low = self.low.get(key)
         if low is None:
-            local[where] = values
+            local.copy_(values)
         else:
-            high, rest = split_halves(values, local.dtype)
-            local[where], low[where] = high, rest
+            for whole, part in zip((local, low), split_halves(values, local.dtype), strict=True):
+                whole.copy_(part)
 
     def _warn(self) -> None:
         if self.warned or not self.shares:
@@ -222,9 +227,9 @@ class Carry(MergeTarget):
 def compression(gram_c: Tensor, gram_d: Tensor, rank: int) -> Compression:
     """The best approximation of C Dᵀ of a rank, from CᵀC and DᵀD (K, K) float64."""
     norm_square = float((gram_c * gram_d).sum())
-    zero = torch.zeros_like(gram_c)
+    on_c, on_d = torch.zeros_like(gram_c), torch.zeros_like(gram_d)
     if norm_square <= 0:
-        return Compression(zero, zero.clone(), 0, 0.0, 0.0)
+        return Compression(on_c, on_d, 0, 0.0, 0.0)
     # The same C Dᵀ with columns as long in D as in C: then what is small in one is small in both.
     lengths_c, lengths_d = gram_c.diagonal().sqrt(), gram_d.diagonal().sqrt()
     alive = (lengths_c > 0) & (lengths_d > 0)
@@ -238,7 +243,6 @@ def compression(gram_c: Tensor, gram_d: Tensor, rank: int) -> Compression:
     kept = min(rank, int((sigma > 2**-26 * sigma[0]).sum()))
     roots = sigma[:kept].sqrt()
     X, Y = pinv_c @ left[:, :kept] * roots, pinv_d @ right[:kept].T * roots
-    on_c, on_d = zero, zero.clone()
     on_c[:, :kept], on_d[:, :kept] = balance[:, None] * X, back[:, None] * Y
     rest = torch.eye(len(gram_c), dtype=gram_c.dtype) - X @ Y.T
     truncated = float(((gram_c @ rest) * (rest @ gram_d)).sum().clamp_min(0).sqrt())

@@ -98,8 +98,8 @@ def settle_merges(args: MethodArguments, method: Method, *, quantized: bool) -> 
                 "--merge_target weight: a merge would round away in 4 bits; leave it out or set "
                 "carry"
             )
-        for name in ("carry_rank", "carry_room"):
-            if getattr(args, name) is not None:
+        for name in ("carry_rank", "carry_room", "carry_limit"):
+            if getattr(args, name) != getattr(MethodArguments(), name):
                 raise UserError(f"--{name} is --merge_target carry's: leave it out or set that")
         return
     if args.merge_rounding != MethodArguments().merge_rounding:

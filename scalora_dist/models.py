@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from scalora_dist.adapters.fourbit import FourBit, check_products, take_over
+from scalora_dist.adapters.fourbit import FourBit, FourBitLinear, check_products, take_over
 from scalora_dist.config import ModelArguments
 from scalora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
     width = config.get_text_config().hidden_size
     saved = _saved_quantization(config)
     if saved is None and not args.load_in_4bit:
+        _check_unread(args, *(f.name for f in fields(args) if f.name.startswith("bnb_4bit_")))
         return Base(width, None, False)
     if saved is not None:
         kind = saved.get("quant_method", "an unknown method")
@@ -66,19 +70,14 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
                 f"--model_name_or_path {name} is quantized by {kind}{bits}: name the model it was "
                 "made from (and --load_in_4bit), or a base in bitsandbytes' 4 bits"
             )
+    quant_type, double_quant = args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant
+    if saved is not None:
+        _check_unread(args, "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        quant_type = saved.get("bnb_4bit_quant_type", "fp4")
+        double_quant = bool(saved.get("bnb_4bit_use_double_quant", False))
     compute = getattr(torch, args.bnb_4bit_compute_dtype or "", None)
-    if saved is None:
-        storage = getattr(torch, args.bnb_4bit_quant_storage)
-        fourbit = FourBit(
-            args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant, compute, storage
-        )
-    else:
-        fourbit = FourBit(
-            saved.get("bnb_4bit_quant_type", "fp4"),
-            bool(saved.get("bnb_4bit_use_double_quant", False)),
-            compute,
-            getattr(torch, saved.get("bnb_4bit_quant_storage", "uint8")),
-        )
+    storage = getattr(torch, args.bnb_4bit_quant_storage)
+    fourbit = FourBit(quant_type, double_quant, compute, storage)
     if fourbit.storage not in (torch.uint8, dtype):
         raise UserError(
             f"--bnb_4bit_quant_storage {_name(fourbit.storage)} is cast to the training's "
@@ -86,6 +85,16 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
         )
     check_products(fourbit, device)
     return Base(width, fourbit, saved is not None)
+
+
+def _check_unread(args: ModelArguments, *names: str) -> None:
+    default = ModelArguments()
+    for name in names:
+        if getattr(args, name) != getattr(default, name):
+            raise UserError(
+                f"--{name} is for a base that --load_in_4bit quantizes, and this one is "
+                f"{'quantized already' if args.load_in_4bit else 'not'}: leave it out"
+            )
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -131,6 +140,7 @@ def load_model(
     if base.fourbit:
         take_over(model, base.fourbit)
         _as_dense(model)
+        _warn_of_dense(model)
     return model
 
 
@@ -139,7 +149,6 @@ def _as_bnb_config(fourbit: FourBit) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type=fourbit.quant_type,
         bnb_4bit_compute_dtype=fourbit.compute_dtype,
-        bnb_4bit_quant_storage=fourbit.storage,
         bnb_4bit_use_double_quant=False,  # done in `take_over`, alike on any number of threads
     )
 
@@ -164,6 +173,22 @@ def _as_dense(model: PreTrainedModel) -> None:
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
         if name in vars(model):
             delattr(model, name)
+
+
+def _warn_of_dense(model: PreTrainedModel) -> None:
+    """Experts in 3-D tensors and linear layers with a class of their own are not quantized."""
+    known = {model.get_input_embeddings(), model.get_output_embeddings()}
+    dense = {
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+        for name, module in model.named_modules()
+        if not isinstance(module, FourBitLinear) and module not in known
+    }
+    if left := {name: numel for name, numel in dense.items() if numel}:
+        largest = max(left, key=lambda name: left[name])
+        logger.warning(
+            "%d numbers stay dense, for they are in no plain linear layer: %s and others like it",
+            *(sum(left.values()), largest),
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

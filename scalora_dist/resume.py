@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from scalora_dist.shards import FlatShard
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed")
+LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
 # A run with another one of these would not go on from the checkpoint, but from something else.
 FIXED_METHOD = (
     "method",
@@ -114,7 +115,7 @@ class RunState:
             "merges": self.method.merger.into.state() if self.method.merger else {},
             "base": self.base,
             "options": options_as_json(self.options),
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": _versions(),
         }
         checkpoints.save(step, self.parts(), state)
 
@@ -236,6 +237,8 @@ def check_same_run(folder: Path, options: Options) -> None:
     if state.get("format") != FORMAT:
         raise UserError(f"{folder} has format {state.get('format')}; this version reads {FORMAT}")
     now = options_as_json(options)
+    if "merge_target" not in state["options"]["method"] and options.method.merge_target == "carry":
+        raise UserError(f"{folder} has no carry: leave out --merge_target")
     for group in ("model", "data", "method", "train"):
         for name, before in state["options"][group].items():
             after = now[group].get(name)
@@ -247,9 +250,15 @@ def check_same_run(folder: Path, options: Options) -> None:
                     f"set --{name} {before}"
                 )
             logger.warning("--%s was %s in %s and is %s now", name, before, folder, after)
+    versions = _versions()
     for name, before in state["versions"].items():
-        if (after := version(name)) != before:
+        if (after := versions.get(name)) != before:
             logger.warning("%s was %s in %s and is %s now", name, before, folder, after)
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    return {name: version(name) for name in LIBRARIES if find_spec(name)}
 
 
 def check_no_newer(folder: Path, output_dir: Path, found: Sequence[Path]) -> None:
@@ -283,12 +292,15 @@ def fingerprint(engine: Engine) -> str:
     The sum of their bit patterns as integers: it does not depend on the order. One all-reduce.
     """
     total = torch.zeros((), dtype=torch.int64, device=engine.world.device)
-    for _, _, shard in engine.base():
-        total += _bit_sum(FlatPart.share_of(shard, engine.world).local).to(total.device)
-    if engine.world.is_main:  # the others have the same
-        for module in engine.model.modules():
-            if isinstance(module, FourBitLinear):
+    modules = dict(engine.model.named_modules())
+    for name, _, shard in engine.base():
+        values = FlatPart.share_of(shard, engine.world).local
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and isinstance(module := modules.get(layer), FourBitLinear):
+            values = values.view(torch.uint8)  # the same in any storage
+            if engine.world.is_main:  # the others have the same
                 total += _bit_sum(module.sizes).to(total.device)
+        total += _bit_sum(values).to(total.device)
     dist.all_reduce(total)
     return f"{int(total) & (2**64 - 1):016x}"
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from scalora_dist.checkpoint.manifest import clear_leftovers, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
@@ -84,8 +85,13 @@ class Trainer:
         )
         self._check_data()
         self.engine = engine = make_engine()
+        weights = self.world.is_main or not engine.one_reader
+
+        def load() -> PreTrainedModel:
+            return load_model(options.model, base, engine.dtype, weights=weights)
+
         with engine.loading():
-            self.model = load_model(options.model, base, engine.dtype, weights=engine.reads_weights)
+            self.model = self.world.main_first(load) if engine.one_reader else load()
             layers = method.add(self.model, options.method, train.seed, engine.dtype)
         if self.saved_adapter:
             self.saved_adapter.check(layers)

@@ -107,6 +107,33 @@ def test_the_layer_with_its_gradients(used: int) -> None:
         torch.testing.assert_close(found, right)
 
 
+def test_dropout_is_on_what_is_trained_alone() -> None:
+    """As it is where merges go into W."""
+    layer = layer_with_carry(4)
+    layer.dropout = 0.5
+    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    weight = layer.weight + layer.scaling * layer.C @ layer.D.T
+    expected = F.linear(x, weight, layer.bias) + layer.scaling * dropped @ layer.B @ layer.A.T
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    inputs = (x, layer.A, layer.B)
+    grad_y = torch.randn_like(y)
+    for found, right in zip(
+        torch.autograd.grad(y, inputs, grad_y),
+        torch.autograd.grad(expected, inputs, grad_y),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, right)
+    layer.eval()
+    update = layer.A @ layer.B.T + layer.C @ layer.D.T
+    torch.testing.assert_close(
+        layer(x[0]), F.linear(x[0], layer.weight + layer.scaling * update, layer.bias)
+    )
+
+
 def test_the_carry_is_no_third_product() -> None:
     """Forward and backward take as many matrix products as without it, and keep no copy of it."""
 

@@ -111,9 +111,8 @@ class Bench:
         self.world = world
         self.engine = DeepSpeedEngine(world, ds, quantized=base.fourbit is not None)
         with self.engine.loading():
-            model = load_model(
-                options.model, base, self.engine.dtype, weights=self.engine.reads_weights
-            )
+            weights = world.is_main or not self.engine.one_reader
+            model = load_model(options.model, base, self.engine.dtype, weights=weights)
         if method.method != "scalora":
             raise UserError(f"--method {method.method} rescales nothing: leave it out")
         scalora = find_method(method)

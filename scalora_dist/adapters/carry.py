@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalora_dist.adapters.layers import LowRankLinear
@@ -29,8 +30,10 @@ class CarryLinear(LowRankLinear):
         self.D = nn.Parameter(torch.zeros(n, columns, dtype=dtype), requires_grad=False)
         self.used = 0
 
-    def update(self, x: Tensor) -> Tensor:
-        return _TwoProducts.apply(x, self.A, self.B, self.C, self.D, self.used)
+    def added(self, x: Tensor) -> Tensor:
+        # What was merged has no dropout, as if it were in W.
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
+        return _TwoProducts.apply(x, dropped, self.A, self.B, self.C, self.D, self.used)
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
         super().merge_(weight, own)
@@ -40,33 +43,56 @@ class CarryLinear(LowRankLinear):
 class _TwoProducts(torch.autograd.Function):
     """``[A, C] ([B, D]ᵀ x)``: no more products than A and B alone take, forward and to x.
 
-    Gradients go to x, A and B; C and D cost none. What is kept for the backward are the parameters
-    themselves, which engines free and gather, not the concatenations.
+    With dropout, which only B is to see, [B, D]ᵀ x are two. Gradients go to x, A and B; C and D
+    cost none. What is kept for the backward are the parameters themselves, which engines free and
+    gather, not the concatenations.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, used: int
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        used: int,
     ) -> Tensor:
-        z = x @ _beside(B, D, used, x.dtype)
-        # Only the part of z that A's gradient takes.
-        ctx.save_for_backward(x, z[..., : A.shape[1]].clone(), A, B, C, D)
-        ctx.used = used
+        """
+        Args:
+            dropped: x as B is to see it; None: as it is.
+        """
+        if dropped is None:
+            z = x @ _beside(B, D, used, x.dtype)
+        else:
+            z = torch.cat([dropped @ B.to(x.dtype), x @ D[:, :used].to(x.dtype)], dim=-1)
+        # Of x and z only what A's and B's gradients take.
+        seen = x if dropped is None else dropped
+        ctx.save_for_backward(seen, z[..., : A.shape[1]].clone(), A, B, C, D)
+        ctx.used, ctx.drops = used, dropped is not None
         return z @ _beside(A, C, used, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, z, A, B, C, D = ctx.saved_tensors
-        rank = A.shape[1]
-        grad_z = grad_y @ _beside(A, C, ctx.used, grad_y.dtype)
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_z @ _beside(B, D, ctx.used, grad_y.dtype).T
-        if ctx.needs_input_grad[1]:
-            grad_A = (grad_y.flatten(0, -2).T @ z.flatten(0, -2)).to(A.dtype)
+        seen, z, A, B, C, D = ctx.saved_tensors
+        rank, dtype = A.shape[1], grad_y.dtype
+        grad_z = grad_y @ _beside(A, C, ctx.used, dtype)
+        to_B, to_D = grad_z.split([rank, ctx.used], dim=-1)
+        grad_x = grad_dropped = grad_A = grad_B = None
+        if ctx.needs_input_grad[0] and not ctx.drops:
+            grad_x = grad_z @ _beside(B, D, ctx.used, dtype).T
+        elif ctx.needs_input_grad[0]:
+            grad_x, grad_dropped = to_D @ D[:, : ctx.used].to(dtype).T, to_B @ B.to(dtype).T
         if ctx.needs_input_grad[2]:
-            grad_B = (x.flatten(0, -2).T @ grad_z[..., :rank].flatten(0, -2)).to(B.dtype)
-        return grad_x, grad_A, grad_B, None, None, None
+            grad_A = (_rows(grad_y).T @ _rows(z)).to(A.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_B = (_rows(seen).T @ _rows(to_B)).to(B.dtype)
+        return grad_x, grad_dropped, grad_A, grad_B, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _beside(trained: Tensor, carried: Tensor, used: int, dtype: torch.dtype) -> Tensor:

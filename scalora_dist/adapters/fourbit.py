@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,7 +44,8 @@ class FourBitLinear(nn.Linear):
     """``y = W x + bias`` with W (m, n) in 4 bits, frozen; the gradient goes to x alone.
 
     Attributes:
-        weight: the codes, two to a byte, (⌈m·n / 2·itemsize⌉, 1) of ``fourbit.storage``.
+        weight: the codes, two to a byte, (⌈m·n / 2·itemsize⌉, 1) of ``fourbit.storage``; what is
+            too many are zeros.
         sizes: uint8, the bytes of what goes with the codes: of double quantization an fp32 offset,
             ⌈blocks / 256⌉ fp32 and a byte per block; else an fp32 per block. As bytes, for an
             engine that casts a model to 16 bits leaves bytes alone. Not in the state dict.
@@ -54,11 +56,17 @@ class FourBitLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, fourbit: FourBit, codes: Tensor, sizes: Tensor) -> FourBitLinear:
-        """Turn ``linear`` into a FourBitLinear in place."""
+        """Turn ``linear`` into a FourBitLinear in place.
+
+        Args:
+            codes: their bytes, of any dtype.
+        """
         linear.__class__ = cls
         assert isinstance(linear, cls)
         linear.fourbit = fourbit
-        linear.weight = nn.Parameter(codes, requires_grad=False)
+        size = fourbit.storage.itemsize
+        padded = F.pad(codes.reshape(-1).view(torch.uint8), (0, -codes.nbytes % size))
+        linear.weight = nn.Parameter(padded.view(fourbit.storage).view(-1, 1), requires_grad=False)
         linear.register_buffer("sizes", sizes, persistent=False)
         return linear
 
@@ -89,8 +97,10 @@ class FourBitLinear(nn.Linear):
         # Ranges need not begin with a block: the codes around are zeros that are cut off again.
         head = start - blocks.start * BLOCK
         padding = (head // 2, -(head // 2 + codes.local.nbytes) % (BLOCK // 2))
-        padded = torch.nn.functional.pad(codes.local.view(torch.uint8), padding)
-        values = self._values(padded, self.block_sizes()[blocks], torch.float32)
+        padded = F.pad(codes.local.view(torch.uint8), padding)
+        # An engine that offloads keeps the codes on the CPU, and buffers on the device.
+        sizes = self.block_sizes()[blocks].to(padded.device)
+        values = self._values(padded, sizes, torch.float32)
         return FlatShard(values[head : head + end - start], start, (m, n), codes.group)
 
     def block_sizes(self) -> Tensor:
@@ -136,7 +146,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.layer = layer
-        return torch.nn.functional.linear(x, layer.dense(codes, x.dtype), bias)
+        return F.linear(x, layer.dense(codes, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -145,11 +155,9 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(weight: Tensor, fourbit: FourBit) -> tuple[Tensor, Tensor]:
-    """(codes, sizes) of a dense W (m, n), as ``FourBitLinear`` keeps them; alike everywhere."""
+    """(codes, sizes), uint8, of a dense W (m, n), on however many threads."""
     bnb = _bnb()
-    codes, state = bnb.quantize_4bit(
-        weight, blocksize=BLOCK, quant_type=fourbit.quant_type, quant_storage=fourbit.storage
-    )
+    codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=fourbit.quant_type)
     return codes, pack_sizes(state.absmax, fourbit)
 
 
@@ -174,9 +182,7 @@ def _empty(linear: nn.Linear, fourbit: FourBit) -> tuple[Tensor, Tensor]:
     numel = linear.out_features * linear.in_features
     blocks = -(-numel // BLOCK)
     nested = 4 + 4 * -(-blocks // NESTED_BLOCK) + blocks
-    codes = torch.empty(
-        -(-numel // (2 * fourbit.storage.itemsize)), 1, dtype=fourbit.storage, device="meta"
-    )
+    codes = torch.empty(-(-numel // 2), dtype=torch.uint8, device="meta")
     size = nested if fourbit.double_quant else 4 * blocks
     return codes, torch.empty(size, dtype=torch.uint8, device="meta")
 
@@ -202,12 +208,15 @@ def take_over(model: nn.Module, fourbit: FourBit) -> None:
                 "product here: leave out --load_in_4bit"
             )
         weight: Any = layer.weight
+        # What bitsandbytes hung on its layer: a second, larger copy of the sizes among it.
+        for name_of_its_own in vars(layer).keys() - vars(nn.Linear(1, 1)).keys():
+            delattr(layer, name_of_its_own)
         if weight.is_meta:
             FourBitLinear.of(layer, fourbit, *_empty(layer, fourbit))
             continue
         state = weight.quant_state
         sizes = _taken_sizes(name, state, fourbit)
-        FourBitLinear.of(layer, fourbit, weight.detach().as_subclass(Tensor).view(-1, 1), sizes)
+        FourBitLinear.of(layer, fourbit, weight.detach().as_subclass(Tensor), sizes)
 
 
 def _taken_sizes(name: str, state: Any, fourbit: FourBit) -> Tensor:

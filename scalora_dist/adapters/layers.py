@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,18 @@ class AdaptedLinear(nn.Linear):
         A linear layer of a class of its own (4-bit) keeps that one's way to compute W x.
         """
         kind = type(linear)
-        linear.__class__ = cls if kind is nn.Linear else type(cls.__name__, (cls, kind), {})
+        linear.__class__ = cls if kind is nn.Linear else _on(cls, kind)
         assert isinstance(linear, cls)
         linear.scaling, linear.dropout = scaling, dropout
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        update = self.update(F.dropout(x, self.dropout, self.training))
-        return y + self.scaling * update.to(y.dtype)
+        return y + self.scaling * self.added(x).to(y.dtype)
+
+    def added(self, x: Tensor) -> Tensor:
+        """What is added to W x before it is scaled, (…, n) → (…, m)."""
+        return self.update(F.dropout(x, self.dropout, self.training))
 
     def update(self, x: Tensor) -> Tensor:
         """ΔW x, (…, n) → (…, m). Parameters may be fp32 masters beside a 16-bit x: cast to it."""
@@ -151,6 +154,14 @@ class SquareLinear(AdaptedLinear):
         for columns in torch.arange(self.in_features, device=square.device).split(MERGED_COLUMNS):
             unit = F.one_hot(columns, self.in_features).to(square)
             weight[:, columns] += self.scaling * self._through(unit, square).T
+
+
+_made: dict[tuple[type, type], Any] = {}
+
+
+def _on(cls: type, kind: type) -> Any:
+    """The class of a method's layer on another kind of linear layer, made once."""
+    return _made.setdefault((cls, kind), type(cls.__name__, (cls, kind), {}))
 
 
 def square_side(out_features: int, in_features: int, rank: int) -> int:

@@ -114,7 +114,7 @@ class Engine(ABC):
 
     world: World
     dtype: torch.dtype  # of the weights as they are kept
-    reads_weights = True  # whether this rank loads the model, or only its shape (on "meta")
+    one_reader = False  # whether rank 0 alone loads the model, the others its shape (on "meta")
     model: nn.Module  # set by attach, as all below
     module: nn.Module  # what to call for a forward
     optimizer: torch.optim.Optimizer  # AdamW, whose param_groups hold the learning rate

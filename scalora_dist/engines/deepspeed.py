@@ -30,7 +30,7 @@ from scalora_dist.engines.base import (
     Trained,
     as_matrix,
 )
-from scalora_dist.engines.spread import check_alike, replaced_parameters, spread_buffers
+from scalora_dist.engines.spread import expect_main, replaced_parameters, spread_buffers
 from scalora_dist.errors import UserError
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
@@ -61,8 +61,7 @@ class DeepSpeedEngine(Engine):
             reason = " ".join(str(error).splitlines()[:3])
             raise UserError(f"DeepSpeed refuses the --ds_config: {reason}") from error
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        self.spreads = quantized and self.stage == 3
-        self.reads_weights = world.is_main or not self.spreads
+        self.one_reader = quantized and self.stage == 3
         self.dtype = torch.float32
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(name, {}).get("enabled"):
@@ -72,7 +71,7 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        if self.spreads:
+        if self.one_reader:
             yield
             return
         # transformers partitions a model while loading it for as long as this object lives.
@@ -86,7 +85,7 @@ class DeepSpeedEngine(Engine):
         layers: Mapping[str, nn.Module],
         make_optimizer: MakeOptimizer,
     ) -> None:
-        if self.spreads:
+        if self.one_reader:
             self._spread(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(trainable)
@@ -109,7 +108,7 @@ class DeepSpeedEngine(Engine):
 
     def _spread(self, model: nn.Module) -> None:
         """Cut ``model``, which rank 0 has read, up over the ranks, a parameter at a time."""
-        check_alike(model, self.world)
+        expect_main(model, self.world)
         spread_buffers(model, dict(model.named_buffers()), self.world)
         parameters = replaced_parameters(model, self.world.device, keep=self.world.is_main)
         # DeepSpeed broadcasts each one from rank 0 and keeps this rank's part.

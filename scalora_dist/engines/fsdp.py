@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from scalora_dist.engines.base import LayerShards, NamedShard, Trained, as_matrix
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine, TorchPlaces
-from scalora_dist.engines.spread import check_alike, from_main, replaced_parameters, spread_buffers
+from scalora_dist.engines.spread import expect_main, from_main, replaced_parameters, spread_buffers
 from scalora_dist.shards import FlatShard
 from scalora_dist.world import World
 
@@ -30,23 +30,26 @@ logger = logging.getLogger(__name__)
 class FSDPEngine(LocalEngine):
     """A model under FSDP2, one group of parameters per decoder block and one for the rest.
 
+    Rank 0 reads it and sends each rank its rows.
+
     A and B are kept as fp32 masters (sharded) and gathered in ``param_dtype``; frozen weights are
     kept in ``dtype``. On a 2-D mesh every row of ranks holds the whole model cut up among them, and
     all rows hold the same: grams are summed over one row, gradients over all ranks.
     """
+
+    one_reader = True
 
     def __init__(
         self, world: World, config: FSDPConfig, *, dtype: torch.dtype, max_grad_norm: float
     ) -> None:
         super().__init__(world, dtype=dtype, max_grad_norm=max_grad_norm)
         self.config = config
-        self.reads_weights = world.is_main  # and sends each rank its rows
         names = ("replicate", "shard")[-len(config.mesh) :]
         self.mesh = init_device_mesh(world.device.type, tuple(config.mesh), mesh_dim_names=names)
 
     def place(self, model: nn.Module) -> None:
         """Cut ``model`` up while it has no storage, then send each rank its part of rank 0's."""
-        check_alike(model, self.world)
+        expect_main(model, self.world)
         source = {name: p.detach() for name, p in model.named_parameters()}
         buffers = dict(model.named_buffers())
         for _ in replaced_parameters(model, "meta", keep=False):

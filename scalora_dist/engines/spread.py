@@ -13,19 +13,26 @@ from scalora_dist.errors import UserError
 from scalora_dist.world import World
 
 
-def check_alike(model: nn.Module, world: World) -> None:
-    """Ranks that know only the config must expect what rank 0 sends.
+def expect_main(model: nn.Module, world: World) -> None:
+    """Have ranks that know only the config expect what rank 0 sends, in its dtypes.
+
+    Some models keep a few of their tensors in fp32, which a config does not tell.
 
     Raises:
-        UserError: on every rank, where they do not.
+        UserError: on every rank, where names or shapes differ.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    known = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors]
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    known = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
     if not world.agree(zlib.crc32(repr(known).encode())):
         raise UserError(
             "the model's files hold other tensors than its config.json says "
-            "(tie_word_embeddings?): correct it, or train with --ds_config"
+            "(tie_word_embeddings?): correct it, or train with --ds_config ds_configs/zero2.json"
         )
+    dtypes = [[tensor.dtype for tensor in tensors.values()]]
+    dist.broadcast_object_list(dtypes, src=0)
+    for tensor, dtype in zip(tensors.values(), dtypes[0], strict=True):
+        if tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
 
 
 def from_main(tensor: Tensor, world: World) -> Tensor:

@@ -71,11 +71,14 @@ def test_bytes_per_weight() -> None:
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
-def test_codes_are_the_same_bits_in_any_storage(storage: torch.dtype) -> None:
-    _, layer = made(50, 96, storage=storage)
-    _, bytes_ = made(50, 96)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_codes_are_the_same_bits_in_any_storage(m: int, n: int, storage: torch.dtype) -> None:
+    """Zeros fill up the last element."""
+    _, layer = made(m, n, storage=storage)
+    _, bytes_ = made(m, n)
     assert layer.weight.dtype == storage
-    assert torch.equal(layer.weight.view(torch.uint8).flatten(), bytes_.weight.flatten())
+    codes, right = layer.weight.view(torch.uint8).flatten(), bytes_.weight.flatten()
+    assert torch.equal(codes[: len(right)], right) and not codes[len(right) :].any()
     assert torch.equal(layer.dense(layer.weight, torch.float32), by_hand(bytes_))
 
 

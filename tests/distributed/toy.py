@@ -161,7 +161,7 @@ class Run:
             )
             for name, (m, n) in SHAPES.items()
         }
-        if not self.engine.reads_weights:
+        if self.engine.one_reader and not world.is_main:
             model.to("meta")
         self.engine.attach(
             model,

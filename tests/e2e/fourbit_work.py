@@ -100,6 +100,15 @@ def held(world: World, case: dict[str, Any]) -> dict[str, int]:
     return found
 
 
+def attributes(world: World, case: dict[str, Any]) -> set[str]:
+    """What 4-bit layers have that no linear layer has, besides parameters and buffers."""
+    trainer = runs.make(world, case)
+    trainer.checkpoints.close()
+    trainer.watch.close()
+    plain = vars(torch.nn.Linear(1, 1)).keys()
+    return {name for x in trainer.engine.adapted.values() for name in vars(x).keys() - plain}
+
+
 def on_meta(world: World, case: dict[str, Any]) -> list[str]:
     """Parameters that this rank had no numbers of when the engine was given the model."""
     names: list[str] = []

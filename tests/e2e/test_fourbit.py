@@ -259,6 +259,33 @@ def test_one_rank_reads_the_model(ranks: GetRanks, task: Path, tmp_path: Path, e
     assert "model.layers.1.mlp.down_proj.weight" in second
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_a_model_with_biases_in_bf16(ranks: GetRanks, tmp_path: Path, engine: str) -> None:
+    """Whose files and config, read by different ranks, must tell of the same dtypes."""
+    task = save_even_model(tmp_path / "task", attention_bias=True)
+    few = {"max_steps": 2, "save_steps": 0, "bf16": True, "bnb_4bit_quant_storage": "bfloat16"}
+    ranks(2).run(small.train, options(task, tmp_path / "run", engine, **few))
+    ranks(1).run(small.train, options(task, tmp_path / "alone", "local", **few))
+    alone = runs.losses(tmp_path / "alone")
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-2)
+
+
+def test_nothing_of_bitsandbytes_stays(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    """Its layers keep the sizes in fp32, four times as many bytes as ours."""
+    (left,) = ranks(1).run(work.attributes, options(task, tmp_path / "run", "local"))
+    assert left == {"fourbit", "scaling", "dropout", "used"}
+
+
+def test_storage_changes_nothing(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    """A run goes on with another, and with rows of any length."""
+    case = options(task, tmp_path / "a", "local")
+    ranks(1).run(small.train, case)
+    there = {"output_dir": tmp_path / "b", "bnb_4bit_quant_storage": "float32"}
+    there["resume_from_checkpoint"] = tmp_path / "a" / f"checkpoint-{SAVED}"
+    ranks(1).run(small.train, case | there)
+    assert runs.losses(tmp_path / "b") == runs.losses(tmp_path / "a")
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("engine", ["local", "zero3", "fsdp"])
 def test_a_base_that_is_quantized_already(
@@ -305,6 +332,14 @@ def refused(ranks: GetRanks, case: dict[str, Any]) -> str:
         ({"carry_rank": 0}, ["--carry_rank 0"]),
         ({"merge_rounding": "nearest"}, ["--merge_rounding"]),
         ({"load_in_4bit": False, "carry_rank": 8}, ["--carry_rank", "--merge_target carry"]),
+        (
+            {"load_in_4bit": False, "carry_rank": None, "carry_room": None, "carry_limit": 2},
+            ["--carry_l"],
+        ),
+        (
+            {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"},
+            ["--bnb_4bit_quant_type", "is not"],
+        ),
         ({"bf16": True, "bnb_4bit_quant_storage": "float32"}, ["float32", "bfloat16", "uint8"]),
         ({"bnb_4bit_quant_storage": "bfloat16"}, ["bfloat16", "float32", "uint8"]),
     ],
