@@ -39,6 +39,7 @@ WAYS = {
 }
 REQUANTIZED = "ScaLoRA, requantized"
 SMOOTH = 5  # steps that a drawn loss is the mean of
+LAST = 10  # steps
 
 
 class Requantized(MergeTarget):
@@ -86,15 +87,21 @@ def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) 
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    rows = ["| | training loss, last 5 steps | held-out loss | exact match | rank of ΔW |"]
-    rows.append("|---|---|---|---|---|")
+    steps = min(len(run["losses"]) for runs in results.values() for run in runs.values())
+    rows = [
+        f"| | loss, all {steps} steps | last {LAST} | held-out loss | exact match | rank of ΔW |"
+    ]
+    rows.append("|---|---|---|---|---|---|")
     for way, runs in results.items():
-        last = [sum(run["losses"][-SMOOTH:]) / SMOOTH for run in runs.values()]
+        losses = [run["losses"] for run in runs.values()]
+        means = [sum(each) / len(each) for each in losses]
+        ends = [sum(each[-LAST:]) / LAST for each in losses]
         told = [run["summary"] for run in runs.values()]
         held_out = [each["eval_loss"][1] for each in told]
         match = [100 * each["eval_exact_match"][1] for each in told]
         ranks = [rank for each in told for rank in each["update_rank"]]
-        cells = [_spread(last, 3), _spread(held_out, 3), _spread(match, 0) + " %"]
+        cells = [_spread(means, 2), _spread(ends, 3), _spread(held_out, 3)]
+        cells.append(_spread(match, 0) + " %")
         cells.append(f"{min(ranks)} to {max(ranks)}" if ranks else "")
         rows.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(rows)
