@@ -77,7 +77,7 @@ class Carry(MergeTarget):
         self.compressed: dict[str, int] = {}  # layers, since the last report: columns kept
         self.warned = False
 
-    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:
+    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> bool:
         columns = layers[0].A.shape[1]
         full = [
             i
@@ -85,6 +85,7 @@ class Carry(MergeTarget):
             if self.modules[layers[i].name].used + columns > _carry(layers[i])[0].shape[1]
         ]
         self.compress(layers, full)
+        return bool(full)
 
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         module = self.modules[layer.name]

@@ -26,8 +26,12 @@ class MergeTarget(ABC):
 
     low: Mapping[str, Tensor]
 
-    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:  # noqa: B027
-        """Prepare for one ``add`` to each of the layers ``which``, on every rank alike."""
+    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> bool:
+        """Prepare for one ``add`` to each of the layers ``which``; whether anything had to be done.
+
+        Called on every rank.
+        """
+        return False
 
     @abstractmethod
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
@@ -109,8 +113,8 @@ class Merger:
             self.monitor.add(layers, scalings * on_device)
             clock.lap("monitor")
         chosen = range(len(layers)) if which is None else which
-        self.into.make_room(layers, chosen)
-        clock.lap("room")
+        if self.into.make_room(layers, chosen):
+            clock.lap("room")
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in chosen]):
             gathered = self.layout.gather(shards, bucket)
             clock.lap("gather")

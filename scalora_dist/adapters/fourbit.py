@@ -109,10 +109,9 @@ class FourBitLinear(nn.Linear):
             return self.sizes.view(torch.float32)
         blocks = -(-self.out_features * self.in_features // BLOCK)
         floats, codes = self.sizes.tensor_split([self.sizes.numel() - blocks])
-        offset, *_ = nested = floats.view(torch.float32)
-        dequantize = _bnb().dequantize_blockwise
-        code = _nested_code(codes)
-        return dequantize(codes, absmax=nested[1:], code=code, blocksize=NESTED_BLOCK) + offset
+        offset, nested = floats.view(torch.float32).tensor_split([1])
+        dequantize, code = _bnb().dequantize_blockwise, _nested_code(codes)
+        return dequantize(codes, absmax=nested, code=code, blocksize=NESTED_BLOCK) + offset
 
     def _values(self, codes: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
         """The elements that codes stand for, 1-D: two for each byte."""

@@ -1,20 +1,62 @@
-"""What ranks find out about runs on 4-bit bases, for tests/e2e/test_fourbit.py."""
+"""Runs on 4-bit bases, and what ranks find out about them, for tests/e2e/test_fourbit*.py."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import runs
+import small
 from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.carry import Carry
 from scalora_dist.merged import MergedWeights
+from scalora_dist.methods import METHODS
 from scalora_dist.trainer import Trainer
 from scalora_dist.transform import Report
 from scalora_dist.world import World
+
+STEPS, SAVED = 8, 4
+RATES = {"lora-sb": 1e-3, "lora-alpha": 1e-3}
+# Carries that are compressed before the checkpoint and after it.
+CARRY = {"carry_rank": 8, "carry_room": 4}
+
+
+def options(
+    task: Path, folder: Path, engine: str, method: str = "scalora", **others: Any
+) -> dict[str, Any]:
+    read = ("rank", "lora_alpha", "lora_dropout")
+    given: dict[str, Any] = {
+        "method": method,
+        "load_in_4bit": True,
+        "learning_rate": RATES.get(method, 1e-2),
+        "lr_scheduler_type": "constant",
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        "per_device_train_batch_size": 3,
+        "lora_dropout": 0.0,  # other ranks draw other dropout
+    }
+    if method == "relora":
+        given |= {"relora_interval": 2, "relora_warmup_steps": 1}
+    if METHODS[method].merges:
+        given |= CARRY
+    unread = {name: None for name in read if name not in METHODS[method].options}
+    return small.options(task, folder, engine, **(given | others | unread))
+
+
+def save_even_model(folder: Path, **others: Any) -> Path:
+    """A tiny Llama of blocks of 64, with a byte tokenizer and texts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 260}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**(sizes | others))).save_pretrained(folder)
+    runs.byte_tokenizer().save_pretrained(folder)
+    runs.save_texts(folder, "abc ", longest=24, count=41)
+    return folder
 
 
 def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, float]]]:

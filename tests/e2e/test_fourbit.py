@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import fourbit_work as work
@@ -30,7 +25,6 @@ pytest.importorskip("bitsandbytes")
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
 
-STEPS, SAVED = 8, 4
 ON_FOUR_BITS = [name for name, method in METHODS.items() if not method.needs_dense]
 DAILY = {
     "scalora": ("zero3", "fsdp"),
@@ -39,36 +33,11 @@ DAILY = {
     "lora-xs": ("zero3",),
     "lora-sb": ("fsdp",),
 }
-RATES = {"lora-sb": 1e-3, "lora-alpha": 1e-3}
-# Carries that are compressed before the checkpoint and after it.
-CARRY = {"carry_rank": 8, "carry_room": 4}
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.save_task(tmp_path_factory.mktemp("task"))
-
-
-def options(
-    task: Path, folder: Path, engine: str, method: str = "scalora", **others: Any
-) -> dict[str, Any]:
-    read = ("rank", "lora_alpha", "lora_dropout")
-    given: dict[str, Any] = {
-        "method": method,
-        "load_in_4bit": True,
-        "learning_rate": RATES.get(method, 1e-2),
-        "lr_scheduler_type": "constant",
-        "max_steps": STEPS,
-        "save_steps": SAVED,
-        "per_device_train_batch_size": 3,
-        "lora_dropout": 0.0,  # other ranks draw other dropout
-    }
-    if method == "relora":
-        given |= {"relora_interval": 2, "relora_warmup_steps": 1}
-    if METHODS[method].merges:
-        given |= CARRY
-    unread = {name: None for name in read if name not in METHODS[method].options}
-    return small.options(task, folder, engine, **(given | others | unread))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +53,7 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
 ) -> None:
     """The model it leaves is dense, and computes what was evaluated last."""
     folder, group = tmp_path / "run", ranks(1 if engine == "local" else 2)
-    case = options(task, folder, engine, method, save_model=True)
+    case = work.options(task, folder, engine, method, save_model=True)
     group.run(small.train, case)
     losses, held_out = runs.losses(folder), small.evaluations(folder)
     print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
@@ -95,10 +64,10 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     assert exported == pytest.approx(held_out[-1], rel=1e-5)
 
     expected = small.left(folder)
-    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    shutil.rmtree(folder / f"checkpoint-{work.STEPS}")
     shutil.rmtree(folder / "model")
     answers = group.run(small.train, case | {"resume_from_checkpoint": "latest"})
-    assert all(first == SAVED for first, *_ in answers)
+    assert all(first == work.SAVED for first, *_ in answers)
     assert small.left(folder) == expected
 
 
@@ -110,16 +79,16 @@ def in_one_process(
     folders = {}
     for bf16 in (False, True):
         folders[bf16] = tmp_path_factory.mktemp("alone") / "run"
-        ranks(1).run(small.train, options(task, folders[bf16], "local", bf16=bf16))
+        ranks(1).run(small.train, work.options(task, folders[bf16], "local", bf16=bf16))
     return folders
 
 
 @pytest.mark.parametrize(
     ("engine", "size"),
     [
-        ("zero2", 2),
         ("zero3", 2),
         ("fsdp", 2),
+        pytest.param("zero2", 2, marks=HEAVY),
         pytest.param("zero0", 2, marks=HEAVY),
         pytest.param("zero1", 2, marks=HEAVY),
         pytest.param("zero3", 3, marks=HEAVY),
@@ -138,27 +107,26 @@ def test_engines_agree(
     size: int,
 ) -> None:
     """And so the checkpoint of one goes on in another."""
-    case = options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
+    case = work.options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
     ranks(size).run(small.train, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
     kept = [line["carry"]["rank_max"] for line in runs.metrics(tmp_path / "run") if "carry" in line]
-    assert len(kept) >= 3 and set(kept) == {CARRY["carry_rank"]}
+    assert len(kept) >= 3 and set(kept) == {work.CARRY["carry_rank"]}
 
-    checkpoint = tmp_path / "run" / f"checkpoint-{SAVED}"
-    there = options(task, tmp_path / "there", "local", resume_from_checkpoint=checkpoint)
-    assert ranks(1).run(small.train, there)[0][0] == SAVED
+    checkpoint = tmp_path / "run" / f"checkpoint-{work.SAVED}"
+    there = work.options(task, tmp_path / "there", "local", resume_from_checkpoint=checkpoint)
+    assert ranks(1).run(small.train, there)[0][0] == work.SAVED
     assert runs.losses(tmp_path / "there") == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "engine",
-    ["zero3", "fsdp", pytest.param("zero2", marks=HEAVY), pytest.param("zero1", marks=HEAVY)],
+    "engine", ["fsdp", *(pytest.param(x, marks=HEAVY) for x in ("zero1", "zero2", "zero3"))]
 )
 def test_in_bf16(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
 ) -> None:
-    case = options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
+    case = work.options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
     ranks(2).run(small.train, case)
     alone = runs.losses(in_one_process[True])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
@@ -169,7 +137,7 @@ def test_where_fsdp_computes_in_another_dtype(
 ) -> None:
     config = runs.REPOSITORY / "launch/fsdp/mixed.yaml"
     others = {"fsdp_config": config, "gradient_checkpointing": True}
-    case = options(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
+    case = work.options(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
     ranks(2).run(small.train, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
@@ -181,20 +149,20 @@ def test_in_fp16(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
 ) -> None:
     fp16 = small.fp16_options(engine, tmp_path, initial_scale_power=5)
-    case = options(task, tmp_path / "run", engine, per_device_train_batch_size=1, **fp16)
+    case = work.options(task, tmp_path / "run", engine, per_device_train_batch_size=1, **fp16)
     ranks(2).run(small.train_fp16, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
 
-@pytest.mark.parametrize("engine", ["local", "zero3", "fsdp"])
+@pytest.mark.parametrize("engine", ["local", "zero3", pytest.param("fsdp", marks=HEAVY)])
 def test_a_rescale_leaves_what_layers_compute(
     ranks: GetRanks, task: Path, tmp_path: Path, engine: str
 ) -> None:
     """After an append to fp32's digits, after a compression by no more than the carry says."""
-    case = options(task, tmp_path / "run", engine, save_steps=0)
+    case = work.options(task, tmp_path / "run", engine, save_steps=0)
     seen = ranks(1 if engine == "local" else 2).run(work.changes, case)[0]
-    assert len(seen) == STEPS
+    assert len(seen) == work.STEPS
     appended = compressed = 0
     for step in seen:
         for change in step.values():
@@ -214,7 +182,8 @@ def test_a_carry_with_room_is_a_merge_into_w(ranks: GetRanks, task: Path, tmp_pa
         folders[target] = tmp_path / target
         given = {"load_in_4bit": False, "carry_rank": None, "carry_room": None, **others}
         given |= {"merge_target": target, "max_steps": 50, "learning_rate": 1e-3, "save_steps": 0}
-        ranks(2).run(small.train, options(task, folders[target], "zero3", **given))
+        given |= {"per_device_train_batch_size": 6, "eval_size": 0}
+        ranks(2).run(small.train, work.options(task, folders[target], "zero3", **given))
     by_weight, by_carry = (runs.losses(folders[target]) for target in ("weight", "carry"))
     assert by_carry == pytest.approx(by_weight, rel=1e-5)
     assert by_carry[-1] < by_carry[0] - 1
@@ -222,21 +191,18 @@ def test_a_carry_with_room_is_a_merge_into_w(ranks: GetRanks, task: Path, tmp_pa
     assert len(reports) >= 5 and reports[-1]["lost_max"] < 1e-5
 
 
-def save_even_model(folder: Path, **others: Any) -> Path:
-    """A tiny Llama of blocks of 64, with a byte tokenizer and texts."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 260}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**(sizes | others))).save_pretrained(folder)
-    runs.byte_tokenizer().save_pretrained(folder)
-    runs.save_texts(folder, "abc ", longest=24, count=41)
-    return folder
-
-
-@pytest.mark.parametrize(("engine", "size"), [("zero3", 2), ("fsdp", 2), ("zero3", 4), ("fsdp", 4)])
+@pytest.mark.parametrize(
+    ("engine", "size"),
+    [
+        ("zero3", 2),
+        ("fsdp", 2),
+        pytest.param("zero3", 4, marks=HEAVY),
+        pytest.param("fsdp", 4, marks=HEAVY),
+    ],
+)
 def test_bytes_of_a_rank(ranks: GetRanks, tmp_path: Path, engine: str, size: int) -> None:
-    task = save_even_model(tmp_path / "task")
-    case = options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
+    task = work.save_even_model(tmp_path / "task")
+    case = work.options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
     for rank, found in enumerate(ranks(size).run(work.held, case)):
         quantized, other = found["quantized"], found["other"]
         print(engine, size, rank, found)
@@ -245,7 +211,7 @@ def test_bytes_of_a_rank(ranks: GetRanks, tmp_path: Path, engine: str, size: int
         assert found["sizes"] <= 0.02 * quantized  # replicated
         # Whole rows of FSDP2 on an odd number of rows.
         assert found["dense"] <= 2 / size * other + 2 * 128 * 3
-        columns = sum(CARRY.values())
+        columns = sum(work.CARRY.values())
         sides = 2 * (4 * 256 + 3 * 384)
         assert found["carry"] == pytest.approx(4 / size * columns * sides, rel=0.05)
 
@@ -253,7 +219,7 @@ def test_bytes_of_a_rank(ranks: GetRanks, tmp_path: Path, engine: str, size: int
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_one_rank_reads_the_model(ranks: GetRanks, task: Path, tmp_path: Path, engine: str) -> None:
     """The others have the numbers of no parameter before they are cut up."""
-    first, second = ranks(2).run(work.on_meta, options(task, tmp_path / "run", engine))
+    first, second = ranks(2).run(work.on_meta, work.options(task, tmp_path / "run", engine))
     assert first == []
     assert "model.embed_tokens.weight" in second
     assert "model.layers.1.mlp.down_proj.weight" in second
@@ -262,37 +228,44 @@ def test_one_rank_reads_the_model(ranks: GetRanks, task: Path, tmp_path: Path, e
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_a_model_with_biases_in_bf16(ranks: GetRanks, tmp_path: Path, engine: str) -> None:
     """Whose files and config, read by different ranks, must tell of the same dtypes."""
-    task = save_even_model(tmp_path / "task", attention_bias=True)
+    task = work.save_even_model(tmp_path / "task", attention_bias=True)
     few = {"max_steps": 2, "save_steps": 0, "bf16": True, "bnb_4bit_quant_storage": "bfloat16"}
-    ranks(2).run(small.train, options(task, tmp_path / "run", engine, **few))
-    ranks(1).run(small.train, options(task, tmp_path / "alone", "local", **few))
+    ranks(2).run(small.train, work.options(task, tmp_path / "run", engine, **few))
+    ranks(1).run(small.train, work.options(task, tmp_path / "alone", "local", **few))
     alone = runs.losses(tmp_path / "alone")
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-2)
 
 
 def test_nothing_of_bitsandbytes_stays(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """Its layers keep the sizes in fp32, four times as many bytes as ours."""
-    (left,) = ranks(1).run(work.attributes, options(task, tmp_path / "run", "local"))
+    (left,) = ranks(1).run(work.attributes, work.options(task, tmp_path / "run", "local"))
     assert left == {"fourbit", "scaling", "dropout", "used"}
 
 
 def test_storage_changes_nothing(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """A run goes on with another, and with rows of any length."""
-    case = options(task, tmp_path / "a", "local")
+    case = work.options(task, tmp_path / "a", "local")
     ranks(1).run(small.train, case)
     there = {"output_dir": tmp_path / "b", "bnb_4bit_quant_storage": "float32"}
-    there["resume_from_checkpoint"] = tmp_path / "a" / f"checkpoint-{SAVED}"
+    there["resume_from_checkpoint"] = tmp_path / "a" / f"checkpoint-{work.SAVED}"
     ranks(1).run(small.train, case | there)
     assert runs.losses(tmp_path / "b") == runs.losses(tmp_path / "a")
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("engine", ["local", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    ("engine", "double_quant"),
+    [
+        ("local", False),
+        ("zero3", True),
+        *(pytest.param(*case, marks=HEAVY) for case in (("local", True), ("zero3", False))),
+        *(pytest.param("fsdp", nested, marks=HEAVY) for nested in (True, False)),
+    ],
+)
 def test_a_base_that_is_quantized_already(
     ranks: GetRanks, tmp_path: Path, engine: str, double_quant: bool
 ) -> None:
     """As --load_in_4bit quantizes it, whether its files or our loading did."""
-    task = save_even_model(tmp_path / "task")
+    task = work.save_even_model(tmp_path / "task")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -309,97 +282,14 @@ def test_a_base_that_is_quantized_already(
         ("there", tmp_path / "quantized", {"load_in_4bit": False}),
     ):
         few = {"max_steps": 2, "save_steps": 0, "dataset": task / "texts.jsonl"}
-        group.run(small.train, options(base, tmp_path / name, engine, **few, **others))
+        group.run(small.train, work.options(base, tmp_path / name, engine, **few, **others))
     here, there = (runs.losses(tmp_path / name) for name in ("here", "there"))
     assert there == pytest.approx(here, rel=1e-5)
 
 
-def refused(ranks: GetRanks, case: dict[str, Any]) -> str:
-    ((sentence, status, _),) = ranks(1).run(small.refusal, case)
-    assert status == 2 and sentence and "\n" not in sentence
-    assert not Path(case["output_dir"]).exists()
-    return sentence
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"method": "full"}, ["--method full", "lora-xs"]),
-        ({"method": "dora"}, ["--method dora", "scalora"]),
-        ({"merge_target": "weight", "carry_rank": None}, ["--merge_target weight", "4 bits"]),
-        ({"carry_rank": 3}, ["--carry_rank 3", "--rank 4"]),
-        ({"carry_room": 2}, ["--carry_room 2", "--rank 4"]),
-        ({"carry_rank": 0}, ["--carry_rank 0"]),
-        ({"merge_rounding": "nearest"}, ["--merge_rounding"]),
-        ({"load_in_4bit": False, "carry_rank": 8}, ["--carry_rank", "--merge_target carry"]),
-        (
-            {"load_in_4bit": False, "carry_rank": None, "carry_room": None, "carry_limit": 2},
-            ["--carry_l"],
-        ),
-        (
-            {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"},
-            ["--bnb_4bit_quant_type", "is not"],
-        ),
-        ({"bf16": True, "bnb_4bit_quant_storage": "float32"}, ["float32", "bfloat16", "uint8"]),
-        ({"bnb_4bit_quant_storage": "bfloat16"}, ["bfloat16", "float32", "uint8"]),
-    ],
-)
-def test_options_that_cannot_be(
-    ranks: GetRanks, task: Path, tmp_path: Path, given: dict[str, Any], words: list[str]
-) -> None:
-    case = options(task, tmp_path / "run", "local", **({"method": "scalora"} | given))
-    sentence = refused(ranks, case)
-    assert all(word in sentence for word in words), sentence
-
-
-@pytest.mark.parametrize(
-    ("saved", "words"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, ["gptq"]),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, ["bitsandbytes in 8 bits"]),
-    ],
-)
-def test_a_base_that_is_quantized_otherwise(
-    ranks: GetRanks, tmp_path: Path, saved: dict[str, Any], words: list[str]
-) -> None:
-    task = save_even_model(tmp_path / "task")
-    config = json.loads((task / "config.json").read_text())
-    (task / "config.json").write_text(json.dumps(config | {"quantization_config": saved}))
-    sentence = refused(ranks, options(task, tmp_path / "run", "local"))
-    assert str(task) in sentence and all(word in sentence for word in words)
-
-
-def test_a_base_without_4_bit_products(ranks: GetRanks, tmp_path: Path) -> None:
-    task = save_even_model(tmp_path / "task")
-    (task / "config.json").unlink()
-    (task / "model.safetensors").unlink()
-    GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=64, n_layer=1, n_head=2)).save_pretrained(
-        task
-    )
-    sentence = refused(ranks, options(task, tmp_path / "run", "local"))
-    assert "Conv1D" in sentence and "--load_in_4bit" in sentence
-
-
-def test_a_checkpoint_of_another_base(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
-    """The same model, dense or in other 4 bits, is another base."""
-    case = options(task, tmp_path / "run", "local", max_steps=4)
-    ranks(1).run(small.train, case)
-    there = {
-        "output_dir": tmp_path / "there",
-        "resume_from_checkpoint": tmp_path / "run/checkpoint-4",
-    }
-    for others, word in (
-        ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
-        ({"load_in_4bit": False}, "4bit"),
-    ):
-        dense = {"merge_target": "carry"} if "load_in_4bit" in others else {}
-        ((sentence, status, _),) = ranks(1).run(small.refusal, case | there | others | dense)
-        assert status == 2 and word in sentence
-
-
 def test_a_checkpoint_holds_no_base(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """Adapters, carry, optimizer; a run that merges into W saves all adapted weights instead."""
-    ranks(1).run(small.train, options(task, tmp_path / "run", "local", max_steps=4))
+    ranks(1).run(small.train, work.options(task, tmp_path / "run", "local", max_steps=4))
     from safetensors import safe_open
 
     (file,) = (tmp_path / "run/checkpoint-4").glob("*.safetensors")
@@ -411,12 +301,14 @@ def test_a_checkpoint_holds_no_base(ranks: GetRanks, task: Path, tmp_path: Path)
 def test_a_warning_when_much_is_lost(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     tight = {"carry_rank": 4, "carry_limit": 0.01, "save_steps": 0}
     ((_, summary, heard),) = ranks(1).run(
-        small.train, options(task, tmp_path / "a", "local", **tight)
+        small.train, work.options(task, tmp_path / "a", "local", **tight)
     )
     (warning,) = [text for text in heard if "carry" in text]
     assert "--carry_rank above 4" in warning and summary["carry"]["lost_max"] > 0.01
     wide = tight | {"carry_limit": 1e3}
-    ((_, _, heard),) = ranks(1).run(small.train, options(task, tmp_path / "b", "local", **wide))
+    ((_, _, heard),) = ranks(1).run(
+        small.train, work.options(task, tmp_path / "b", "local", **wide)
+    )
     assert not [text for text in heard if "carry" in text]
     (report, *_) = [line["carry"] for line in runs.metrics(tmp_path / "b") if "carry" in line]
     assert report["compressed"] == len(report["lost"]) == 14
