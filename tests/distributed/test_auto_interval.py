@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,11 @@ from scalora_dist.rescale import scale_factors_
 from scalora_dist.shards import FlatShard
 from scalora_dist.solve import Rule, Scales
 
-EVERYWHERE = [(1, "local"), *itertools.product([2, 3], ["zero2", "zero3", "fsdp"])]
+EVERYWHERE = [
+    (1, "local"),
+    *((2, engine) for engine in ("zero2", "zero3", "fsdp")),
+    *(pytest.param(3, engine, marks=pytest.mark.heavy) for engine in ("zero2", "zero3", "fsdp")),
+]
 STEPS = 6
 # Within six steps of the toy, layers are on either side of it, each alone and both together, and
 # none is near.

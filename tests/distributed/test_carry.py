@@ -15,7 +15,7 @@ CASES = [
     (1, "zero3", torch.float32),
     (2, "zero3", torch.float32),
     (3, "fsdp2", torch.float32),
-    (4, "zero3", torch.float32),
+    pytest.param(4, "zero3", torch.float32, marks=HEAVY),
     (4, "zero3", torch.bfloat16),
     pytest.param(2, "zero3", torch.float16, marks=HEAVY),
     pytest.param(4, "fsdp2", torch.bfloat16, marks=HEAVY),

@@ -197,9 +197,8 @@ def test_a_full_disk_ends_the_run_where_asked(
     assert 4 <= small.last_step(disk / "run") <= 6
 
 
-@pytest.mark.parametrize(
-    ("on_failure", "status"), [pytest.param("continue", 0, marks=pytest.mark.heavy), ("stop", 2)]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize(("on_failure", "status"), [("continue", 0), ("stop", 2)])
 def test_the_status_after_a_full_disk(
     task: Path, disk: Path, tmp_path: Path, on_failure: str, status: int
 ) -> None:
@@ -256,8 +255,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     ("size", "engine"),
     [
         (1, "local"),
-        (2, "zero3"),
-        *(pytest.param(2, name, marks=pytest.mark.heavy) for name in ("fsdp", "zero0", "zero2")),
+        *(pytest.param(2, x, marks=pytest.mark.heavy) for x in ("zero3", "fsdp", "zero0", "zero2")),
     ],
 )
 def test_a_loss_that_stays_nan_ends_the_run(

@@ -132,6 +132,7 @@ def test_in_bf16(
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
 
+@HEAVY
 def test_where_fsdp_computes_in_another_dtype(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path
 ) -> None:

@@ -43,7 +43,9 @@ def test_what_arrives_of_a_requantized_merge() -> None:
         assert kept[size] == pytest.approx(share, rel=1e-3, abs=1e-3)
         noise = float((moved - change).norm() / change.norm())
         assert target.noise[-1] == pytest.approx(noise, rel=1e-3)
-    assert kept[1.0] == pytest.approx(1, abs=0.05) and abs(kept[1e-5]) < 0.5
+    assert kept[1.0] == pytest.approx(1, abs=0.05)
+    large, small = target.noise
+    assert large < 0.2 and small > 1
 
 
 @pytest.mark.heavy
