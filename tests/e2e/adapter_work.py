@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import runs
 import small
@@ -29,20 +29,15 @@ CARRY = {"load_in_4bit": True, "carry_rank": 6, "carry_room": 4}
 
 def save_even_task(folder: Path) -> Path:
     """A tiny model and texts, in multiples of what bitsandbytes' own layer can do on a CPU."""
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "initializer_range": 0.1,
-    }
-    config = LlamaConfig(**runs.ODD_SIZES | sizes, tie_word_embeddings=False)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    runs.byte_tokenizer().save_pretrained(folder)
-    runs.save_texts(folder, "abc ", longest=24, count=41)
-    return folder
+    return small.save_task(
+        folder,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.1,
+    )
 
 
 def options(task: Path, folder: Path, engine: str = "local", **others: Any) -> dict[str, Any]:

@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import runs
 import small
+from scalora_dist import trainer as module
 from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.carry import Carry
 from scalora_dist.merged import MergedWeights
 from scalora_dist.methods import METHODS
-from scalora_dist.trainer import Trainer
 from scalora_dist.transform import Report
 from scalora_dist.world import World
 
@@ -50,13 +49,9 @@ def options(
 
 def save_even_model(folder: Path, **others: Any) -> Path:
     """A tiny Llama of blocks of 64, with a byte tokenizer and texts."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 260}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**(sizes | others))).save_pretrained(folder)
-    runs.byte_tokenizer().save_pretrained(folder)
-    runs.save_texts(folder, "abc ", longest=24, count=41)
-    return folder
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.02}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    return small.save_task(folder, **sizes | others)
 
 
 def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, float]]]:
@@ -137,16 +132,14 @@ def held(world: World, case: dict[str, Any]) -> dict[str, int]:
     zero = getattr(getattr(engine, "engine", None), "optimizer", None)
     for parameter in getattr(zero, "persistent_parameters", []):
         found["persistent"] += parameter.data.nbytes
-    trainer.checkpoints.close()
-    trainer.watch.close()
+    trainer._close()
     return found
 
 
 def attributes(world: World, case: dict[str, Any]) -> set[str]:
     """What 4-bit layers have that no linear layer has, besides parameters and buffers."""
     trainer = runs.make(world, case)
-    trainer.checkpoints.close()
-    trainer.watch.close()
+    trainer._close()
     plain = vars(torch.nn.Linear(1, 1)).keys()
     return {name for x in trainer.engine.adapted.values() for name in vars(x).keys() - plain}
 
@@ -154,11 +147,6 @@ def attributes(world: World, case: dict[str, Any]) -> set[str]:
 def on_meta(world: World, case: dict[str, Any]) -> list[str]:
     """Parameters that this rank had no numbers of when the engine was given the model."""
     names: list[str] = []
-
-    class Watched(Trainer):
-        pass
-
-    from scalora_dist import trainer as module
 
     load = module.load_model
 
@@ -169,9 +157,8 @@ def on_meta(world: World, case: dict[str, Any]) -> list[str]:
 
     module.load_model = note
     try:
-        made = runs.make(world, case, Watched)
+        made = runs.make(world, case)
     finally:
         module.load_model = load
-    made.checkpoints.close()
-    made.watch.close()
+    made._close()
     return names

@@ -187,14 +187,18 @@ ODD_SIZES = {
 }
 
 
-def save_odd_model(folder: Path, architecture: str) -> None:
-    """A tiny random "llama" or "gemma3" whose rows divide by nothing, with a byte tokenizer."""
+def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
+    """A tiny random "llama" or "gemma3" whose rows divide by nothing, with a byte tokenizer.
+
+    Args:
+        sizes: others than ``ODD_SIZES``.
+    """
     import torch
 
     torch.manual_seed(0)
     if architecture == "gemma3":
         config = Gemma3TextConfig(
-            **ODD_SIZES,
+            **ODD_SIZES | sizes,
             layer_types=["sliding_attention", "full_attention"],
             sliding_window=5,
             query_pre_attn_scalar=6,
@@ -202,7 +206,7 @@ def save_odd_model(folder: Path, architecture: str) -> None:
         )
         model = Gemma3ForCausalLM(config)
     else:
-        model = LlamaForCausalLM(LlamaConfig(**ODD_SIZES, tie_word_embeddings=False))
+        model = LlamaForCausalLM(LlamaConfig(**ODD_SIZES | sizes, tie_word_embeddings=False))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 

@@ -50,9 +50,9 @@ LAUNCHERS = {
 }
 
 
-def save_task(folder: Path) -> Path:
-    """A tiny model with texts beside it."""
-    runs.save_odd_model(folder, "llama")
+def save_task(folder: Path, **sizes: Any) -> Path:
+    """A tiny model with texts beside it; ``sizes`` as for ``runs.save_odd_model``."""
+    runs.save_odd_model(folder, "llama", **sizes)
     runs.save_texts(folder, "abc ", longest=24, count=41)
     return folder
 

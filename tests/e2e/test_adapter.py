@@ -25,17 +25,6 @@ HEAVY = pytest.mark.heavy
 ENGINES = ["local", "zero3", "fsdp", pytest.param("zero2", marks=HEAVY)]
 
 
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose rows divide by nothing."""
-    return small.save_task(tmp_path_factory.mktemp("odd"))
-
-
-@pytest.fixture(scope="module")
-def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return work.save_even_task(tmp_path_factory.mktemp("even"))
-
-
 # --- what a run leaves ---------------------------------------------------------------------------
 
 

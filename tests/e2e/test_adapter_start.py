@@ -28,17 +28,6 @@ HEAVY = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose rows divide by nothing."""
-    return small.save_task(tmp_path_factory.mktemp("odd"))
-
-
-@pytest.fixture(scope="module")
-def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return work.save_even_task(tmp_path_factory.mktemp("even"))
-
-
-@pytest.fixture(scope="module")
 def left(ranks: GetRanks, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of LoRA's."""
     run = tmp_path_factory.mktemp("left") / "run"
