@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -48,9 +48,8 @@ class MethodRun:
         args, seed = options.method, options.train.seed
         self.merger = None
         if method.merges:
-            self.merger = Merger(
-                engine.layers(gradients=False), engine.world, merge_target(engine, args)
-            )
+            layers = engine.layers(gradients=False)
+            self.merger = Merger(layers, engine.world, merge_target(engine, layers, args))
         self.low: Mapping[str, Tensor] = self.merger.into.low if self.merger else {}
         self.edits_weights = method.edits_weights and args.merge_target != "carry"
         self.transform = self.restarts = self.monitor = None
@@ -142,9 +141,10 @@ class MethodRun:
         return self.merger.into.report()
 
 
-def merge_target(engine: Engine, args: MethodArguments) -> MergeTarget:
+def merge_target(
+    engine: Engine, layers: Sequence[LayerShards], args: MethodArguments
+) -> MergeTarget:
     """What the merges of a method go into, by its settled options."""
-    layers = engine.layers(gradients=False)
     if args.merge_target != "carry":
         return IntoWeights(layers, args.merge_rounding)
     modules = {n: x for n, x in engine.adapted.items() if isinstance(x, CarryLinear)}

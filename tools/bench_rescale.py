@@ -124,7 +124,7 @@ class Bench:
             lambda named: torch.optim.AdamW(named.values(), lr=train.learning_rate),
         )
         self.shards = self.engine.layers(gradients=False)
-        self.merger = Merger(self.shards, world, merge_target(self.engine, method))
+        self.merger = Merger(self.shards, world, merge_target(self.engine, self.shards, method))
         assert scalora.transform is not None
         rescaler = scalora.transform(self.engine, self.merger, method)
         assert isinstance(rescaler, Rescaler)
