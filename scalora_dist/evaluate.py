@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from scalora_dist.data import Collator, PaddedExamples, eval_batches
 from scalora_dist.data.tokenize import IGNORE
-from scalora_dist.loss import target_logits
+from scalora_dist.loss import TargetLoss, Targets
 from scalora_dist.world import World
 
 
@@ -27,6 +26,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     module: nn.Module,
+    loss: TargetLoss,
     dataset: Dataset,
     collate: Collator,
     world: World,
@@ -48,23 +48,21 @@ def evaluate(
     for batch in tqdm(batches, "evaluating", disable=None if world.is_main else True, leave=False):
         each_batch()
         tensors = collate([examples[i] for i in batch])
-        labels = tensors.pop("labels").to(world.device)
         inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}
-        logits = module(**inputs, use_cache=False).logits
+        found = loss(module, inputs)
         # Of an example that was cut, not every target has been seen.
         whole = [i is not None and not dataset[i]["truncated"] for i in batch]
-        totals += _totals(logits, labels, torch.tensor(whole).to(world.device)).cpu()
+        totals += _totals(found, inputs["labels"], torch.tensor(whole).to(world.device)).cpu()
     module.train()
-    loss, targets, matches = world.sum(*totals.tolist())
-    return Evaluation(loss / targets, matches / len(dataset), len(dataset))
+    total, targets, matches = world.sum(*totals.tolist())
+    return Evaluation(total / targets, matches / len(dataset), len(dataset))
 
 
-def _totals(logits: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
+def _totals(found: Targets, labels: Tensor, whole: Tensor) -> Tensor:
     """Summed loss, target tokens and exact matches; ``whole`` (examples,): may match at all."""
-    predicted, wanted = target_logits(logits, labels)
-    loss = F.cross_entropy(predicted, wanted, reduction="sum")
     counts = labels[:, 1:] != IGNORE
     right = torch.ones_like(counts)
-    right[counts] = predicted.argmax(-1) == wanted
+    assert found.right is not None
+    right[counts] = found.right
     matches = (right.all(1) & whole).sum()
-    return torch.stack([loss.double(), counts.sum().double(), matches.double()])
+    return torch.stack([found.loss.double(), counts.sum().double(), matches.double()])

@@ -31,7 +31,7 @@ from scalora_dist.export import export_model
 from scalora_dist.export_adapter import AdapterExport, check_adapter_rank
 from scalora_dist.health import loss_spike
 from scalora_dist.import_adapter import SavedAdapter
-from scalora_dist.loss import summed_cross_entropy
+from scalora_dist.loss import TargetLoss
 from scalora_dist.method_run import MethodRun
 from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.metrics import RunLog, read_history, write_json
@@ -99,6 +99,7 @@ class Trainer:
         if train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         engine.attach(self.model, layers, partial(make_optimizer, method, options))
+        self.loss = TargetLoss(self.model)
         self.method = MethodRun(method, engine, options)
         self.adapter = AdapterExport(engine, options, edits_weights=self.method.edits_weights)
         logger.info(
@@ -235,7 +236,7 @@ class Trainer:
         # LoRA-SB's share of the data (section 3), which it found enough.
         count = self.options.method.start_samples or max(25, math.ceil(0.001 * examples))
         return SamplePass(
-            self.model,
+            partial(self.loss, self.model),
             self.data.train,
             self.collate,
             self.world,
@@ -280,8 +281,7 @@ class Trainer:
         for micro_step in range(accumulation):
             self.watch.at(f"step {step + 1}")
             batch = {k: v.to(self.world.device) for k, v in next(micro_batches).items()}
-            labels = batch.pop("labels")
-            loss = summed_cross_entropy(self.engine.module(**batch, use_cache=False).logits, labels)
+            loss = self.loss(self.engine.module, batch).loss
             # The sum over ranks and micro-batches of these is the mean over all target tokens.
             self.engine.backward(loss / targets, last=micro_step == accumulation - 1)
             loss_sum += loss.detach()
@@ -326,6 +326,7 @@ class Trainer:
             return None
         result = evaluate(
             self.engine.module,
+            self.loss,
             self.data.evaluation,
             self.collate,
             self.world,

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 import runs
 from scalora_dist.errors import UserError
-from scalora_dist.loss import summed_cross_entropy
 from scalora_dist.starts.gradients import weight_gradients
 from scalora_dist.trainer import Trainer
 from scalora_dist.world import World
@@ -65,8 +64,7 @@ def losses(trainer: Trainer, micro_batches: int) -> Iterator[Tensor]:
     """The first step's loss, micro-batch by micro-batch, as the trainer normalises it."""
     targets = trainer.batches.target_tokens(0)
     for batch in itertools.islice(trainer._micro_batches(), micro_batches):
-        labels = batch.pop("labels")
-        yield summed_cross_entropy(trainer.model(**batch, use_cache=False).logits, labels) / targets
+        yield trainer.loss(trainer.model, batch).loss / targets
 
 
 def gradients(

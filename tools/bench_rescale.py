@@ -40,7 +40,7 @@ from scalora_dist.data import DataArguments
 from scalora_dist.engines.base import LayerShards, gradient_shards
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError, exit_with_one_sentence
-from scalora_dist.loss import summed_cross_entropy
+from scalora_dist.loss import TargetLoss
 from scalora_dist.merger import Merger
 from scalora_dist.method_run import merge_target
 from scalora_dist.methods import find_method, settle_merges
@@ -123,6 +123,7 @@ class Bench:
             self.modules,
             lambda named: torch.optim.AdamW(named.values(), lr=train.learning_rate),
         )
+        self.loss = TargetLoss(model)
         self.shards = self.engine.layers(gradients=False)
         self.merger = Merger(self.shards, world, merge_target(self.engine, self.shards, method))
         assert scalora.transform is not None
@@ -179,8 +180,8 @@ class Bench:
         self._step(rescale)
 
     def _step(self, transform: Callable[[list[LayerShards]], bool]) -> None:
-        logits = self.engine.module(input_ids=self.tokens, use_cache=False).logits
-        loss = summed_cross_entropy(logits, self.tokens)
+        batch = {"input_ids": self.tokens, "labels": self.tokens}
+        loss = self.loss(self.engine.module, batch).loss
         self.engine.backward(loss / (self.world.size * self.tokens[:, 1:].numel()), last=True)
         self.world.sum(float(loss.detach()))
         if not self.engine.step(transform):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalora_dist.data.collate import PaddedExamples
-from scalora_dist.loss import summed_cross_entropy
+from scalora_dist.loss import Targets
 from scalora_dist.world import World
 
 
@@ -25,7 +25,7 @@ class SamplePass:
 
     def __init__(
         self,
-        model: nn.Module,
+        loss: Callable[[dict[str, Tensor]], Targets],
         data: Dataset,
         collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         world: World,
@@ -35,9 +35,10 @@ class SamplePass:
     ) -> None:
         """
         Args:
+            loss: of a batch of token ids, attention mask and labels, summed over its targets.
             count: of the samples, over all ranks; at most all examples are taken.
         """
-        self.model, self.collate, self.world = model, collate, world
+        self.loss, self.collate, self.world = loss, collate, world
         self.examples = PaddedExamples(data)
         chosen = np.random.default_rng(seed).permutation(len(data))[:count]
         self.targets = int(np.asarray(data["target_tokens"])[chosen].sum())
@@ -48,6 +49,4 @@ class SamplePass:
         for i in self.mine:
             tensors = self.collate([self.examples[i]])
             tensors = {name: tensor.to(self.world.device) for name, tensor in tensors.items()}
-            labels = tensors.pop("labels")
-            logits = self.model(**tensors, use_cache=False).logits
-            yield summed_cross_entropy(logits, labels) / self.targets
+            yield self.loss(tensors).loss / self.targets

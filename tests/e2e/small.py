@@ -24,7 +24,7 @@ import runs
 from scalora_dist.config import parse_options
 from scalora_dist.data import Collator, PaddedExamples, prepare_data
 from scalora_dist.errors import UserError
-from scalora_dist.loss import summed_cross_entropy
+from scalora_dist.loss import target_losses
 from scalora_dist.models import load_tokenizer
 from scalora_dist.trainer import Trainer
 from scalora_dist.world import World
@@ -109,7 +109,7 @@ def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
         for i in range(len(data)):
             batch = collate([examples[i]])
             labels = batch.pop("labels")
-            total += float(summed_cross_entropy(loaded(**batch).logits, labels))
+            total += float(target_losses(loaded(**batch).logits, labels).loss)
             targets += data[i]["target_tokens"]
     return total / targets
 

@@ -1,0 +1,133 @@
+"""The loss in chunks against the one of whole logits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+import runs
+import small
+from scalora_dist import loss
+from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.loss import LossHead, TargetLoss, Targets, target_losses
+from scalora_dist.profiling.live import LiveBytes
+from scalora_dist.world import World
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "tied": Gemma3TextConfig(**SIZES, tie_word_embeddings=True),
+    "projected": OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=12, dropout=0.0),
+    "neox": GPTNeoXConfig(**SIZES),
+    "softcapped": Gemma2Config(**SIZES, final_logit_softcapping=5.0),
+}
+
+
+def model_of(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind]).float()
+
+
+def batch_of(examples: int = 3, length: int = 11) -> dict[str, Tensor]:
+    """Targets here and there, and an example that has none."""
+    ids = torch.randint(1, 97, (examples, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.masked_fill(ids % 3 == 0, IGNORE)
+    labels[1] = IGNORE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def plain(model: PreTrainedModel, batch: dict[str, Tensor]) -> Targets:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return target_losses(model(**inputs).logits, batch["labels"])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_chunks_give_what_whole_logits_give(
+    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", rows * 97)
+    model, batch = model_of(kind), batch_of()
+    other = copy.deepcopy(model)
+    expected = plain(other, batch)
+    (0.37 * expected.loss).backward()
+    chunked = TargetLoss(model)
+    found = chunked(model, batch)
+    (0.37 * found.loss).backward()
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    assert found.loss > 10 and found.right is None
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
+    with torch.no_grad():
+        expected, found = plain(other, batch), chunked(model, batch)
+    assert found.right is not None and expected.right is not None
+    assert torch.equal(found.right, expected.right)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    # Whoever asks for logits gets them still.
+    assert torch.equal(model(batch["input_ids"]).logits, other(batch["input_ids"]).logits)
+
+
+def test_a_model_that_changes_its_logits_is_found_out_without_targets_too() -> None:
+    model, batch = model_of("softcapped"), batch_of()
+    batch["labels"].fill_(IGNORE)
+    chunked = TargetLoss(model)
+    with small.warnings_of() as heard:
+        found = chunked(model, batch)
+    assert float(found.loss) == 0 and chunked.head is None
+    assert len(heard) == 1 and "kept whole" in heard[0]
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 10 * 97)
+    head = nn.Linear(8, 97).requires_grad_(False)
+    hidden = torch.randn(40, 51, 8, requires_grad=True)
+    labels = torch.randint(97, (40, 51))
+    head.__class__ = LossHead
+    assert isinstance(head, LossHead)
+    with LiveBytes() as live, head.expecting(labels):
+        head(hidden)[0, 0, 0].backward()
+    # Half of whole logits, most of it hidden states and their gradients; plain they live 3 times.
+    assert 0 < live.most < 4 * 97 * 40 * 50 / 2
+
+
+def losses(world: World, options: dict[str, Any], chunk: int) -> list[float]:
+    loss.CHUNK, before = chunk, loss.CHUNK
+    try:
+        runs.run(world, options)
+    finally:
+        loss.CHUNK = before
+    return [line["loss"] for line in runs.metrics(Path(options["output_dir"])) if "loss" in line]
+
+
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp", marks=pytest.mark.heavy)])
+def test_engines_train_alike_in_chunks(ranks: Any, even: Path, tmp_path: Path, engine: str) -> None:
+    case = {"max_steps": 3, "lora_dropout": 0.0, "gradient_checkpointing": True}
+    both = [
+        ranks(2).run(losses, small.options(even, tmp_path / str(chunk), engine, **case), chunk)[0]
+        for chunk in (2**26, 64)
+    ]
+    assert len(both[0]) == 3 and both[0] == pytest.approx(both[1], rel=1e-6)
