@@ -49,11 +49,11 @@ class LiveBytes(TorchDispatchMode):
             resize(storage, size)  # how FSDP frees what it has gathered
             self._note_storage(storage)
 
-        torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = noted  # type: ignore[assignment,method-assign]
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[assignment,method-assign]
         super().__exit__(*args)
 
     def _note(self, tensor: Tensor) -> None:

@@ -1,0 +1,127 @@
+"""A plan: memory of a rank by part, at the worst moment of each phase of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from scalora_dist.config import Options
+from scalora_dist.engines.residency import Held, LocalResidency, Message, Residency, others
+from scalora_dist.merge import SCRATCH_ELEMENTS
+from scalora_dist.models import Base
+from scalora_dist.planning.model import Traced
+from scalora_dist.profiling.events import Event
+from scalora_dist.shards import GATHER_BUCKET_BYTES
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes of one rank's device at the worst moment of a phase, by part."""
+
+    phase: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Attributes:
+        world: ranks. held: what a rank keeps all through a step.
+        phases: the worst moment of forward, backward, rescale and optimizer step.
+        messages: what a rank receives in a step. rescale: in a rescale.
+        flops: of a rank's step, recomputation included.
+        reads: bytes of weights that the products of a rank's step read.
+        trained: numbers, over all ranks.
+    """
+
+    world: int
+    held: Held
+    phases: list[Moment]
+    messages: list[Message]
+    rescale: Message
+    flops: float
+    reads: float
+    trained: int
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.phases, key=lambda moment: moment.total)
+
+
+def pick_residency(options: Options, base: Base, world: int) -> tuple[Residency, torch.dtype]:
+    """What knows the engine that a command line asks for, and the dtype it computes in."""
+    launch, train = options.launch, options.train
+    if launch.ds_config:
+        from scalora_dist.engines.ds_config import load_ds_config
+        from scalora_dist.engines.zero_residency import ZeroResidency
+
+        config = load_ds_config(
+            launch.ds_config, train, world_size=world, hidden_size=base.hidden_size
+        )
+        return ZeroResidency(config, world), train.dtype
+    if launch.fsdp:
+        from scalora_dist.engines.fsdp_config import load_fsdp_config
+        from scalora_dist.engines.fsdp_residency import FSDPResidency
+
+        settings = load_fsdp_config(launch.fsdp_config, train, world_size=world)
+        return FSDPResidency(settings, world), settings.param_dtype or train.dtype
+    return LocalResidency(), train.dtype
+
+
+def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
+    weights, events = traced.weights, traced.trace.events
+    micro_batches = options.train.gradient_accumulation_steps
+    held = residency.held(weights, micro_batches)
+    gathers = residency.gathers(weights, events)
+    phases = []
+    for backward in (False, True):
+        worst = max(
+            (i for i, event in enumerate(events) if event.backward == backward),
+            key=lambda i: gathers[i] + events[i].most,
+        )
+        event, parts = events[worst], dict(held.device)
+        if not backward:
+            for name in ("gradients", "engine buffers"):
+                parts[name] = parts.get(name, 0) if micro_batches > 1 else 0
+        parts["gathered weights"] = gathers[worst]
+        logits = _logits(events, worst, traced.head)
+        parts |= {"logits": logits, "activations": event.most - logits}
+        phases.append(Moment("backward" if backward else "forward", parts))
+    factors = 4 * traced.factors
+    if options.method.merge_target:
+        scratch = 3 * 4 * min(SCRATCH_ELEMENTS, max(w.numel for w in weights if w.part == "base"))
+        gathered = 3 * min(factors, GATHER_BUCKET_BYTES) if residency.world > 1 else 0
+        phases.append(Moment("rescale", held.device | {"factors, scratch": gathered + scratch}))
+    phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
+    sizes = {w.name: w.numel * w.itemsize for w in weights if len(w.shape) > 1}
+    passes = 3 if options.train.gradient_checkpointing else 2
+    rank = options.method.rank
+    grams = 2 * traced.layers * (2 * rank) ** 2 * 8
+    rescaled = 2 * grams + factors if options.method.merge_target else 0
+    return Plan(
+        world=residency.world,
+        held=held,
+        phases=phases,
+        messages=residency.wire(weights, events, micro_batches),
+        rescale=Message("rescale", others(residency.ranks) * rescaled, residency.ranks),
+        flops=micro_batches * traced.trace.flops,
+        reads=micro_batches * passes * sum(sizes.values()),
+        trained=sum(w.numel for w in weights if w.trained),
+    )
+
+
+def _logits(events: Sequence[Event], worst: int, head: str) -> int:
+    """How much of an event's activations the LM head made, while it is at work on both passes."""
+    begins = next((i for i, event in enumerate(events) if event.module == head), len(events))
+    event = events[worst]
+    if worst < begins or (event.backward and event.module not in ("", head)):
+        return 0
+    return event.most - events[begins].live

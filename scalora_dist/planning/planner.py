@@ -1,0 +1,159 @@
+"""Plans of one run and of others like it: what to change where it does not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from scalora_dist.config import Options
+from scalora_dist.errors import UserError
+from scalora_dist.methods import find_method, settle_merges
+from scalora_dist.models import Base, read_base
+from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.planning.model import Traced, trace_model
+from scalora_dist.planning.plan import GIB, Plan, pick_residency, plan_of
+from scalora_dist.profiling.gpus import GPUS
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+MOST_GPUS = 1024
+
+
+class Planner:
+    """Plans of one run; a micro-batch is traced once for all that differ in other things."""
+
+    def __init__(self, options: Options, where: PlanArguments) -> None:
+        self.options, self.where = options, where
+        self.traces: dict[tuple[object, ...], Traced] = {}
+
+    def plan(self, options: Options, gpus: int) -> Plan:
+        """A plan of ``options`` on so many ranks; loads no weights.
+
+        Raises:
+            UserError: as the trainer would.
+        """
+        options = copy.deepcopy(options)
+        options.train.settle_batch(gpus)
+        base = read_base(options.model, options.train.dtype, torch.device("cpu"))
+        method = find_method(options.method)
+        settle_merges(options.method, method, quantized=base.fourbit is not None)
+        residency, compute = pick_residency(options, base, gpus)
+        traced = self._trace(options, base, compute)
+        residency.see(traced.blocks, compute.itemsize)
+        return plan_of(options, residency, traced)
+
+    def _trace(self, options: Options, base: Base, compute: torch.dtype) -> Traced:
+        train = options.train
+        key = (train.per_device_train_batch_size, train.gradient_checkpointing, base, compute)
+        if key not in self.traces:
+            self.traces[key] = trace_model(options, base, compute)
+        return self.traces[key]
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that a plan may use."""
+        return (GPUS[self.where.gpu].memory_gib - self.where.reserve) * GIB
+
+    def fits(self, plan: Plan) -> bool:
+        return plan.peak.total <= self.room
+
+    def what_to_change(self) -> tuple[str, Plan] | None:
+        """The first change that makes the run fit where it is planned, or all up to one."""
+        together, words = copy.deepcopy(self.options), []
+        for change in CHANGES:
+            alone = copy.deepcopy(self.options)
+            if word := change(alone, self.where.gpus):
+                words.append(change(together, self.where.gpus))
+                for options, said in ((alone, word), (together, " ".join(words))):
+                    plan = self._try(options, self.where.gpus)
+                    if plan and self.fits(plan):
+                        return said, plan
+        return None
+
+    def smallest(self) -> tuple[int, str, Plan] | None:
+        """The fewest GPUs of this kind that hold the run, and what to change for it.
+
+        Powers of two, with gradient checkpointing, one example at a time, and stage 3.
+        """
+        for gpus in (2**i for i in range(MOST_GPUS.bit_length())):
+            options = copy.deepcopy(self.options)
+            words = [change(options, gpus) for change in CHANGES[:3]]
+            # How many examples a step takes need not divide by these GPUs.
+            options.train.train_batch_size, options.train.gradient_accumulation_steps = None, 1
+            plan = self._try(options, gpus)
+            if plan and self.fits(plan):
+                return gpus, " ".join(filter(None, words)), plan
+        return None
+
+    def _try(self, options: Options, gpus: int) -> Plan | None:
+        try:
+            return self.plan(options, gpus)
+        except UserError:  # a mesh or a batch that these GPUs do not divide, say
+            return None
+
+
+# A change makes options smaller and says how, or says nothing where there is nothing to change.
+
+
+def _checkpoint(options: Options, gpus: int) -> str:
+    if options.train.gradient_checkpointing:
+        return ""
+    options.train.gradient_checkpointing = True
+    return "--gradient_checkpointing"
+
+
+def _one_example(options: Options, gpus: int) -> str:
+    train = options.train
+    if train.per_device_train_batch_size == 1:
+        return ""
+    if train.train_batch_size is None:
+        train.gradient_accumulation_steps *= train.per_device_train_batch_size
+    else:
+        train.gradient_accumulation_steps = 1  # follows from the global batch
+    train.per_device_train_batch_size = 1
+    return "--per_device_train_batch_size 1"
+
+
+def _cut_up(options: Options, gpus: int) -> str:
+    if gpus == 1 or options.launch.fsdp or _stage(options) == 3:
+        return ""
+    return _under(options, "zero3.json")
+
+
+def _offload(options: Options, gpus: int) -> str:
+    if options.launch.fsdp or _offloads(options):
+        return ""
+    return _under(options, "zero3_offload.json")
+
+
+def _quantize(options: Options, gpus: int) -> str:
+    if options.model.load_in_4bit or find_method(options.method).needs_dense:
+        return ""
+    options.model.load_in_4bit = True
+    return "--load_in_4bit"
+
+
+CHANGES: list[Callable[[Options, int], str]] = [
+    *(_checkpoint, _one_example, _cut_up, _offload, _quantize)
+]
+
+
+def _under(options: Options, name: str) -> str:
+    options.launch.ds_config = str(DS_CONFIGS / name)
+    return f"--ds_config ds_configs/{name}"
+
+
+def _zero(options: Options) -> dict[str, object]:
+    path = options.launch.ds_config
+    return json.loads(Path(path).read_text()).get("zero_optimization", {}) if path else {}
+
+
+def _stage(options: Options) -> object:
+    return _zero(options).get("stage")
+
+
+def _offloads(options: Options) -> bool:
+    return "offload_param" in _zero(options)

@@ -1,0 +1,99 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scalora_dist.config import Options
+from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.planning.floors import Floors
+from scalora_dist.planning.plan import GIB, Plan
+from scalora_dist.profiling.gpus import GPUS
+
+
+def describe(options: Options, where: PlanArguments) -> str:
+    """What is planned, in a line or two."""
+    train, method, launch = options.train, options.method, options.launch
+    engine = launch.ds_config or (
+        f"FSDP2 {launch.fsdp_config or ''}" if launch.fsdp else "no engine"
+    )
+    dtype = str(train.dtype).removeprefix("torch.")
+    bits = ", base in 4 bits" if options.model.load_in_4bit else ""
+    checkpoints = "with" if train.gradient_checkpointing else "without"
+    return (
+        f"{where.model}: {method.method}, r = {method.rank}, {dtype}{bits}, {engine.strip()}\n"
+        f"{where.nodes} node(s) × {where.gpus_per_node} {GPUS[where.gpu].name}; "
+        f"{train.gradient_accumulation_steps} × {train.per_device_train_batch_size} examples of "
+        f"{options.data.max_length} tokens a GPU and step, {checkpoints} gradient checkpointing"
+    )
+
+
+def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -> str:
+    """Memory by part and phase, messages, least times."""
+    names = list(dict.fromkeys(name for moment in plan.phases for name in moment.parts))
+    rows = [[name, *(_gib(m.parts.get(name, 0)) for m in plan.phases)] for name in names]
+    rows = [row for row in rows if any(cell != "" for cell in row[1:])]
+    head = ["GiB of a GPU", *(moment.phase for moment in plan.phases)]
+    table = [head, *rows, ["in all", *(_gib(moment.total) for moment in plan.phases)]]
+    text = _columns(table)
+    if plan.held.host:
+        host = sum(plan.held.host.values())
+        text += f"\n\nmemory of the host for each GPU: {host / GIB:.2f} GiB"
+    wire = [[m.what, f"{m.received / 1e9:.3f}", f"{m.ranks} ranks"] for m in plan.messages]
+    if plan.rescale.received:
+        wire.append(
+            ["a rescale", f"{plan.rescale.received / 1e9:.3f}", f"{plan.rescale.ranks} ranks"]
+        )
+    if wire and plan.world > 1:
+        text += "\n\n" + _columns([["10⁹ bytes a GPU receives in a step", "", ""], *wire])
+    tokens = options.train.gradient_accumulation_steps * options.data.max_length
+    tokens *= options.train.per_device_train_batch_size
+    times = [
+        ["least seconds of a step", ""],
+        [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{floors.compute:.3f}"],
+        [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{floors.memory:.3f}"],
+        ["messages inside a node", f"{floors.links:.3f}"],
+        ["messages between nodes", f"{floors.network:.3f}"],
+        ["a rescale's messages", f"{floors.rescale:.4f}"],
+        ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / floors.step:,.0f}"],
+    ]
+    return f"{text}\n\n{_columns(times)}"
+
+
+def verdict(plan: Plan, fits: bool, where: PlanArguments) -> str:
+    gpu, peak = GPUS[where.gpu], plan.peak
+    room = gpu.memory_gib - where.reserve
+    says = "fits" if fits else "DOES NOT FIT"
+    return (
+        f"{says}: {peak.total / GIB:.1f} GiB in the {peak.phase}, of {room:.1f} "
+        f"({gpu.memory_gib} less {where.reserve} for CUDA and NCCL)"
+    )
+
+
+def as_json(plan: Plan, floors: Floors, fits: bool) -> dict[str, Any]:
+    return {
+        "world_size": plan.world,
+        "fits": fits,
+        "peak_bytes": plan.peak.total,
+        "peak_phase": plan.peak.phase,
+        "phases": {m.phase: {"total": m.total, **m.parts} for m in plan.phases},
+        "host_bytes": sum(plan.held.host.values()),
+        "received_bytes": {m.what: m.received for m in plan.messages},
+        "rescale_received_bytes": plan.rescale.received,
+        "flops": plan.flops,
+        "trained_parameters": plan.trained,
+        "least_seconds": {**vars(floors), "step": floors.step},
+    }
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size >= GIB / 200 else ""
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for name, *cells in rows:
+        right = "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths[1:], strict=True))
+        lines.append(f"  {name:<{widths[0]}}{right}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""One micro-batch's forward and backward on tensors without storage: what lives, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
+
+from scalora_dist.loss import LossHead
+from scalora_dist.profiling.live import LiveBytes
+
+
+@dataclass
+class Event:
+    """A module begins or ends.
+
+    Attributes:
+        module: its name. enters: else it leaves.
+        backward: during the backward (what is recomputed is forward and backward).
+        recomputed: a forward of gradient checkpointing's.
+        live, most: bytes of activations at this moment, and the most from here to the next event.
+    """
+
+    module: str
+    enters: bool
+    backward: bool
+    recomputed: bool
+    live: int
+    most: int = 0
+
+
+@dataclass
+class Trace:
+    """
+    Attributes:
+        events: in order; the first and last are the whole model's ("").
+        flops: of one micro-batch's forward and backward, what is recomputed included.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    flops: int = 0
+
+
+def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Trace:
+    """Run a model without storage on ``examples`` sequences of ``length`` tokens, some padded.
+
+    Activations are those of scaled dot-product attention in its flash form with a mask, which is
+    what a GPU, and torch's CPU kernel, keep. Gradients of parameters are not among them: an
+    engine has its own place for those.
+
+    Args:
+        model: on the meta device, in the dtypes that an engine computes in; is used up.
+    """
+    trace = Trace()
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _without_storage(model)
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            head.__class__ = _EveryToken
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        model.train()
+        held = [*model.parameters(), *model.buffers()]
+        tokens = torch.zeros(examples, length, dtype=torch.int64)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        flops = stack.enter_context(Flops())
+        live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
+        stack.enter_context(_hooks(model, trace.events, live, live.now))
+        model(**inputs, **_no_cache(model)).logits.sum().backward()
+        trace.flops = flops.total
+    return trace
+
+
+class Flops(TorchDispatchMode):
+    """Floating-point operations of the products inside it, by torch's formulas.
+
+    torch's own FlopCounterMode keeps what it has counted alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = _SAME_FLOPS.get(func._overloadpacket, func._overloadpacket)
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+_aten = torch.ops.aten
+_SAME_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+class _EveryToken(LossHead):
+    """The head as it is trained, where every token is a target (which ones are is not known)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input[:, :-1].flatten(0, 1)
+        wanted = torch.zeros(len(hidden), dtype=torch.int64)
+        return self._in_chunks(hidden, wanted).loss.view(1, 1, 1)
+
+
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if model.can_generate() else {}
+
+
+def _without_storage(model: nn.Module) -> None:
+    """Put tensors of the surrounding FakeTensorMode in place of all; tied ones stay tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
+                store[name] = made[tensor]
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _hooks(model: nn.Module, events: list[Event], live: LiveBytes, before: int) -> Iterator[None]:
+    """Note when modules begin and end, forward and backward; ``before``: bytes that don't count."""
+
+    def note(name: str, *, enters: bool, backward: bool, recomputed: bool = False) -> None:
+        if events:
+            events[-1].most = live.most - before
+        live.most = live.now
+        events.append(Event(name, enters, backward, recomputed, live.now - before))
+
+    def at_gradient(name: str, *, enters: bool) -> Callable[[Tensor], None]:
+        return lambda _: note(name, enters=enters, backward=True)
+
+    def watch(name: str, module: nn.Module) -> None:
+        def begin(_: nn.Module, args: Any) -> None:
+            again = torch._C._current_graph_task_id() != -1
+            note(name, enters=True, backward=again, recomputed=again)
+            for tensor in _with_gradient(args)[:1] if not again else ():
+                tensor.register_hook(at_gradient(name, enters=False))
+
+        def end(_: nn.Module, __: Any, out: Any) -> None:
+            again = torch._C._current_graph_task_id() != -1
+            note(name, enters=False, backward=again, recomputed=again)
+            for tensor in _with_gradient(out)[:1] if not again else ():
+                tensor.register_hook(at_gradient(name, enters=True))
+
+        handles.append(module.register_forward_pre_hook(begin))
+        handles.append(module.register_forward_hook(end))
+
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        watch(name, module)
+    try:
+        yield
+        note("", enters=False, backward=True)
+        events[-1].most = live.now - before
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_gradient(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad]
