@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         print(
             f"  with {change[0]}: {change[1].peak.total / 2**30:.1f} GiB"
             if change
-            else "  nothing that is known here makes it fit on these GPUs: take more, or larger ones"
+            else "  nothing known here makes it fit on these GPUs: take more, or larger ones"
         )
     if smallest := planner.smallest():
         gpus, words, small = smallest

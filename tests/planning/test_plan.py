@@ -1,0 +1,174 @@
+"""Plans against what real ranks hold, send and need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import runs
+import small
+from check_work import measured, planned
+from scalora_dist.config import parse_options
+from scalora_dist.errors import UserError
+from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
+from scalora_dist.planning.floors import floors_of
+from scalora_dist.planning.planner import Planner
+from scalora_dist.profiling.gpus import GPUS, find_gpu
+
+ROOT = Path(__file__).parents[2]
+# Large enough for tensors that are no parameters or activations (labels, counts) not to matter.
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 24,
+    "vocab_size": 3001,
+}
+SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
+    "local": (1, {}),
+    "local, bf16, checkpointing": (1, {"bf16": True, "gradient_checkpointing": True}),
+    "zero1": (2, {}),
+    "zero2, checkpointing": (2, {"gradient_checkpointing": True}),
+    "zero3": (2, {}),
+    "zero3, bf16, checkpointing, 3 ranks": (3, {"bf16": True, "gradient_checkpointing": True}),
+    "fsdp": (2, {}),
+    "fsdp, bf16, checkpointing": (2, {"bf16": True, "gradient_checkpointing": True}),
+    "zero3, carry": (2, {"merge_target": "carry"}),
+    "fsdp, lora, 4 ranks": (4, {"method": "lora"}),
+    "zero2, full": (2, {"method": "full", "rank": None, "lora_alpha": None}),
+    "fsdp, full": (2, {"method": "full", "rank": None, "lora_alpha": None}),
+}
+QUICK = ("local", "zero3, bf16, checkpointing, 3 ranks", "fsdp, bf16, checkpointing")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_task(tmp_path_factory.mktemp("planned"), **SIZES)
+
+
+@pytest.mark.parametrize(
+    "setup", [pytest.param(x, marks=() if x in QUICK else pytest.mark.heavy) for x in SETUPS]
+)
+def test_a_plan_is_within_a_tenth_of_what_tensors_take(
+    ranks: Any, task: Path, tmp_path: Path, setup: str
+) -> None:
+    size, others = SETUPS[setup]
+    engine = setup.split(",")[0]
+    options = small.options(
+        task,
+        tmp_path / "run",
+        engine,
+        **{"max_length": 160, "per_device_train_batch_size": 2, "train_batch_size": None},
+        **{"lora_dropout": None if "full" in setup else 0.0, **others},
+    )
+    found = ranks(size).run(measured, options)
+    plan = planned(options, size)
+    assert plan.peak.total == pytest.approx(max(f.tracked for f in found), rel=0.1)
+    if size > 1:
+        received = sum(m.received * m.ranks / (m.ranks - 1) for m in [*plan.messages, plan.rescale])
+        assert received == pytest.approx(max(f.received for f in found), rel=0.15)
+
+
+PARAMETERS = {
+    "google/gemma-3-12b-pt": 12.19,
+    "meta-llama/Llama-2-7b-hf": 6.74,
+    "meta-llama/Meta-Llama-3-8B": 8.03,
+    "microsoft/deberta-v3-base": 0.184,
+}
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_the_papers_models_are_here(model: str) -> None:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModel
+
+    with init_empty_weights():
+        found = AutoModel.from_config(AutoConfig.from_pretrained(config_folder(model)))
+    head = found.get_input_embeddings().weight.numel() if "Llama" in model else 0
+    billions = (sum(p.numel() for p in found.parameters()) + head) / 1e9
+    assert billions == pytest.approx(PARAMETERS[model], rel=0.005)
+    assert config_folder(model) == str(SHIPPED / model)
+
+
+def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/plan.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+
+
+def test_the_tool_says_what_to_change(task: Path, tmp_path: Path) -> None:
+    words = ["--model", str(task), "--gpu", "l4-24g", "--gpus_per_node", "2", "--rank", "4"]
+    words += ["--ds_config", "ds_configs/zero2.json", "--json", str(tmp_path / "plan.json")]
+    words += ["--per_device_train_batch_size", "4096", "--max_length", "512"]
+    done = plan_tool(*words)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert not plan["fits"] and plan["peak_bytes"] > 22 * 2**30
+    assert "DOES NOT FIT" in done.stdout
+    assert "with --gradient_checkpointing" in done.stdout
+    assert "smallest set-up that fits: 1 × l4-24g" in done.stdout
+    for phase in plan["phases"].values():
+        assert phase.pop("total") == pytest.approx(sum(phase.values()))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "h100"], "--gpu h100: choose one of"),
+        (["--nodes", "0"], "set at least 1"),
+        (["--model", "nowhere/config.json"], "has a config.json"),
+        (["--method", "lora", "--scaling_rule", "nnls"], "does not read --scaling_rule"),
+    ],
+)
+def test_mistakes_are_one_sentence(task: Path, words: list[str], says: str) -> None:
+    done = plan_tool("--model", str(task), *words)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_more_gpus_take_less_of_each_and_more_messages(task: Path) -> None:
+    words = ["--model_name_or_path", str(task), "--ds_config", runs.ds_config("zero3")]
+    options = parse_options([*words, "--max_length", "64", "--rank", "4", "--output_dir", "."])
+    planner = Planner(options, PlanArguments())
+    two, eight = planner.plan(options, 2), planner.plan(options, 8)
+    assert len(planner.traces) == 1
+    assert eight.held.device["base"] < 0.26 * two.held.device["base"]
+    assert sum(m.received for m in eight.messages) > 1.5 * sum(m.received for m in two.messages)
+    # The same messages between nodes take as long as the slower network says.
+    slow, fast = (PlanArguments(nodes=2, gpus_per_node=4, network=x) for x in (1.0, 10.0))
+    assert floors_of(eight, slow).network == pytest.approx(10 * floors_of(eight, fast).network)
+    assert floors_of(two, PlanArguments(gpus_per_node=2)).network == 0
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(task: Path) -> None:
+    words = ["--model_name_or_path", str(task), "--fsdp", "--train_batch_size", "3"]
+    options = parse_options([*words, "--rank", "4", "--output_dir", "."])
+    with pytest.raises(UserError, match="no multiple of 2 rank"):
+        Planner(options, PlanArguments()).plan(options, 2)
+
+
+@pytest.mark.parametrize(
+    ("reported", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80g"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("NVIDIA H200", "h200-141g"),
+        ("NVIDIA L40S", "l40s-48g"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24g"),
+        ("Tesla T4", None),
+    ],
+)
+def test_gpus_are_known_by_the_name_they_report(reported: str, key: str | None) -> None:
+    assert find_gpu(reported) == (GPUS[key] if key else None)

@@ -1,0 +1,94 @@
+"""How near a plan comes: a few real steps beside what `tools/plan.py` says of them.
+
+    torchrun --nproc_per_node 2 tools/check_plan.py --fsdp --config launch/recipes/demo.yaml \\
+        --model_name_or_path "$(python tools/demo_model.py)" --max_length 256 [--json row.json]
+
+Takes the trainer's options and starts as it does, on random tokens; writes no results. Three
+figures of the rank that needed most: bytes of tensors at the worst moment of a step; what the
+process needed above what it had before the model was loaded (resident memory on a CPU, the
+allocator's peak on a GPU); bytes that collectives brought in.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional
+
+from scalora_dist.config import Options, Parser, option, parse_options
+from scalora_dist.engines.pick import pick_engine
+from scalora_dist.errors import exit_with_one_sentence
+from scalora_dist.metrics import write_json
+from scalora_dist.models import read_base
+from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.planning.measured import STEPS, MeasuredTrainer
+from scalora_dist.planning.planner import Planner
+from scalora_dist.profiling.memory import restart_peak
+from scalora_dist.world import World
+
+MB = 1e6
+
+
+@dataclass
+class CheckArguments:
+    json: Optional[str] = option(None, "A file to write the figures to.")
+
+
+def measure(options: Options, world: World) -> dict[str, float]:
+    """The largest of any rank."""
+    options.train.settle_batch(world.size)
+    base = read_base(options.model, options.train.dtype, world.device)
+    make_engine = pick_engine(options, world, base)
+    restart_peak(world.device)
+    before = restart_peak(world.device) or 0
+    trainer = MeasuredTrainer(options, world, base, make_engine)
+    trainer.run()
+    peak = float("nan") if trainer.peak is None else trainer.peak - before
+    if world.device.type == "cuda":
+        peak += before
+    tracked, peak, received = world.max(trainer.tracked, peak, trainer.traffic.received)
+    return {"tracked": tracked, "peak": peak, "received": received}
+
+
+def compare(options: Options, world: World, found: dict[str, float]) -> dict[str, Any]:
+    plan = Planner(options, PlanArguments()).plan(options, world.size)
+    # Collectives fill the rank's own part too.
+    received = sum(m.received * m.ranks / (m.ranks - 1) for m in [*plan.messages, plan.rescale])
+    planned = {"tracked": plan.peak.total, "peak": plan.peak.total, "received": received}
+    return {name: {"measured": found[name], "planned": planned[name]} for name in found}
+
+
+def main(argv: list[str]) -> None:
+    given, words = Parser([CheckArguments], allow_abbrev=False).parse_args_into_dataclasses(
+        argv, return_remaining_strings=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = {"max_steps": STEPS, "eval_size": 0, "save_steps": 0, "save_model": False}
+        fixed |= {"update_rank_layers": 0, "output_dir": Path(folder) / "run"}
+        options = parse_options([*words, *(f"--{name}={value}" for name, value in fixed.items())])
+        world = World.join(
+            local_rank=options.launch.local_rank,
+            timeout=timedelta(seconds=options.train.ddp_timeout),
+        )
+        found = measure(options, world)
+    world.leave()
+    if not world.is_main:
+        return
+    rows = compare(options, world, found)
+    for name, row in rows.items():
+        off = row["planned"] / row["measured"] - 1 if row["measured"] else float("nan")
+        print(
+            f"{name:>9}: {row['measured'] / MB:9.1f} MB, planned {row['planned'] / MB:9.1f} ({off:+.1%})"
+        )
+    if given.json:
+        write_json(Path(given.json), rows)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    with exit_with_one_sentence():
+        main(sys.argv[1:])
