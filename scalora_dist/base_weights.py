@@ -92,14 +92,22 @@ def _cached(model: str, file: str) -> str | None:
 
 
 def find_key(name: str, files: Mapping[str, str]) -> str | None:
-    """A parameter's key, which may begin otherwise: the only one that ends as its name does."""
+    """A parameter's key, which may begin otherwise: the only one that ends as its name does.
+
+    Or of several (a vision tower's end alike) the one of the same words: Gemma 3's files have
+    ``language_model.model.layers…`` for ``model.language_model.layers…``.
+    """
     if name in files:
         return name
     rest = name
     while rest:
         found = [key for key in files if key == rest or key.endswith(f".{rest}")]
-        if found:
+        if len(found) > 1:
+            words = sorted(name.split("."))
+            found = [key for key in found if sorted(key.split(".")) == words]
             return found[0] if len(found) == 1 else None
+        if found:
+            return found[0]
         rest = rest.partition(".")[2]
     return None
 

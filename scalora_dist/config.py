@@ -56,7 +56,9 @@ class ModelArguments:
         None, "A folder in Hugging Face format or a hub name."
     )
     attn_implementation: Optional[str] = option(
-        None, "eager, sdpa or flash_attention_2 (extra: flash); transformers' choice by default."
+        None,
+        "eager, sdpa or flash_attention_2; by default flash_attention_2 in 16 bits on a GPU where "
+        "it is installed (extra: flash) and the model has it, else sdpa.",
     )
     trust_remote_code: bool = option(False, "Run the model's own Python code from the hub.")
     load_in_4bit: bool = option(

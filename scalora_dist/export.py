@@ -19,6 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from scalora_dist.engines.base import Engine
 from scalora_dist.merged import MergedWeights
@@ -84,6 +85,13 @@ def export_model(
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        if model.config.get_text_config() is not model.config:  # it sees, which servers ask for
+            for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
+                file = cached_file(
+                    model.name_or_path, name, _raise_exceptions_for_missing_entries=False
+                )
+                if file:
+                    shutil.copy(file, aside)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from scalora_dist.adapters.carry import CarryLinear
 from scalora_dist.adapters.init import lora_init
-from scalora_dist.adapters.inject import inject
+from scalora_dist.adapters.inject import inject, reached_by_text
 from scalora_dist.adapters.layers import CoreLinear, LowRankLinear, SquareLinear
 from scalora_dist.adapters.peft import Kind, add_peft_layers
 from scalora_dist.config import MethodArguments
@@ -159,10 +159,16 @@ def _by_peft(kind: Kind, *, directions: int = 1) -> Add:
 def _nothing(
     model: PreTrainedModel, args: MethodArguments, seed: int, dtype: torch.dtype
 ) -> Mapping[str, nn.Module]:
-    """Full fine-tuning trains every parameter; of the layers only their updates are measured."""
-    model.requires_grad_(True)
-    head = model.get_output_embeddings()
-    return {n: x for n, x in model.named_modules() if type(x) is nn.Linear and x is not head}
+    """Full fine-tuning trains every parameter; of the layers only their updates are measured.
+
+    Of a model that sees too, its language model's: weight decay would shrink what no text reaches.
+    """
+    reached, head = reached_by_text(model), model.get_output_embeddings()
+    model.requires_grad_(False)
+    for module in reached:
+        module.requires_grad_(True)
+    linear = {n: x for n, x in model.named_modules() if type(x) is nn.Linear and x is not head}
+    return {n: x for n, x in linear.items() if x in reached}
 
 
 # --- s, learning rates ---------------------------------------------------------------------------

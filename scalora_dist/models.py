@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,11 +23,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import is_flash_attn_2_available
 
 from scalora_dist.adapters.fourbit import FourBit, FourBitLinear, check_products, take_over
 from scalora_dist.config import ModelArguments
 from scalora_dist.errors import UserError
 
+FLASH = "flash_attention_2"
 logger = logging.getLogger(__name__)
 
 
@@ -38,11 +41,13 @@ class Base:
         hidden_size: its width, which engines size their buffers by.
         fourbit: how its linear layers are kept; None: dense.
         quantized: whether its files hold them so already.
+        attention: the implementation to load it with; None: transformers' own choice.
     """
 
     hidden_size: int
     fourbit: FourBit | None
     quantized: bool
+    attention: str | None = None
 
 
 def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) -> Base:
@@ -57,11 +62,18 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
     """
     with _known_model(args) as name:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        attention = pick_attention(
+            args.attn_implementation,
+            installed=is_flash_attn_2_available(),
+            device=device,
+            dtype=dtype,
+            supported=lambda: _builds_with(FLASH, config, dtype, args.trust_remote_code),
+        )
     width = config.get_text_config().hidden_size
     saved = _saved_quantization(config)
     if saved is None and not args.load_in_4bit:
         _check_unread(args, *(f.name for f in fields(args) if f.name.startswith("bnb_4bit_")))
-        return Base(width, None, False)
+        return Base(width, None, False, attention)
     if saved is not None:
         kind = saved.get("quant_method", "an unknown method")
         if kind != "bitsandbytes" or not saved.get("load_in_4bit", saved.get("_load_in_4bit")):
@@ -84,7 +96,44 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
             f"{_name(dtype)} by engines, which destroys the codes: set uint8 or {_name(dtype)}"
         )
     check_products(fourbit, device)
-    return Base(width, fourbit, saved is not None)
+    return Base(width, fourbit, saved is not None, attention)
+
+
+def pick_attention(
+    asked: str | None,
+    *,
+    installed: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    supported: Callable[[], bool],
+) -> str | None:
+    """What the user named, else FlashAttention 2 wherever it can be had, else None (SDPA).
+
+    Args:
+        installed: whether it can be imported. supported: asks the model, which must be built.
+    """
+    if asked is not None:
+        return asked
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return FLASH if installed and fits and supported() else None
+
+
+def _builds_with(
+    attention: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> bool:
+    """Whether transformers builds this model with ``attention``: tried without storage."""
+    try:
+        with init_empty_weights():
+            AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        logger.info("no %s for this model: %s", attention, str(error).strip().splitlines()[0])
+        return False
+    return True
 
 
 def _check_unread(args: ModelArguments, *names: str) -> None:
@@ -103,7 +152,12 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    args: ModelArguments, base: Base, dtype: torch.dtype, *, weights: bool
+    args: ModelArguments,
+    base: Base,
+    dtype: torch.dtype,
+    *,
+    weights: bool,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The model in ``dtype``, sharded where the engine's ``loading()`` says so.
 
@@ -111,11 +165,11 @@ def load_model(
     its tensor is read, so that never more than one of them is dense.
 
     Without ``weights``, its parameters are on "meta" (its buffers are not, but for those of
-    FourBitLinear).
+    FourBitLinear). Dense weights are read straight to ``device``, where it is given.
     """
     given: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": args.attn_implementation,
+        "attn_implementation": base.attention,
         "trust_remote_code": args.trust_remote_code,
     }
     quantization = None
@@ -123,6 +177,8 @@ def load_model(
         given["quantization_config"] = quantization = _as_bnb_config(base.fourbit)
     with _known_model(args) as name:
         if weights:
+            if device is not None and base.fourbit is None:
+                given["device_map"] = {"": device}
             model = AutoModelForCausalLM.from_pretrained(name, **given)
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
@@ -137,6 +193,7 @@ def load_model(
                 quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=base.quantized)
                 quantizer.preprocess_model(model=model, device_map=None)
             model.tie_weights()
+    logger.info("attention: %s", model.config._attn_implementation)
     if base.fourbit:
         take_over(model, base.fourbit)
         _as_dense(model)

@@ -84,11 +84,17 @@ class Trainer:
             lambda: prepare_data(options.data, self.tokenizer, train.seed)
         )
         self._check_data()
+        if not world.agree(zlib.crc32(str(base.attention).encode())):
+            raise UserError(
+                "flash-attn is installed on some nodes only: install it on all, or set "
+                "--attn_implementation sdpa"
+            )
         self.engine = engine = make_engine()
         weights = self.world.is_main or not engine.one_reader
+        device = world.device if engine.whole else None
 
         def load() -> PreTrainedModel:
-            return load_model(options.model, base, engine.dtype, weights=weights)
+            return load_model(options.model, base, engine.dtype, weights=weights, device=device)
 
         with engine.loading():
             self.model = self.world.main_first(load) if engine.one_reader else load()

@@ -32,7 +32,7 @@ def inject(
 
     Args:
         target_modules: module-name suffixes ("q_proj", "mlp.up_proj"), or ``["all-linear"]``: every
-            nn.Linear but the LM head.
+            nn.Linear but the LM head. Of a model that sees too, only in its language model.
         adapt: (name, linear) → what the layer becomes, in its place.
         directions: how many of a layer's min(m, n) directions each column of its factors takes.
 
@@ -53,18 +53,28 @@ def inject(
     return {name: adapt(name, linear) for name, linear in targets.items()}
 
 
+def reached_by_text(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules that a forward on text can reach: all, or a multimodal one's language model."""
+    if model.config.get_text_config() is model.config:
+        return set(model.modules())
+    return {*model.get_decoder().modules(), model.get_output_embeddings()}
+
+
 class _Survey:
     """A model's modules, and which of them can carry A and B."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.modules = dict(model.named_modules())
         self.head = model.get_output_embeddings()
+        self.reached = reached_by_text(model)
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         self.shared = {parameter for parameter, count in owners.items() if count > 1}
 
     def all_linear(self) -> dict[str, nn.Linear]:
         targets, skipped = {}, {}
         for name, module in self.modules.items():
+            if module not in self.reached:
+                continue
             reason = self.why_not(name, module)
             if isinstance(module, Conv1D) or _fused_experts(module):
                 raise UserError(
@@ -98,7 +108,9 @@ class _Survey:
                     f"--target_modules {suffix}: no module of the model is called so; "
                     f"its linear layers are called {', '.join(sorted(known)) or 'nothing at all'}"
                 )
-            for name, module in matches.items():
+            # A vision tower has a q_proj, too.
+            inside = {n: module for n, module in matches.items() if module in self.reached}
+            for name, module in (inside or matches).items():
                 if reason := self.why_not(name, module):
                     raise UserError(f"--target_modules {suffix}: {reason}")
                 targets[name] = module
@@ -106,6 +118,8 @@ class _Survey:
 
     def why_not(self, name: str, module: nn.Module) -> str | None:
         """Why a module cannot carry A and B, or None. One half sentence that says what to set."""
+        if module not in self.reached:
+            return f"{name} is no part of the language model, and no text reaches it: leave it out"
         if module is self.head:
             return f"{name} is the LM head; leave it out"
         if isinstance(module, Conv1D):

@@ -114,6 +114,8 @@ class Engine(ABC):
 
     world: World
     dtype: torch.dtype  # of the weights as they are kept
+    # Whether each rank trains on whole weights, which are best read straight to its device.
+    whole = False
     one_reader = False  # whether rank 0 alone loads the model, the others its shape (on "meta")
     model: nn.Module  # set by attach, as all below
     module: nn.Module  # what to call for a forward

@@ -55,12 +55,15 @@ class DeepSpeedEngine(Engine):
         # Built with a C++ compiler on CPUs when the group is joined, and used for inference alone.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
+        # hpZ's groups, where an engine was made in this process before: DeepSpeed would use them.
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         try:
             DeepSpeedConfig(config)
         except ValueError as error:  # pydantic's too
             reason = " ".join(str(error).splitlines()[:3])
             raise UserError(f"DeepSpeed refuses the --ds_config: {reason}") from error
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.whole = self.stage < 3
         self.one_reader = quantized and self.stage == 3
         self.dtype = torch.float32
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -135,6 +138,7 @@ class DeepSpeedEngine(Engine):
             self.engine.micro_steps += 1
             return False
         self.engine.step()
+        self.places.drop_copies()
         self.places.clear_gradients(trained)
         if apply != self.engine.was_step_applied():
             raise RuntimeError(
@@ -204,6 +208,9 @@ class _Places(Places):
 
     def release(self) -> None:
         """Free gathered weights after a backward that the engine does not know of."""
+
+    def drop_copies(self) -> None:
+        """Have the next forward read the shards, whatever the engine made from them before."""
 
     def note_gradient_norms(self, trained: list[Trained]) -> None:
         """With optimizer offload the engine clips by norms it took during the backward."""
@@ -319,6 +326,7 @@ class _PartitionPlaces(_Places):
         if persistent := self.zero.persistent_parameters:  # whole copies of what was changed
             persistent[0].partition(persistent)
             self._gather_persistent()
+        self.drop_copies()
 
     @torch.no_grad()
     def release(self) -> None:
@@ -326,6 +334,16 @@ class _PartitionPlaces(_Places):
         offload.release_backward_leftovers()  # as at the end of the engine's own backward
         offload.partition_all_parameters()  # as in its step, and so the next line
         self._gather_persistent()
+
+    def drop_copies(self) -> None:
+        """hpZ's second shards, one copy of the model in each group of ranks.
+
+        They are made of a gathered weight when it is freed, where there is none yet, and gathered
+        from in place of the first ones while they last. DeepSpeed's step drops those of trained
+        parameters alone.
+        """
+        for parameter in self.engine.module.parameters():
+            parameter.ds_secondary_tensor = None
 
     def _gather_persistent(self) -> None:
         if persistent := self.zero.persistent_parameters:

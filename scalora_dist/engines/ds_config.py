@@ -40,7 +40,7 @@ def load_ds_config(
         raise UserError(f"--ds_config {path} must hold a JSON object")
     _check_sections(config, path)
     _fill(config, args, world_size, hidden_size, path)
-    _refuse(config, path)
+    _refuse(config, world_size, path)
     if left := [key for key, value in _leaves(config) if value == "auto"]:
         raise UserError(f'{path}: nothing decides {left[0]}: write a value instead of "auto"')
     # The optimizer is torch's AdamW on every engine, offloaded or not.
@@ -90,8 +90,9 @@ def _fill(
             section[name] = value
 
 
-def _refuse(config: dict[str, Any], path: str) -> None:
+def _refuse(config: dict[str, Any], world_size: int, path: str) -> None:
     zero = config.get("zero_optimization", {})
+    hpz = zero.get("zero_hpz_partition_size", 1)
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"{path}: zero_optimization.stage {stage}: set 0, 1, 2 or 3")
@@ -113,8 +114,15 @@ def _refuse(config: dict[str, Any], path: str) -> None:
         "zero_quantized_nontrainable_weights rounds every merge away: set it to false": (
             zero.get("zero_quantized_nontrainable_weights")
         ),
-        "zero_hpz_partition_size above 1 trains on stale copies of merged weights: set it to 1": (
-            zero.get("zero_hpz_partition_size", 1) != 1
+        f"zero_hpz_partition_size {hpz} does not divide {world_size} ranks: set a node's GPUs": (
+            not isinstance(hpz, int) or (hpz > 1 and world_size % min(hpz, world_size) != 0)
+        ),
+        "zero_hpz_partition_size needs stage 3: remove it": hpz not in (0, 1) and stage != 3,
+        "zero_quantized_weights rounds what a merge added away: set it to false": (
+            zero.get("zero_quantized_weights")
+        ),
+        "zero_quantized_gradients rounds what the rescale is solved from: set it to false": (
+            zero.get("zero_quantized_gradients")
         ),
         "mics_shard_size is not supported: remove it": zero.get("mics_shard_size", -1) != -1,
         "zenflow is not supported: remove it": "zenflow" in zero,

@@ -37,7 +37,7 @@ class FSDPEngine(LocalEngine):
     all rows hold the same: grams are summed over one row, gradients over all ranks.
     """
 
-    one_reader = True
+    whole, one_reader = False, True
 
     def __init__(
         self, world: World, config: FSDPConfig, *, dtype: torch.dtype, max_grad_norm: float

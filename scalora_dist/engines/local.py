@@ -28,6 +28,8 @@ class LocalEngine(Engine):
     Gradients are fp32 too: nothing needs a loss scale, so float16 is not offered.
     """
 
+    whole = True
+
     def __init__(self, world: World, *, dtype: torch.dtype, max_grad_norm: float) -> None:
         """
         Args:

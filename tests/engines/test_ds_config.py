@@ -39,7 +39,7 @@ def ds_refused(path: str, **values: Any) -> str:
 
 def test_there_is_a_config_for_every_stage() -> None:
     assert {path.stem for path in DS_CONFIGS} >= {"zero0", "zero1", "zero2", "zero3"}
-    assert {path.stem for path in DS_CONFIGS} >= {"zero3_offload"}
+    assert {path.stem for path in DS_CONFIGS} >= {"zero3_offload", "zero3_hpz"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -140,7 +140,10 @@ NVME = {"device": "nvme", "nvme_path": "/tmp"}
         (zero(4), {}, "set 0, 1, 2 or 3"),
         (zero(2, round_robin_gradients=True), {}, "round_robin_gradients"),
         (zero(3, zero_quantized_nontrainable_weights=True), {}, "quantized_nontrainable"),
-        (zero(3, zero_hpz_partition_size=2), {}, "zero_hpz_partition_size"),
+        (zero(3, zero_hpz_partition_size=4), {"world_size": 6}, "does not divide 6 ranks"),
+        (zero(2, zero_hpz_partition_size=2), {}, "needs stage 3"),
+        (zero(3, zero_quantized_weights=True), {}, "zero_quantized_weights"),
+        (zero(3, zero_quantized_gradients=True), {}, "zero_quantized_gradients"),
         (zero(3, mics_shard_size=2), {}, "mics_shard_size"),
         (zero(2) | {"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
         (zero(2, zenflow={"topk_ratio": 0.1}), {}, "zenflow"),
@@ -184,7 +187,9 @@ def test_settings_that_would_break_the_rescale(
 @pytest.mark.parametrize(
     "config",
     [
-        zero(3, zero_hpz_partition_size=1),
+        zero(2, zero_hpz_partition_size=1),
+        zero(3, zero_hpz_partition_size=2),
+        zero(3, zero_hpz_partition_size=8),  # one group of the two ranks
         zero(2, round_robin_gradients=False),
         zero(3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}),
         zero(1) | {"tensor_parallel": {"autotp_size": 1}},
