@@ -20,6 +20,7 @@ from scalora_dist.adapters.carry import CarryLinear
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.merge import join_halves, split_halves, zero_low_half
 from scalora_dist.merger import MergeTarget
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.shards import FlatShard, Layout, mixed_rows
 from scalora_dist.world import World
 
@@ -77,15 +78,16 @@ class Carry(MergeTarget):
         self.compressed: dict[str, int] = {}  # layers, since the last report: columns kept
         self.warned = False
 
-    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> bool:
+    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int], clock: Clock) -> None:
         columns = layers[0].A.shape[1]
         full = [
             i
             for i in which
             if self.modules[layers[i].name].used + columns > _carry(layers[i])[0].shape[1]
         ]
-        self.compress(layers, full)
-        return bool(full)
+        if full:
+            clock.begin("room")
+            self.compress(layers, full)
 
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         module = self.modules[layer.name]

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from scalora_dist.data.arguments import DataArguments
 from scalora_dist.errors import UserError
+from scalora_dist.profiling.arguments import ProfileArguments
 
 # Those of transformers' schedules that need no arguments of their own.
 Schedule = Literal[
@@ -310,6 +311,7 @@ class Options:
     method: MethodArguments
     train: TrainArguments
     launch: LaunchArguments
+    profile: ProfileArguments = field(default_factory=ProfileArguments)
 
 
 class Parser(HfArgumentParser):
@@ -329,7 +331,10 @@ def parse_options(argv: Sequence[str]) -> Options:
     Raises:
         UserError: a missing or malformed file, an unknown field or choice, a value that cannot be.
     """
-    groups = [ModelArguments, DataArguments, MethodArguments, TrainArguments, LaunchArguments]
+    groups = [
+        *(ModelArguments, DataArguments, MethodArguments),
+        *(TrainArguments, LaunchArguments, ProfileArguments),
+    ]
     parser = Parser(
         groups,
         allow_abbrev=False,

@@ -26,12 +26,10 @@ class MergeTarget(ABC):
 
     low: Mapping[str, Tensor]
 
-    def make_room(self, layers: Sequence[LayerShards], which: Sequence[int]) -> bool:
-        """Prepare for one ``add`` to each of the layers ``which``; whether anything had to be done.
-
-        Called on every rank.
-        """
-        return False
+    def make_room(  # noqa: B027
+        self, layers: Sequence[LayerShards], which: Sequence[int], clock: Clock
+    ) -> None:
+        """Prepare for one ``add`` to each of the layers ``which``; called on every rank."""
 
     @abstractmethod
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
@@ -106,18 +104,18 @@ class Merger:
             which: the layers to merge, by number, the same on every rank; None: all.
         """
         shards = factor_shards(layers)
+        clock.begin("gather")
         # One copy to the device for all layers: a copy each would wait for it each time.
         on_device = weights.to(self.world.device)
         if self.monitor:
+            clock.begin("monitor")
             scalings = torch.tensor([[layer.scaling] for layer in layers]).to(on_device)
             self.monitor.add(layers, scalings * on_device)
-            clock.lap("monitor")
         chosen = range(len(layers)) if which is None else which
-        if self.into.make_room(layers, chosen):
-            clock.lap("room")
+        self.into.make_room(layers, chosen, clock)
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in chosen]):
+            clock.begin("gather")
             gathered = self.layout.gather(shards, bucket)
-            clock.lap("gather")
+            clock.begin("merge")
             for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
                 self.into.add(layers[i // 2], a * on_device[i // 2].to(a), b)
-            clock.lap("merge")

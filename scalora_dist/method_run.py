@@ -18,6 +18,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.merger import IntoWeights, Merger, MergeTarget
 from scalora_dist.methods import Method
 from scalora_dist.monitor import UpdateMonitor
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.shards import global_norm
 from scalora_dist.starts.start import Start
@@ -33,7 +34,10 @@ class MethodRun:
         low: {parameter: int16 remainders of its 16-bit values}.
         edits_weights: whether W changes although it is not trained.
         transform, restarts, monitor: None where the method or the options have none.
+        clock: is told of each part of a step that begins.
     """
+
+    clock = Clock()
 
     def __init__(self, method: Method, engine: Engine, options: Options) -> None:
         """
@@ -100,8 +104,10 @@ class MethodRun:
         engine, loss_scale = self.engine, self.engine.loss_scale
 
         def measure(_: list[LayerShards]) -> bool:
+            self.clock.begin("norm")
             gradients = [parameter.gradient for parameter in engine.trained()]
             record["grad_norm"] = global_norm(gradients, engine.world.device) / loss_scale
+            self.clock.begin("optimizer")
             return finite and math.isfinite(record["grad_norm"])
 
         transform = self.transform
@@ -110,7 +116,8 @@ class MethodRun:
 
         def change(layers: list[LayerShards]) -> bool:
             started = time.perf_counter()
-            report = transform(layers) if finite else transform.refuse(layers)
+            report = transform(layers, self.clock) if finite else transform.refuse(layers)
+            self.clock.begin("optimizer")
             if report.applied and math.isnan(report.grad_norm):  # it does not know
                 applied = measure(layers)
             else:
@@ -126,7 +133,10 @@ class MethodRun:
     def after_step(self, steps_taken: int, record: dict[str, Any]) -> None:
         """A restart and the monitor's reading, where they are due; they go into ``record``."""
         if self.restarts and self.restarts.due(steps_taken):
-            record[self.restarts.name] = self.restarts(self.engine, steps_taken)
+            started = time.perf_counter()
+            self.restarts(self.engine, steps_taken, self.clock)
+            self.clock.begin("rest")
+            record[self.restarts.name] = {"seconds": time.perf_counter() - started}
         if self.merger and (report := self.merger.into.report()):
             record["carry"] = report
         if self.monitor and record["step"] % self.options.train.rank_monitor_steps == 0:

@@ -201,6 +201,22 @@ def load_model(
     return model
 
 
+def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
+    """The model all on "meta", dense and with eager attention: to be counted, not trained."""
+    with _known_model(args) as name:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        _forget_quantization(config)
+        with init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation="eager",
+                trust_remote_code=args.trust_remote_code,
+            )
+        model.tie_weights()
+    return model.eval()  # of what some models want for training, products need nothing
+
+
 def _as_bnb_config(fourbit: FourBit) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +28,13 @@ class Restarts:
     def due(self, steps_taken: int) -> bool:
         return steps_taken > 0 and steps_taken % self.interval == 0
 
-    def __call__(self, engine: Engine, steps_taken: int) -> dict[str, Any]:
-        """Restart between two steps; what metrics.jsonl says of it."""
-        clock = Clock(engine.world.device)
+    def __call__(self, engine: Engine, steps_taken: int, clock: Clock) -> None:
+        """Restart between two steps; ``clock`` is told of each part that begins."""
         with engine.writing():
             layers = engine.layers(gradients=False)
             rank = layers[0].A.shape[1]
             self.merger(layers, torch.ones(len(layers), rank, dtype=torch.float64), clock)
+            clock.begin("factors")
             for layer in layers:
                 m, n = layer.A.shape[0], layer.B.shape[0]
                 seed_name = f"{layer.name} after {steps_taken} steps"
@@ -43,8 +42,6 @@ class Restarts:
                 layer.A.write_(a)
                 layer.B.write_(b)
             self._prune(layers)
-            clock.lap("factors")
-        return {"seconds": sum(clock.seconds.values())}
 
     def _prune(self, layers: list[LayerShards]) -> None:
         """Each m whole by turns, as factors are for a merge: its threshold is one number.

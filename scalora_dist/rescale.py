@@ -55,10 +55,10 @@ class Rescaler(Transform):
         return steps_taken % self.interval == 0
 
     @torch.no_grad()
-    def __call__(self, layers: Sequence[LayerShards]) -> Report:
-        clock = Clock(self.world.device)
+    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+        clock.begin("grams")
         gram_a, gram_b = self.grams(layers)
-        clock.lap("grams")
+        clock.begin("solve")
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
             return self.refuse(layers)
         scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
@@ -67,15 +67,13 @@ class Rescaler(Transform):
         scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
         if not self.fits(layers, scales):
             return self.refuse(layers)
-        clock.lap("solve")
         self.merge(layers, scales, clock)
+        clock.begin("scale")
         scale_factors_(layers, scales)
-        clock.lap("scale")
         return Report(
             applied=True,
             grad_norm_before=float((norms_a.sum() + norms_b.sum()).sqrt()),
             grad_norm=float((scaled_a.sum() + scaled_b.sum()).sqrt()),
-            seconds=clock.seconds,
             record=_count(scales.rule),
         )
 

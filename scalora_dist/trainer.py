@@ -38,6 +38,7 @@ from scalora_dist.metrics import RunLog, read_history, write_json
 from scalora_dist.models import Base, load_model, load_tokenizer
 from scalora_dist.optimizer import make_optimizer, make_schedule
 from scalora_dist.profiling.memory import peak_memory_bytes
+from scalora_dist.profiling.steps import make_profile
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
 from scalora_dist.saving import PREEMPTED, Saving
 from scalora_dist.starts.samples import SamplePass
@@ -127,6 +128,7 @@ class Trainer:
         if train.update_rank_layers:
             self.update_rank = UpdateRank(engine, train.update_rank_layers)
         self.state = RunState(engine, self.method, self.scheduler, options)
+        self.profile = self.method.clock = make_profile(options, self.method, self.steps)
         self.saving = Saving(self.checkpoints, train)
         self.watch = Watch(world, train.hang_timeout)
         self.records: list[dict[str, Any]] = []  # of each step
@@ -193,7 +195,9 @@ class Trainer:
             if not self.first_step:
                 before = self._evaluate(log, 0)
             for step in range(self.first_step, self.steps):
+                self.profile.start(step + 1)
                 record, votes = self._step(step, micro_batches)
+                self.profile.finish(record)
                 self.records.append(record)
                 log.step(record)
                 done = step + 1
@@ -273,6 +277,7 @@ class Trainer:
         self.adapter.write(self.folder / "adapter", low)
         if train.save_model:
             export_model(self.folder / "model", self.engine, self.model, self.tokenizer, low)
+        self.profile.close()
         return summary
 
     def _step(
@@ -286,12 +291,16 @@ class Trainer:
         tokens = torch.zeros((), dtype=torch.int64, device=self.world.device)
         for micro_step in range(accumulation):
             self.watch.at(f"step {step + 1}")
+            self.profile.begin("data")
             batch = {k: v.to(self.world.device) for k, v in next(micro_batches).items()}
+            self.profile.forward(batch["input_ids"])
             loss = self.loss(self.engine.module, batch).loss
+            self.profile.begin("backward")
             # The sum over ranks and micro-batches of these is the mean over all target tokens.
             self.engine.backward(loss / targets, last=micro_step == accumulation - 1)
             loss_sum += loss.detach()
             tokens += batch["attention_mask"].sum()
+        self.profile.begin("rest")
         total_loss, total_tokens, *votes = self.world.sum(loss_sum, tokens, *self.saving.votes())
         record: dict[str, Any] = {
             "step": step + 1,
@@ -308,6 +317,7 @@ class Trainer:
             )
         finite = math.isfinite(total_loss)
         if self.engine.step(self.method.before_step(self.steps_taken, finite, record)):
+            self.profile.begin("rest")
             self.scheduler.step()
             self.steps_taken += 1
             self.method.after_step(self.steps_taken, record)
@@ -388,7 +398,7 @@ def clear_results(folder: Path) -> None:
     """Remove what an earlier run left, so that nothing of it stands beside ours."""
     for name in ("metrics.jsonl", "summary.json", PREEMPTED):
         (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "adapter", "model"):
+    for name in ("tensorboard", "profile", "adapter", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     clear_leftovers(folder)
     prune(folder, keep=0)

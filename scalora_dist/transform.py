@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scalora_dist.engines.base import LayerShards
+from scalora_dist.profiling.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,12 @@ class Report:
         grad_norm_before, grad_norm: of the gradients as they came and as the optimizer sees them,
             over all layers and ranks (loss scale included). NaN, from a transform that changes
             gradients alone: to be measured.
-        seconds: of this rank, by part.
         record: what metrics.jsonl says of it.
     """
 
     applied: bool
     grad_norm_before: float = float("nan")
     grad_norm: float = float("nan")
-    seconds: dict[str, float] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,5 +48,9 @@ class Transform(ABC):
         return Report(applied=False)
 
     @abstractmethod
-    def __call__(self, layers: Sequence[LayerShards]) -> Report:
-        """Transform ``layers`` in place, or leave all as they were (``applied`` False)."""
+    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+        """Transform ``layers`` in place, or leave all as they were (``applied`` False).
+
+        Args:
+            clock: is told of each part that begins.
+        """

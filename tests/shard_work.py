@@ -16,6 +16,7 @@ from torch import Tensor
 from scalora_dist import shards as module
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.merger import IntoWeights, Merger
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard, Layout, global_norm
 from scalora_dist.world import World
@@ -181,5 +182,5 @@ def rescale_collectives(world: World, layers: int) -> tuple[dict[str, int], dict
         merger = Merger(built, world, IntoWeights(built, "split"))
         rescaler = Rescaler(merger, rule="paper", eta_lipschitz=0.5, bounds=(0.05, 5.0))
     with counted() as each:
-        assert rescaler(built).applied
+        assert rescaler(built, Clock()).applied
     return dict(first), dict(each)

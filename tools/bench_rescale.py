@@ -46,7 +46,7 @@ from scalora_dist.method_run import merge_target
 from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.metrics import write_json
 from scalora_dist.models import Base, load_model, read_base
-from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.clock import Clock, Stopwatch
 from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import global_norm
@@ -171,10 +171,11 @@ class Bench:
         """A step whose rescale happens inside ``counted`` and leaves its ``seconds``."""
 
         def rescale(layers: list[LayerShards]) -> bool:
-            started = self.meet()
+            started, parts = self.meet(), Stopwatch(self.world.device)
             with counted or nullcontext():
-                report = self.rescaler(layers)
-            self.seconds = {"rescale": self.clock() - started, **report.seconds}
+                report = self.rescaler(layers, parts)
+            parts.end()
+            self.seconds = {"rescale": self.clock() - started, **parts.seconds}
             return report.applied
 
         self._step(rescale)
@@ -190,7 +191,7 @@ class Bench:
     @torch.no_grad()
     def local_merge(self, scales: Scales) -> None:
         """Our merge alone: the factors' gather and each rank's own ranges of W."""
-        self.rescaler.merge(self.shards, scales, Clock(self.world.device))
+        self.rescaler.merge(self.shards, scales, Clock())
 
     @torch.no_grad()
     def compare_merges(self) -> dict[str, float]:

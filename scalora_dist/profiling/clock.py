@@ -8,24 +8,35 @@ import torch
 
 
 class Clock:
+    """What work tells which part of it begins; this one does not listen, and costs nothing."""
+
+    def begin(self, part: str) -> None:
+        """What went on until now is over; what follows is ``part``."""
+
+
+class Stopwatch(Clock):
     """Seconds of this rank by part, what its device had still to do included.
 
     Attributes:
         seconds: {part: seconds}, added up where a part comes more than once.
+        part: that goes on now; None: none does.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
-        self.last = self._now()
+        self.part: str | None = None
+        self.since = 0.0
 
-    def lap(self, part: str) -> None:
-        """Everything since the last lap, or since the start, was ``part``."""
-        now = self._now()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now
+    def begin(self, part: str) -> None:
+        self.end()
+        self.part = part
 
-    def _now(self) -> float:
+    def end(self) -> None:
+        """What went on until now is over, and nothing follows."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        now = time.perf_counter()
+        if self.part is not None:
+            self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - self.since
+        self.part, self.since = None, now

@@ -74,15 +74,15 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
         held = [*model.parameters(), *model.buffers()]
         tokens = torch.zeros(examples, length, dtype=torch.int64)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        flops = stack.enter_context(Flops())
+        products = stack.enter_context(_Products())
         live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
         stack.enter_context(_hooks(model, trace.events, live, live.now))
         model(**inputs, **_no_cache(model)).logits.sum().backward()
-        trace.flops = flops.total
+        trace.flops = products.total
     return trace
 
 
-class Flops(TorchDispatchMode):
+class _Products(TorchDispatchMode):
     """Floating-point operations of the products inside it, by torch's formulas.
 
     torch's own FlopCounterMode keeps what it has counted alive.

@@ -49,7 +49,7 @@ def merges(world: World, kind: str, dtype: torch.dtype, count: int) -> list[dict
     for merge in range(count):
         weights = _weights(merge)
         which = [0] if merge == 2 else None
-        merger(layers, weights, Clock(world.device), which)
+        merger(layers, weights, Clock(), which)
         for i in which or range(len(layers)):
             a, b = (factor.double() for factor in wholes[i])
             right[i] += a * weights[i] @ b.T

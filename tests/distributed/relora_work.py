@@ -9,6 +9,7 @@ import numpy as np
 
 import toy
 from reference import State
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.relora import Restarts
 from scalora_dist.world import World
 
@@ -35,7 +36,7 @@ def restarts(world: World, *, prune: float, **case: Any) -> list[Restart]:
         assert run.engine.step(lambda layers: True)
         if restart.due(taken):
             before = run.look()
-            restart(run.engine, taken)
+            restart(run.engine, taken, Clock())
             layers = run.engine.layers(gradients=False)
             high = {layer.name: toy.whole(layer.W) for layer in layers}
             seen.append(Restart(before, run.look(), high))

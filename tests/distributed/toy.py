@@ -24,6 +24,7 @@ from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.merge import join_halves
 from scalora_dist.merger import IntoWeights, Merger
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.rescale import Rescaler
 from scalora_dist.shards import FlatShard, Layout
 from scalora_dist.solve import Rule
@@ -202,7 +203,7 @@ class Run:
 
     def step(self, step: int) -> bool:
         self.backward(step)
-        return self.engine.step(lambda layers: self.rescaler(layers).applied)
+        return self.engine.step(lambda layers: self.rescaler(layers, Clock()).applied)
 
     def look(self) -> tuple[dict[str, State], dict[str, np.ndarray]]:
         """Everything between two steps, and what the forward makes of it."""
@@ -263,7 +264,7 @@ def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> l
 
         def transform(layers: list[LayerShards], record: dict[str, Any] = record) -> bool:
             record["before"] = run.whole(layers)
-            report = run.rescaler(layers)
+            report = run.rescaler(layers, Clock())
             record["after"] = run.whole(layers)
             record["report"] = report
             if report.applied:
@@ -286,7 +287,9 @@ def skipped_step(world: World, **case: Any) -> dict[str, Any]:
         run.backward(step, float("nan") if step == 1 and world.rank == world.size - 1 else 1.0)
         key = f"step{step}"
         results[f"{key}_state"] = run.whole(run.engine.layers(gradients=False))
-        results[f"{key}_applied"] = run.engine.step(lambda layers: run.rescaler(layers).applied)
+        results[f"{key}_applied"] = run.engine.step(
+            lambda layers: run.rescaler(layers, Clock()).applied
+        )
         results[f"{key}_after"] = run.whole(run.engine.layers(gradients=False))
         results[f"{key}_output"] = run.output()
     return results
@@ -308,7 +311,7 @@ def unreached_layer(
 
         def transform(layers: list[LayerShards], record: dict[str, Any] = record) -> bool:
             record["before"] = run.whole(layers)
-            return run.rescaler(layers).applied
+            return run.rescaler(layers, Clock()).applied
 
         record["applied"] = run.engine.step(transform)
         seen.append(record)

@@ -13,6 +13,7 @@ import runs
 from scalora_dist.engines.base import LayerShards
 from scalora_dist.lora_pro import LoraPro
 from scalora_dist.merged import MergedWeights
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.shards import FlatShard, Layout
 from scalora_dist.trainer import Trainer
 from scalora_dist.world import World
@@ -109,7 +110,7 @@ def lora_pro(
     for i, given in enumerate(layers):
         A, B, grad_A, grad_B = (cut(whole) for whole in given)
         shards.append(LayerShards(str(i), scaling, A, A, B, grad_A, grad_B, (), ()))
-    report = LoraPro(Cut())(shards)  # type: ignore[arg-type]
+    report = LoraPro(Cut())(shards, Clock())  # type: ignore[arg-type]
     assert report.applied
     found = []
     for layer in shards:

@@ -190,7 +190,7 @@ def test_copies_take_what_the_trainer_merges() -> None:
     nothing = torch.ones(3, RANK)
     for alpha, beta in ((nothing, nothing), (some[0], some[1]), (nothing, nothing)):
         assert not watcher.rows
-        rescaler.merge(layers, Scales(alpha, beta, rules), Clock(cpu))
+        rescaler.merge(layers, Scales(alpha, beta, rules), Clock())
     for copy, i in zip(watcher.layers.values(), (0, 2), strict=True):
         assert copy.merges == 2  # those at the start that merge nothing are not counted
         assert torch.equal(copy.start, before[i].to(torch.bfloat16).double())

@@ -1,0 +1,48 @@
+"""The options that say what is measured of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Optional
+
+from scalora_dist.errors import UserError
+
+
+@dataclass
+class ProfileArguments:
+    _argument_group_name = "profile"
+
+    profile: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure seconds, FLOP/s and memory of each part of every step; on CPUs the "
+            "reading of each takes up to a quarter of it, and is not counted in it."
+        },
+    )
+    profile_window: Optional[list[int]] = field(
+        default=None,
+        metadata={
+            "help": "FIRST LAST: the steps to write traces of; the run's 3rd and 4th by default."
+        },
+    )
+    peak_tflops: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "What the device can do in the training's dtype, 1e12 FLOP/s, for MFU; "
+            "by default known GPUs' in 16 bits."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("profile_window", "peak_tflops"):
+            if getattr(self, name) is not None and not self.profile:
+                raise UserError(f"--{name} says how to --profile: set that too, or leave it out")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"--peak_tflops {self.peak_tflops}: set a positive number")
+        window = self.profile_window
+        if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+            raise UserError(
+                f"--profile_window {' '.join(map(str, window))}: set the first and the last step "
+                "to trace, 1 ≤ FIRST ≤ LAST"
+            )
