@@ -81,9 +81,8 @@ def main(argv: list[str]) -> None:
     rows = compare(options, world, found)
     for name, row in rows.items():
         off = row["planned"] / row["measured"] - 1 if row["measured"] else float("nan")
-        print(
-            f"{name:>9}: {row['measured'] / MB:9.1f} MB, planned {row['planned'] / MB:9.1f} ({off:+.1%})"
-        )
+        measured, planned = row["measured"] / MB, row["planned"] / MB
+        print(f"{name:>9}: {measured:9.1f} MB, planned {planned:9.1f} ({off:+.1%})")
     if given.json:
         write_json(Path(given.json), rows)
 

@@ -112,7 +112,9 @@ class ZeroResidency(Residency):
 
         As DeepSpeed's coordinator does it once it has seen a step: a weight that is used again
         within ``stage3_max_reuse_distance`` elements is kept, others are freed when their module
-        ends, and the next ``stage3_prefetch_bucket_size`` elements are fetched ahead.
+        ends, and the next ``stage3_prefetch_bucket_size`` elements are fetched ahead. What gradient
+        checkpointing has fetched to compute a block again goes when the module ends that asked for
+        it, although the block's own backward is still to come.
         """
         owned: dict[str, list[Weight]] = defaultdict(list)
         for weight in weights:
@@ -122,6 +124,7 @@ class ZeroResidency(Residency):
         uses = [(step, weight) for step, name in enumerate(order) for weight in owned[name]]
         step, queued = 0, 0
         live: dict[str, Weight] = {}
+        asking: dict[str, list[Weight]] = {}  # modules in their backward, and what they recomputed
         found = []
         for event in events:
             fetched: list[Weight] = []
@@ -147,6 +150,13 @@ class ZeroResidency(Residency):
                 for weight in mine:
                     if weight.name not in soon:
                         live.pop(weight.name, None)
+            if event.backward and not event.recomputed:
+                if event.enters:
+                    asking[event.module] = []
+                for weight in asking.pop(event.module, []) if not event.enters else ():
+                    live.pop(weight.name, None)
+            elif event.recomputed and event.enters and asking:
+                next(reversed(asking.values())).extend(w for w in mine if not w.trained)
             bytes_ = float(sum(weight.nbytes for weight in live.values()))
             found.append((bytes_, float(sum(weight.nbytes for weight in fetched))))
         return found
