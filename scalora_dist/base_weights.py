@@ -34,7 +34,7 @@ class BaseWeights:
             UserError: on every rank, where a matrix is not to be found or is another one.
         """
         self.dtype = dtype
-        files = world.main_first(lambda: _files(model))
+        files = world.node_first(lambda: _files(model))
         self.places: dict[str, tuple[str, str]] = {}  # {parameter: (file, key)}
         for name in loaded:
             key = find_key(name, files)

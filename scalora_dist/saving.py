@@ -20,6 +20,20 @@ PREEMPTED = "preempted"
 logger = logging.getLogger(__name__)
 
 
+def check_shared(checkpoints: Checkpoints, train: TrainArguments) -> None:
+    """Every rank writes its part of a checkpoint, and any may read it.
+
+    Raises:
+        UserError: on every rank, where nodes have an ``output_dir`` each and would save there.
+    """
+    if not (missing := checkpoints.unshared()):
+        return
+    sentence = f"--output_dir {train.output_dir} is not shared: {missing} node(s) do not see it"
+    if train.save_steps:
+        raise UserError(f"{sentence}: name a folder on a disk of all nodes, or --save_steps 0")
+    logger.warning("%s, so that a signal will end the run without a checkpoint", sentence)
+
+
 class Saving:
     """Saves every ``save_steps`` steps and when asked to stop; ends the run where it must.
 

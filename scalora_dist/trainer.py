@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from scalora_dist.checkpoint.manifest import clear_leftovers, prune, step_of
+from scalora_dist.checkpoint.manifest import clear_leftovers, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
-from scalora_dist.config import Options, TrainArguments
+from scalora_dist.config import Options
 from scalora_dist.data import Collator, GlobalBatches, RankBatches, prepare_data
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import Ending, UserError
@@ -37,10 +36,11 @@ from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.metrics import RunLog, read_history, write_json
 from scalora_dist.models import Base, load_model, load_tokenizer
 from scalora_dist.optimizer import make_optimizer, make_schedule
+from scalora_dist.output import check_output_dir, clear_results
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.profiling.steps import make_profile
 from scalora_dist.resume import RunState, check_no_newer, check_same_run, find_checkpoint
-from scalora_dist.saving import PREEMPTED, Saving
+from scalora_dist.saving import PREEMPTED, Saving, check_shared
 from scalora_dist.starts.samples import SamplePass
 from scalora_dist.summary import summarize
 from scalora_dist.update_rank import UpdateRank
@@ -78,10 +78,10 @@ class Trainer:
         self.resumes_from = self._find_checkpoint()
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
-            self.saved_adapter = self.world.main_first(lambda: SavedAdapter(options))
+            self.saved_adapter = self.world.node_first(lambda: SavedAdapter(options))
         name = options.model.model_name_or_path
         self.tokenizer = load_tokenizer(options.model)
-        self.data = self.world.main_first(
+        self.data = self.world.node_first(
             lambda: prepare_data(options.data, self.tokenizer, train.seed)
         )
         self._check_data()
@@ -98,7 +98,7 @@ class Trainer:
             return load_model(options.model, base, engine.dtype, weights=weights, device=device)
 
         with engine.loading():
-            self.model = self.world.main_first(load) if engine.one_reader else load()
+            self.model = self.world.node_first(load) if engine.one_reader else load()
             layers = method.add(self.model, options.method, train.seed, engine.dtype)
         if self.saved_adapter:
             self.saved_adapter.check(layers)
@@ -134,8 +134,9 @@ class Trainer:
         self.records: list[dict[str, Any]] = []  # of each step
 
     def _find_checkpoint(self) -> Path | None:
-        """Where to go on from; whether there is room to write."""
+        """Where to go on from; whether there is room to write, on a disk of all nodes."""
         train = self.options.train
+        check_shared(self.checkpoints, train)
         folder = find_checkpoint(self.checkpoints, train.resume_from_checkpoint)
         if folder is None or folder.parent.resolve() != self.folder.resolve():
             self.world.main_only(lambda: check_output_dir(self.folder, train))
@@ -373,32 +374,3 @@ class Trainer:
             logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, length)
         if data.dropped:
             logger.warning("%d example(s) without a target token: dropped", data.dropped)
-
-
-def check_output_dir(folder: Path, train: TrainArguments) -> None:
-    """Refuse to write where there is something already.
-
-    Raises:
-        UserError: ``folder`` is a file, or not empty without ``overwrite_output_dir``; what a run
-            left that died before its first checkpoint may be overwritten by one that would resume.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder")
-    done = any((folder / name).exists() for name in ("summary.json", "adapter", "model"))
-    begun = (folder / "metrics.jsonl").is_file() and not done
-    resumes = train.resume_from_checkpoint == "latest" and begun
-    empty = not folder.is_dir() or not any(folder.iterdir())
-    if not (empty or resumes or train.overwrite_output_dir):
-        raise UserError(
-            f"--output_dir {folder} is not empty: name another, or give --overwrite_output_dir"
-        )
-
-
-def clear_results(folder: Path) -> None:
-    """Remove what an earlier run left, so that nothing of it stands beside ours."""
-    for name in ("metrics.jsonl", "summary.json", PREEMPTED):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "profile", "adapter", "model"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    clear_leftovers(folder)
-    prune(folder, keep=0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +30,7 @@ class World:
         rank, size: of the whole run. local_rank: on this node.
         device: where the model and every message live.
         store: the key-value store the group was made with.
+        nodes: how many there are; the ranks of each follow one another.
     """
 
     rank: int
@@ -35,6 +38,7 @@ class World:
     local_rank: int
     device: torch.device
     store: dist.Store
+    nodes: int = 1
     _calls: Iterator[int] = field(default_factory=itertools.count, repr=False)  # alike on all ranks
 
     @classmethod
@@ -60,11 +64,14 @@ class World:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // (here or int(os.environ["WORLD_SIZE"]))))
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface()):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
-        return cls(rank, size, local_rank, device, dist.PrefixStore("scalora_dist", store))
+        world = cls(rank, size, local_rank, device, dist.PrefixStore("scalora_dist", store))
+        return replace(world, nodes=round(world.sum(local_rank == 0)[0]))
 
     def leave(self) -> None:
         """Leave the group in good order: without it NCCL warns of leaked resources."""
@@ -119,32 +126,73 @@ class World:
         Raises:
             UserError: on every rank where rank 0's ``work`` raised one.
         """
-        name = f"main_only/{next(self._calls)}"
-        if not self.is_main:
-            while True:
-                try:
-                    self.store.wait([name], POLL)
-                    break
-                except dist.DistStoreError:
-                    continue  # still at work; a dead rank 0 breaks the connection instead
-            message = self.store.get(name).decode()
-            self.store.add(f"{name}/read", 1)
-            if message:
-                raise UserError(message)
-            return None
-        try:
-            result = work()
-        except BaseException as error:
-            self.store.set(name, str(error) or type(error).__name__)
-            # The store goes with this process: let the others read before it leaves.
-            deadline = time.monotonic() + 10
-            while self.store.add(f"{name}/read", 0) < self.size - 1 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            raise
-        self.store.set(name, "")
+        return self._while_others_wait(work, self.is_main, workers=1)
+
+    def node_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0, then on the first rank of every other node, then on the rest.
+
+        What it leaves in a cache is so made once per node where each node has a disk of its own,
+        and once in all where they share one, which no two nodes then write to at the same time.
+
+        Raises:
+            UserError: on every rank where one of a node's first rank's ``work`` raised one.
+        """
+        result = self.main_only(work)
+        leads = self.local_rank == 0 and not self.is_main
+        if self.nodes > 1:
+            led = self._while_others_wait(work, leads, workers=self.nodes - 1)
+            result = led if leads else result
+        return cast(T, result) if leads or self.is_main else work()
+
+    def _while_others_wait(self, work: Callable[[], T], works: bool, workers: int) -> T | None:
+        """Run ``work`` on the ranks that ``works`` is true on; all go on when all have done."""
+        name, result = f"work/{next(self._calls)}", None
+        if works:
+            try:
+                result = work()
+            except BaseException as error:
+                message = str(error) or type(error).__name__
+                self.store.set(name, message if self.is_main else f"rank {self.rank}: {message}")
+                # The store goes with rank 0's node: let the others read before it leaves.
+                deadline = time.monotonic() + 10
+                missing = self.store.add(f"{name}/read", 1) < self.size
+                while missing and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    missing = self.store.add(f"{name}/read", 0) < self.size
+                raise
+            if self.store.add(f"{name}/done", 1) == workers:
+                self.store.set(name, "")
+        while True:
+            try:
+                self.store.wait([name], POLL)
+                break
+            except dist.DistStoreError:
+                continue  # still at work; a dead rank 0 breaks the connection instead
+        message = self.store.get(name).decode()
+        self.store.add(f"{name}/read", 1)
+        if message:
+            raise UserError(message)
         return result
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on rank 0 and then, its results being cached, on the others."""
-        result = self.main_only(work)
-        return cast(T, result) if self.is_main else work()
+
+def _interface() -> str | None:
+    """The network interface that leads to the first node; None on one node, or where unknown.
+
+    Gloo (which checkpoints are written over on GPUs too) would take the one that this machine's
+    name resolves to: on Debian and in containers often the loopback, where no other node is.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    if here in (None, os.environ["WORLD_SIZE"]):
+        return None
+    try:
+        found = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    if mine.startswith("127.") or mine == "::1":  # one machine, or the first node's own name
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if mine in [a.address for a in known]), None)

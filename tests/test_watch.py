@@ -94,7 +94,7 @@ def test_a_hung_rank(start: Callable[..., Run]) -> None:
 def test_ranks_that_wait_for_each_other(start: Callable[..., Run]) -> None:
     run = start("deadlock", 2, timeout=4)
     (message,) = run.errors(0, 1)
-    places = r"rank 0 at world\.py:\d+ in _reduce, rank 1 at world\.py:\d+ in main_only "
+    places = r"rank 0 at world\.py:\d+ in _reduce, rank 1 at world\.py:\d+ in _while_others_wait "
     assert re.match("ranks 0-1 hang in step 3, " + places, message)
     assert run.errors(1, 1) == []
 

@@ -56,8 +56,10 @@ def measure(options: Options, world: World) -> dict[str, float]:
 
 def compare(options: Options, world: World, found: dict[str, float]) -> dict[str, Any]:
     plan = Planner(options, PlanArguments()).plan(options, world.size)
-    # Collectives fill the rank's own part too.
-    received = sum(m.received * m.ranks / (m.ranks - 1) for m in [*plan.messages, plan.rescale])
+    # Collectives fill the rank's own part too, and count a sum once.
+    received = 0.0
+    for m in [*plan.messages, plan.rescale] if world.size > 1 else ():
+        received += m.received * m.ranks / (m.ranks - 1)
     planned = {"tracked": plan.peak.total, "peak": plan.peak.total, "received": received}
     return {name: {"measured": found[name], "planned": planned[name]} for name in found}
 
@@ -67,7 +69,12 @@ def main(argv: list[str]) -> None:
         argv, return_remaining_strings=True
     )
     with tempfile.TemporaryDirectory() as folder:
-        fixed = {"max_steps": STEPS, "eval_size": 0, "save_steps": 0, "save_model": False}
+        fixed: dict[str, Any] = {
+            "max_steps": STEPS,
+            "eval_size": 0,
+            "save_steps": 0,
+            "save_model": False,
+        }
         fixed |= {"update_rank_layers": 0, "output_dir": Path(folder) / "run"}
         options = parse_options([*words, *(f"--{name}={value}" for name, value in fixed.items())])
         world = World.join(

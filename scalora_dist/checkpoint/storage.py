@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -39,8 +40,11 @@ from scalora_dist.checkpoint.manifest import (
     write_synced,
 )
 from scalora_dist.checkpoint.parts import FlatPart, LoadPlanner, SavePlanner, Stager
+from scalora_dist.errors import UserError
 from scalora_dist.export import SafetensorsWriter
 from scalora_dist.world import World
+
+NFS_SECONDS = 10.0  # after which a node has seen a file that another one has made
 
 
 class Checkpoints:
@@ -116,6 +120,32 @@ class Checkpoints:
         everyone: list[list[str]] = [[]] * self.world.size
         dist.all_gather_object(everyone, mine, group=self.group)
         return [fault for some in everyone for fault in some]
+
+    def unshared(self) -> int:
+        """On how many nodes ``output_dir``, which is made, is not the folder that rank 0 sees.
+
+        Raises:
+            UserError: rank 0 cannot write there.
+        """
+        if self.world.nodes == 1:
+            return 0
+        probe = self.output_dir / ".shared"
+
+        def write() -> None:
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            except OSError as error:
+                raise UserError(f"--output_dir {self.output_dir}: {error.strerror}") from error
+
+        self.world.main_only(write)
+        deadline = time.monotonic() + NFS_SECONDS
+        while not (seen := probe.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (missing,) = self.world.sum(self.world.local_rank == 0 and not seen)
+        if self.world.is_main:
+            probe.unlink(missing_ok=True)
+        return round(missing)
 
     def close(self) -> None:
         """Leave the group, which ends its threads, when the last save is done."""

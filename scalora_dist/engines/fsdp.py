@@ -16,7 +16,9 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
+from scalora_dist.adapters.inject import reached_by_text
 from scalora_dist.engines.base import LayerShards, NamedShard, Trained, as_matrix
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.local import LocalEngine, TorchPlaces
@@ -137,4 +139,7 @@ class ShardedPlaces(TorchPlaces):
 def _decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers never splits, in model order."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    # Blocks that text never comes through (vision towers) stay in the root's group: torch fails in
+    # the backward where a group of its own was never gathered.
+    reached = reached_by_text(model) if isinstance(model, PreTrainedModel) else set(model.modules())
+    return [x for x in model.modules() if type(x).__name__ in names and x in reached]

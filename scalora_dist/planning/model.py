@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from scalora_dist.adapters.inject import ALL_LINEAR
+from scalora_dist.adapters.inject import ALL_LINEAR, reached_by_text
 from scalora_dist.adapters.layers import adapted_linear, own_parameters
 from scalora_dist.config import Options
 from scalora_dist.engines.residency import Part, Weight
@@ -79,12 +79,12 @@ def trace_model(options: Options, base: Base, compute: torch.dtype) -> Traced:
             )
         )
     head = model.get_output_embeddings()
-    kinds = set(model._no_split_modules or ())
+    kinds, reached = set(model._no_split_modules or ()), reached_by_text(model)
     names = {id(module): name for name, module in model.named_modules()}
     return Traced(
         weights=weights,
         trace=trace_micro_batch(model, train.per_device_train_batch_size, options.data.max_length),
-        blocks=[name for name, x in model.named_modules() if type(x).__name__ in kinds],
+        blocks=[n for n, x in model.named_modules() if type(x).__name__ in kinds and x in reached],
         head=names.get(id(head), ""),
         layers=len(layers),
         factors=sum(w.numel for w in weights if w.trained and w.part == "adapters"),

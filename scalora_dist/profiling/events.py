@@ -150,7 +150,12 @@ def _hooks(model: nn.Module, events: list[Event], live: LiveBytes, before: int) 
         if events:
             events[-1].most = live.most - before
         live.most = live.now
-        events.append(Event(name, enters, backward, recomputed, live.now - before))
+        now = live.now - before
+        event, place = Event(name, enters, backward, recomputed, now, now), len(events)
+        # One gradient may be an outer module's and an inner one's: the outer one begins first.
+        while backward and not recomputed and place and _nested(events[place - 1], event):
+            place -= 1
+        events.insert(place, event)
 
     def at_gradient(name: str, *, enters: bool) -> Callable[[Tensor], None]:
         return lambda _: note(name, enters=enters, backward=True)
@@ -185,3 +190,11 @@ def _hooks(model: nn.Module, events: list[Event], live: LiveBytes, before: int) 
 
 def _with_gradient(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _nested(earlier: Event, event: Event) -> bool:
+    """Whether an event that was noted later belongs before ``earlier``."""
+    if not earlier.backward or earlier.recomputed or earlier.enters != event.enters:
+        return False
+    outer, inner = (event, earlier) if event.enters else (earlier, event)
+    return outer.module == "" or inner.module.startswith(f"{outer.module}.")

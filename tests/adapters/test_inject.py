@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -53,6 +55,13 @@ def llama(*, tied: bool = False, **changes: Any) -> LlamaForCausalLM:
 def gemma3() -> Gemma3ForCausalLM:
     torch.manual_seed(0)
     return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES)).eval()
+
+
+def gemma3_with_images() -> PreTrainedModel:
+    """What AutoModelForCausalLM makes of Gemma-3 from 4B on."""
+    vision = SIZES | {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=SIZES, vision_config=vision, mm_tokens_per_image=4)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -101,6 +110,16 @@ def refusal(model: PreTrainedModel, *targets: str, **changes: Any) -> str:
 
 
 # --- which layers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "mlp.up_proj"]])
+def test_a_vision_tower_is_left_alone(targets: list[str]) -> None:
+    """Text never comes through it, though its layers have the same names."""
+    model = gemma3_with_images()
+    assert any("vision_tower" in n and n.endswith(".q_proj") for n, _ in model.named_modules())
+    layers = put_in(model, *targets)
+    assert all(".language_model.layers." in name for name in layers)
+    assert len(layers) == 2 * (len(PROJECTIONS) if targets == ["all-linear"] else len(targets))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ EVERYTHING = {
     "mixed_precision": {"param_dtype": "bf16", "reduce_dtype": "bf16"},
     "cpu_offload": True,
 }
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "fsdp").glob("*.yaml"))
 
 
 def load(path: Path | None, *, ranks: int = 4, **values: Any) -> FSDPConfig:
@@ -76,6 +80,13 @@ def test_a_file_decides_everything(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("config", [{}, dict.fromkeys(EVERYTHING)])
 def test_what_is_absent_or_null_is_at_its_default(tmp_path: Path, config: dict[str, None]) -> None:
     assert load(written(tmp_path, config)) == load(None)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    mesh = yaml.safe_load(path.read_text()).get("mesh_shape", [4])
+    assert load(path, ranks=math.prod(mesh), bf16=True).mesh == mesh
+    assert {path.stem for path in SHIPPED} >= {"hybrid", "hybrid_12b", "mixed", "offload"}
 
 
 @pytest.mark.parametrize("mesh", [[4], [1, 4], [2, 2], [4, 1]])

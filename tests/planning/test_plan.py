@@ -70,9 +70,11 @@ def test_a_plan_is_within_a_tenth_of_what_tensors_take(
     found = ranks(size).run(measured, options)
     plan = planned(options, size)
     assert plan.peak.total == pytest.approx(max(f.tracked for f in found), rel=0.1)
-    if size > 1:
-        received = sum(m.received * m.ranks / (m.ranks - 1) for m in [*plan.messages, plan.rescale])
-        assert received == pytest.approx(max(f.received for f in found), rel=0.15)
+    if engine in ("zero3", "fsdp") and "full" not in setup:
+        # What is gathered; here gradients, which collectives count by their parts, are small.
+        gathered = [m for m in [*plan.messages, plan.rescale] if m.what != "gradients"]
+        received = sum(m.received * m.ranks / (m.ranks - 1) for m in gathered)
+        assert received == pytest.approx(max(f.received for f in found), rel=0.1)
 
 
 PARAMETERS = {

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Starts the ranks of one node: give it launch/train.py's options, once on every node.
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 NPROC_PER_NODE=8 launch/node.sh --fsdp --config my.yaml
+#
+# LAUNCHER        torchrun (the default; also for --ds_config), or deepspeed
+# NNODES          nodes in all                     (1; Slurm's)
+# NODE_RANK       this one, from 0                 (0; Slurm's)
+# NPROC_PER_NODE  ranks of each node               (its GPUs, or 1)
+# MASTER_ADDR     the first node's name or address (127.0.0.1)
+# MASTER_PORT     a free port of it                (29500)
+# PYTHON          the interpreter                  (python)
+#
+# SIGTERM or SIGUSR1 to this script reaches the ranks, which save and end, and not the launcher,
+# which would kill them 30 s later. The status is the launcher's, but 75 (EX_TEMPFAIL: start it
+# again) after a signal.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python}
+gpus=1
+if command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+fi
+nodes=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+node=${NODE_RANK:-${SLURM_NODEID:-0}}
+ranks=${NPROC_PER_NODE:-$gpus}
+address=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+
+case ${LAUNCHER:-torchrun} in
+torchrun)
+    command=("$python" -m torch.distributed.run --nnodes "$nodes" --node_rank "$node"
+        --nproc_per_node "$ranks" "${address[@]}")
+    ;;
+deepspeed)
+    # What `deepspeed --no_ssh` starts on a node; it takes the list of all nodes encoded.
+    world=$("$python" -c 'if True:
+        import base64, json, sys
+        nodes, ranks = map(int, sys.argv[1:])
+        world = {f"node {node}": list(range(ranks)) for node in range(nodes)}
+        print(base64.urlsafe_b64encode(json.dumps(world).encode()).decode())' "$nodes" "$ranks")
+    command=("$python" -m deepspeed.launcher.launch --world_info "$world" --node_rank "$node"
+        "${address[@]}")
+    ;;
+*)
+    echo "error: LAUNCHER=$LAUNCHER: set torchrun or deepspeed" >&2
+    exit 2
+    ;;
+esac
+
+# Slurm signals every process of a step: the launcher must not die of it, and its ranks go by
+# SIGTERM, which also ends those that are still loading.
+(
+    trap '' USR1
+    exec "${command[@]}" "$here/train.py" "$@"
+) &
+launcher=$!
+
+stopped=
+# shellcheck disable=SC2329 # called by `trap`
+pass_on() {
+    local ranks
+    stopped=yes
+    # Not pgrep, which many images lack.
+    mapfile -t ranks < <(grep -ls "^PPid:[[:space:]]$launcher\$" /proc/[0-9]*/status)
+    ranks=("${ranks[@]#/proc/}")
+    kill -TERM "${ranks[@]%/status}" 2>/dev/null || kill -TERM "$launcher" 2>/dev/null || true
+}
+trap pass_on TERM USR1
+
+status=0
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2>/dev/null; do # a signal has ended `wait` before the launcher's end
+    status=0
+    wait "$launcher" || status=$?
+done
+if [ -n "$stopped" ] && [ "$status" -ne 0 ]; then
+    status=75
+fi
+exit "$status"

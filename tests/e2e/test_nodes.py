@@ -1,0 +1,105 @@
+"""Two nodes with a network between them, started by launch/node.sh: training, a node's death."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nodes
+import runs
+import small
+from nodes import Node
+from scalora_dist.checkpoint.manifest import checkpoints
+from scalora_dist.saving import PREEMPTED
+
+HANG_SECONDS = 8
+LAUNCHERS = {"fsdp": "torchrun", "zero3": "deepspeed"}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[list[Node]]:
+    with nodes.two_nodes(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("dead", "how"),
+    [
+        (1, "die"),
+        pytest.param(0, "die", marks=pytest.mark.heavy),
+        pytest.param(1, "pull_the_cable", marks=pytest.mark.heavy),
+        pytest.param(0, "pull_the_cable", marks=pytest.mark.heavy),
+    ],
+)
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.heavy)])
+def test_two_nodes_train_as_one_until_one_dies(
+    ranks: Any, odd: Path, tmp_path: Path, pair: list[Node], engine: str, dead: int, how: str
+) -> None:
+    """The losses of one node, and whose death it was; a pulled cable closes no connections."""
+    steps = {"max_steps": 3, "save_steps": 0, "lr_scheduler_type": "constant"}
+    alone = small.options(odd, tmp_path / "alone", engine, **steps)
+    endless = {"output_dir": tmp_path / "run", "max_steps": 100_000, "hang_timeout": HANG_SECONDS}
+    for node in pair:
+        node.start({**alone, **endless}, LAUNCHER=LAUNCHERS[engine])
+    ranks(2).run(small.train, alone)
+    nodes.until(lambda: small.last_step(tmp_path / "run") >= 3, pair)
+    getattr(pair[dead], how)()
+    died = time.monotonic()
+    other = pair[1 - dead]
+    assert other.wait() != 0, other.text()
+    assert time.monotonic() - died < HANG_SECONDS + 30, other.text()
+    named = [line for line in other.errors() if f"rank {dead} stopped answering in step " in line]
+    assert len(named) == len(other.errors()) == 1, other.text()
+    assert runs.losses(tmp_path / "run")[:3] == runs.losses(tmp_path / "alone")
+    for node in pair:
+        assert node.tokenized() == 1, "each node fills its own cache, once"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("ranks_of_each", [1, 2])
+def test_a_whole_run_on_two_nodes(
+    ranks: Any, odd: Path, tmp_path: Path, pair: list[Node], engine: str, ranks_of_each: int
+) -> None:
+    """With evaluations, a checkpoint and a model, to the last digit, and over the cable."""
+    case = small.options(odd, tmp_path / "nodes", engine, max_steps=3, save_steps=2)
+    case["save_model"] = True
+    for node in pair:
+        node.start(case, LAUNCHER=LAUNCHERS[engine], NPROC_PER_NODE=ranks_of_each)
+    for node in pair:
+        assert node.wait() == 0, node.text()
+    ranks(2 * ranks_of_each).run(small.train, {**case, "output_dir": tmp_path / "alone"})
+    assert small.lines(tmp_path / "nodes") == small.lines(tmp_path / "alone")
+    assert small.digests(tmp_path / "nodes") == small.digests(tmp_path / "alone")
+    assert [folder.name for folder in checkpoints(tmp_path / "nodes")] == ["checkpoint-2"]
+    for node in pair:
+        assert node.tokenized() == 1
+        assert node.received() > 100_000
+
+
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [
+        pytest.param("fsdp", signal.SIGTERM, marks=pytest.mark.heavy),
+        pytest.param("zero3", signal.SIGUSR1, marks=pytest.mark.heavy),
+    ],
+)
+def test_a_signal_to_one_node_saves_and_ends_both(
+    odd: Path, tmp_path: Path, pair: list[Node], engine: str, number: signal.Signals
+) -> None:
+    case = small.options(odd, tmp_path / "run", engine, max_steps=100_000, save_steps=0)
+    for node in pair:
+        node.start(case, LAUNCHER=LAUNCHERS[engine])
+    nodes.until(lambda: small.last_step(tmp_path / "run") >= 3, pair)
+    assert pair[1].process
+    pair[1].process.send_signal(number)
+    expected = [{"fsdp": 1, "zero3": 75}[engine], 75]  # torchrun does not pass the ranks' 75 on
+    for node in pair:
+        assert node.wait(60) == expected[node.number], node.text()
+    step = int((tmp_path / "run" / PREEMPTED).read_text())
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == [f"checkpoint-{step}"]
