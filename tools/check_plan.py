@@ -69,14 +69,9 @@ def main(argv: list[str]) -> None:
         argv, return_remaining_strings=True
     )
     with tempfile.TemporaryDirectory() as folder:
-        fixed: dict[str, Any] = {
-            "max_steps": STEPS,
-            "eval_size": 0,
-            "save_steps": 0,
-            "save_model": False,
-        }
-        fixed |= {"update_rank_layers": 0, "output_dir": Path(folder) / "run"}
-        options = parse_options([*words, *(f"--{name}={value}" for name, value in fixed.items())])
+        fixed = ["--max_steps", str(STEPS), "--eval_size", "0", "--save_steps", "0"]
+        fixed += ["--save_model", "false", "--update_rank_layers", "0", "--output_dir", folder]
+        options = parse_options([*words, *fixed])
         world = World.join(
             local_rank=options.launch.local_rank,
             timeout=timedelta(seconds=options.train.ddp_timeout),
