@@ -17,6 +17,13 @@ from scalora_dist.config import Options, parse_options
 from scalora_dist.errors import exit_with_one_sentence
 
 
+def plan(options: Options) -> None:
+    from scalora_dist.planning.report import report, where_we_are
+
+    if is_main:
+        print(report(options, where_we_are()))
+
+
 def train(options: Options) -> None:
     # The options are checked before the seconds that these imports take.
     from scalora_dist.engines.pick import pick_engine
@@ -45,4 +52,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with exit_with_one_sentence():
-        train(parse_options(sys.argv[1:]))
+        options = parse_options(sys.argv[1:])
+        plan(options) if options.launch.dry_run else train(options)

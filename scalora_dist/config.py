@@ -301,6 +301,9 @@ class LaunchArguments:
     )
     fsdp: bool = option(False, "Train under FSDP2 (start with torchrun).")
     fsdp_config: Optional[str] = option(None, "FSDP2's settings, JSON or YAML.")
+    dry_run: bool = option(
+        False, "Print what the run will need (as tools/plan.py), and end; loads no weights."
+    )
     local_rank: int = option(-1, "Set by the launcher.")
 
 

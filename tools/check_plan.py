@@ -6,7 +6,7 @@
 Takes the trainer's options and starts as it does, on random tokens; writes no results. Three
 figures of the rank that needed most: bytes of tensors at the worst moment of a step; what the
 process needed above what it had before the model was loaded (resident memory on a CPU, the
-allocator's peak on a GPU); bytes that collectives brought in.
+allocator's peak on a GPU); bytes of weights and factors that all-gathers filled.
 """
 
 from __future__ import annotations
@@ -50,17 +50,13 @@ def measure(options: Options, world: World) -> dict[str, float]:
     peak = float("nan") if trainer.peak is None else trainer.peak - before
     if world.device.type == "cuda":
         peak += before
-    tracked, peak, received = world.max(trainer.tracked, peak, trainer.traffic.received)
-    return {"tracked": tracked, "peak": peak, "received": received}
+    tracked, peak, gathered = world.max(trainer.tracked, peak, trainer.traffic.gathered)
+    return {"tracked": tracked, "peak": peak, "gathered": gathered}
 
 
 def compare(options: Options, world: World, found: dict[str, float]) -> dict[str, Any]:
     plan = Planner(options, PlanArguments()).plan(options, world.size)
-    # Collectives fill the rank's own part too, and count a sum once.
-    received = 0.0
-    for m in [*plan.messages, plan.rescale] if world.size > 1 else ():
-        received += m.received * m.ranks / (m.ranks - 1)
-    planned = {"tracked": plan.peak.total, "peak": plan.peak.total, "received": received}
+    planned = {"tracked": plan.peak.total, "peak": plan.peak.total, "gathered": plan.gathered}
     return {name: {"measured": found[name], "planned": planned[name]} for name in found}
 
 
@@ -82,9 +78,10 @@ def main(argv: list[str]) -> None:
         return
     rows = compare(options, world, found)
     for name, row in rows.items():
-        off = row["planned"] / row["measured"] - 1 if row["measured"] else float("nan")
-        measured, planned = row["measured"] / MB, row["planned"] / MB
-        print(f"{name:>9}: {measured:9.1f} MB, planned {planned:9.1f} ({off:+.1%})")
+        if row["measured"] > 1e4:  # not the few numbers that even one process sums
+            measured, planned = row["measured"] / MB, row["planned"] / MB
+            off = planned / measured - 1
+            print(f"{name:>9}: {measured:9.1f} MB, planned {planned:9.1f} ({off:+.1%})")
     if given.json:
         write_json(Path(given.json), rows)
 

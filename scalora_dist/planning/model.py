@@ -19,6 +19,7 @@ from scalora_dist.config import Options
 from scalora_dist.engines.residency import Part, Weight
 from scalora_dist.methods import find_method
 from scalora_dist.models import Base, load_model
+from scalora_dist.optimizer import make_optimizer
 from scalora_dist.profiling.events import Trace, trace_micro_batch
 
 
@@ -58,6 +59,8 @@ def trace_model(options: Options, base: Base, compute: torch.dtype) -> Traced:
         layers = method.add(model, args, train.seed, compute)
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        make_optimizer(method, options, trained)
     splits = method.merges and args.merge_target == "weight" and args.merge_rounding == "split"
     merged = {id(adapted_linear(x).weight) for x in layers.values()} if splits else set()
     added = {id(p) for layer in layers.values() for p in own_parameters(layer).values()}

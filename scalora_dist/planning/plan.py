@@ -52,6 +52,12 @@ class Plan:
     trained: int
 
     @property
+    def gathered(self) -> float:
+        """Bytes that all-gathers fill on a rank in a step with a rescale, its own part included."""
+        parts = [m for m in [*self.messages, self.rescale] if "gradients" not in m.what]
+        return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
+
+    @property
     def peak(self) -> Moment:
         return max(self.phases, key=lambda moment: moment.total)
 

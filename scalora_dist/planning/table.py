@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from scalora_dist.config import Options
@@ -31,10 +32,17 @@ def describe(options: Options, where: PlanArguments) -> str:
 def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -> str:
     """Memory by part and phase, messages, least times."""
     names = list(dict.fromkeys(name for moment in plan.phases for name in moment.parts))
-    rows = [[name, *(_gib(m.parts.get(name, 0)) for m in plan.phases)] for name in names]
-    rows = [row for row in rows if any(cell != "" for cell in row[1:])]
-    head = ["GiB of a GPU", *(moment.phase for moment in plan.phases)]
-    table = [head, *rows, ["in all", *(_gib(moment.total) for moment in plan.phases)]]
+    unit, size = ("GiB", GIB) if plan.peak.total > 4 * GIB else ("MiB", 2**20)
+
+    def row(name: str, sizes: Iterable[float]) -> list[str]:
+        return [name, *(f"{x / size:.2f}" if x >= size / 200 else "" for x in sizes)]
+
+    rows = [row(name, (m.parts.get(name, 0) for m in plan.phases)) for name in names]
+    table = [
+        [f"{unit} of a GPU", *(moment.phase for moment in plan.phases)],
+        *(cells for cells in rows if any(cells[1:])),
+        row("in all", (moment.total for moment in plan.phases)),
+    ]
     text = _columns(table)
     if plan.held.host:
         host = sum(plan.held.host.values())
@@ -50,11 +58,11 @@ def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -
     tokens *= options.train.per_device_train_batch_size
     times = [
         ["least seconds of a step", ""],
-        [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{floors.compute:.3f}"],
-        [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{floors.memory:.3f}"],
-        ["messages inside a node", f"{floors.links:.3f}"],
-        ["messages between nodes", f"{floors.network:.3f}"],
-        ["a rescale's messages", f"{floors.rescale:.4f}"],
+        [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{floors.compute:.2g}"],
+        [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{floors.memory:.2g}"],
+        ["messages inside a node", f"{floors.links:.2g}"],
+        ["messages between nodes", f"{floors.network:.2g}"],
+        ["a rescale's messages", f"{floors.rescale:.2g}"],
         ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / floors.step:,.0f}"],
     ]
     return f"{text}\n\n{_columns(times)}"
@@ -84,10 +92,6 @@ def as_json(plan: Plan, floors: Floors, fits: bool) -> dict[str, Any]:
         "trained_parameters": plan.trained,
         "least_seconds": {**vars(floors), "step": floors.step},
     }
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size >= GIB / 200 else ""
 
 
 def _columns(rows: list[list[str]]) -> str:

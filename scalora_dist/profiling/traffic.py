@@ -15,12 +15,13 @@ class Traffic(TorchDispatchMode):
 
     ``sent`` and ``received`` are the bytes of the tensors that this rank hands to collectives and
     of those that they fill here, its own part included; what a ring or a tree then moves for one
-    is the backend's affair. Barriers carry nothing and are left out.
+    is the backend's affair. Barriers carry nothing and are left out. ``gathered`` are the bytes
+    of ``received`` that all-gathers brought.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = self.received = 0
+        self.sent = self.received = self.gathered = 0
         self.collectives: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,5 +32,6 @@ class Traffic(TorchDispatchMode):
             sizes = [sum(x.nbytes for x in leaves) for leaves in tensors if leaves]
             self.received += sizes[0]
             self.sent += sizes[-1]
+            self.gathered += sizes[0] if "allgather" in name else 0
             self.collectives[name.partition(".")[0].strip("_")] += 1
         return func(*args, **(kwargs or {}))

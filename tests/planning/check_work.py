@@ -15,14 +15,14 @@ from scalora_dist.world import World
 
 class Found(NamedTuple):
     tracked: int
-    received: int
+    gathered: int
 
 
 def measured(world: World, options: dict[str, Any]) -> Found:
-    """Bytes of tensors at the worst moment of a step, and of messages, on this rank."""
+    """Bytes of tensors at the worst moment of a step, and of all-gathers' results, on this rank."""
     trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
     trainer.run()
-    return Found(trainer.tracked, trainer.traffic.received)
+    return Found(trainer.tracked, trainer.traffic.gathered)
 
 
 def planned(options: dict[str, Any], size: int) -> Plan:
