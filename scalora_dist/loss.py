@@ -96,7 +96,7 @@ class LossHead(nn.Linear):
         if self.labels is None:
             return super().forward(input)
         hidden, wanted = _shifted(input, self.labels)
-        if torch.is_grad_enabled() and hidden.is_cuda and is_liger_kernel_available():
+        if self._fits_liger(hidden):
             loss = self._with_liger(hidden, wanted)
         else:
             loss, self.right = self._in_chunks(hidden, wanted)
@@ -115,6 +115,12 @@ class LossHead(nn.Linear):
 
     def _one(self, hidden: Tensor, wanted: Tensor) -> Targets:
         return _cross_entropy(F.linear(hidden, self.weight, self.bias), wanted)
+
+    def _fits_liger(self, hidden: Tensor) -> bool:
+        """Whether Liger is here for this device and these tensors; it fails where there are none."""
+        alike = hidden.dtype == self.weight.dtype and len(hidden) > 0
+        on_gpu = hidden.is_cuda and is_liger_kernel_available()
+        return torch.is_grad_enabled() and alike and on_gpu
 
     def _with_liger(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Gradients in the same pass, so that nothing is computed twice."""
