@@ -117,7 +117,7 @@ class LossHead(nn.Linear):
         return _cross_entropy(F.linear(hidden, self.weight, self.bias), wanted)
 
     def _fits_liger(self, hidden: Tensor) -> bool:
-        """Whether Liger is here for this device and these tensors; it fails where there are none."""
+        """Whether Liger is here for this device and tensors; it fails where there are none."""
         alike = hidden.dtype == self.weight.dtype and len(hidden) > 0
         on_gpu = hidden.is_cuda and is_liger_kernel_available()
         return torch.is_grad_enabled() and alike and on_gpu

@@ -28,7 +28,7 @@ class ZeroResidency(Residency):
         self.prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
         self.most_live = int(zero.get("stage3_max_live_parameters", 1e9))
         self.reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
-        self.secondary = int(zero.get("zero_hpz_partition_size", 1))
+        self.secondary = min(int(zero.get("zero_hpz_partition_size", 1)), world)
         self.weights_on_host = _on_cpu(zero, "offload_param") and self.stage == 3
         self.states_on_host = _on_cpu(zero, "offload_optimizer")
 
@@ -88,20 +88,20 @@ class ZeroResidency(Residency):
                 Message("gradients", 2 * gradients, self.world),
                 Message("updated weights", gradients, self.world),
             ]
-        far = near = 0.0
-        for event, (_, fetched) in zip(events, self._coordinate(weights, events), strict=True):
-            if event.backward and self.secondary > 1:  # from copies that the node has
-                near += fetched
-            else:
-                far += fetched
+        fetches = [fetched for _, fetched in self._coordinate(weights, events)]
+        far, near = micro_batches * sum(fetches), 0.0
+        if self.secondary > 1:  # a node has copies from a step's first forward on
+            once = zip(events, fetches, strict=True)
+            whole, far = far, sum(fetched for event, fetched in once if not event.backward)
+            near = whole - far
         kept = sum(weight.nbytes for weight in trained if self._persistent(weight))
         messages = [
-            Message("gathered weights", micro_batches * others(self.world) * far, self.world),
+            Message("gathered weights", others(self.world) * far, self.world),
             Message("gradients", micro_batches * gradients, self.world),
             Message("updated weights", others(self.world) * kept, self.world),
         ]
         if near:
-            received = micro_batches * others(self.secondary) * near
+            received = others(self.secondary) * near
             messages.append(Message("weights from near by", received, self.secondary))
         return messages
 

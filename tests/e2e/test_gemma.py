@@ -72,6 +72,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("zero3", {"adapter_rank": 24}),
         pytest.param("fsdp", {"adapter_rank": 24}, marks=HEAVY),
         pytest.param("fsdp", {"method": "lora", "gradient_checkpointing": True}, marks=HEAVY),
+        pytest.param("fsdp", {"bf16": True, "gradient_checkpointing": True}, marks=HEAVY),
         pytest.param("zero2", {}, marks=HEAVY),
         pytest.param("zero3", {"target_modules": "q_proj mlp.up_proj"}, marks=HEAVY),
         pytest.param("zero3", {"bf16": True, "gradient_checkpointing": True}, marks=HEAVY),
