@@ -6,7 +6,7 @@
 # LAUNCHER        torchrun (the default; also for --ds_config), or deepspeed
 # NNODES          nodes in all                     (1; Slurm's)
 # NODE_RANK       this one, from 0                 (0; Slurm's)
-# NPROC_PER_NODE  ranks of each node               (its GPUs, or 1)
+# NPROC_PER_NODE  ranks of each node               (its GPUs that CUDA_VISIBLE_DEVICES shows, or 1)
 # MASTER_ADDR     the first node's name or address (127.0.0.1)
 # MASTER_PORT     a free port of it                (29500)
 # PYTHON          the interpreter                  (python)
@@ -18,13 +18,21 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
-gpus=1
-if command -v nvidia-smi >/dev/null; then
-    gpus=$(nvidia-smi --list-gpus | wc -l)
+# The numbers of the GPUs that are ours to take; on CPUs, those of the ranks.
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+else
+    count=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || count=0
+    count=${NPROC_PER_NODE:-$count}
+    mapfile -t gpus < <(seq 0 $((count > 0 ? count - 1 : 0)))
 fi
 nodes=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
 node=${NODE_RANK:-${SLURM_NODEID:-0}}
-ranks=${NPROC_PER_NODE:-$gpus}
+ranks=${NPROC_PER_NODE:-${#gpus[@]}}
+if [ "$ranks" -gt "${#gpus[@]}" ]; then
+    echo "error: NPROC_PER_NODE=$ranks, but CUDA_VISIBLE_DEVICES shows ${#gpus[@]}: set fewer" >&2
+    exit 2
+fi
 address=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
 
 case ${LAUNCHER:-torchrun} in
@@ -36,9 +44,10 @@ deepspeed)
     # What `deepspeed --no_ssh` starts on a node; it takes the list of all nodes encoded.
     world=$("$python" -c 'if True:
         import base64, json, sys
-        nodes, ranks = map(int, sys.argv[1:])
-        world = {f"node {node}": list(range(ranks)) for node in range(nodes)}
-        print(base64.urlsafe_b64encode(json.dumps(world).encode()).decode())' "$nodes" "$ranks")
+        nodes, ranks, *gpus = (int(x) if x.isdigit() else x for x in sys.argv[1:])
+        world = {f"node {node}": gpus[:ranks] for node in range(nodes)}
+        print(base64.urlsafe_b64encode(json.dumps(world).encode()).decode())' \
+        "$nodes" "$ranks" "${gpus[@]}")
     command=("$python" -m deepspeed.launcher.launch --world_info "$world" --node_rank "$node"
         "${address[@]}")
     ;;

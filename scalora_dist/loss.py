@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Logits that are in memory at once: 256 MiB in float32, and their gradients as much again.
 CHUNK = 2**26
+FOR_LIGER = "cuda"  # the device that its kernels are for
 MARK = 12345.0  # not a number that a cast to 16 bits leaves alone
 
 
@@ -45,7 +46,7 @@ class TargetLoss:
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
         self.head: LossHead | None = None
-        if type(head) is nn.Linear:
+        if type(head) in (nn.Linear, LossHead):
             head.__class__ = LossHead
             self.head = cast(LossHead, head)
         self.checked = False
@@ -61,16 +62,16 @@ class TargetLoss:
             logits = module(**inputs, use_cache=False).logits
             return target_losses(logits, batch["labels"])
         with self.head.expecting(batch["labels"]):
-            loss, mark = module(**inputs, use_cache=False).logits.view(2)
+            found = module(**inputs, use_cache=False).logits.flatten()
             right = self.head.right
         # Alike on all ranks: what a model does to its logits it does to the mark too.
-        if not self.checked and float(mark.detach()) != MARK:
+        if not self.checked and (len(found) != 2 or float(found[1].detach()) != MARK):
             logger.warning("the model changes its logits after the LM head: they are kept whole")
             self.head.__class__ = nn.Linear  # type: ignore[assignment]
             self.head = None
             return self(module, batch)
         self.checked = True
-        return Targets(loss, right)
+        return Targets(found[0], right)
 
 
 class LossHead(nn.Linear):
@@ -119,8 +120,8 @@ class LossHead(nn.Linear):
     def _fits_liger(self, hidden: Tensor) -> bool:
         """Whether Liger is here for this device and tensors; it fails where there are none."""
         alike = hidden.dtype == self.weight.dtype and len(hidden) > 0
-        on_gpu = hidden.is_cuda and is_liger_kernel_available()
-        return torch.is_grad_enabled() and alike and on_gpu
+        here = hidden.device.type == FOR_LIGER and is_liger_kernel_available()
+        return torch.is_grad_enabled() and alike and here
 
     def _with_liger(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Gradients in the same pass, so that nothing is computed twice."""

@@ -18,7 +18,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.merger import IntoWeights, Merger, MergeTarget
 from scalora_dist.methods import Method
 from scalora_dist.monitor import UpdateMonitor
-from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.clock import Clock, now
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.shards import global_norm
 from scalora_dist.starts.start import Start
@@ -115,7 +115,7 @@ class MethodRun:
             return measure
 
         def change(layers: list[LayerShards]) -> bool:
-            started = time.perf_counter()
+            started = now(engine.world.device)
             report = transform(layers, self.clock) if finite else transform.refuse(layers)
             self.clock.begin("optimizer")
             if report.applied and math.isnan(report.grad_norm):  # it does not know
@@ -124,7 +124,7 @@ class MethodRun:
                 applied = report.applied
                 record["grad_norm"] = report.grad_norm / loss_scale
                 record["grad_norm_before"] = report.grad_norm_before / loss_scale
-            seconds = time.perf_counter() - started
+            seconds = now(engine.world.device) - started
             record[transform.name] = {**report.record, "seconds": seconds}
             return applied
 
@@ -133,10 +133,11 @@ class MethodRun:
     def after_step(self, steps_taken: int, record: dict[str, Any]) -> None:
         """A restart and the monitor's reading, where they are due; they go into ``record``."""
         if self.restarts and self.restarts.due(steps_taken):
-            started = time.perf_counter()
+            device = self.engine.world.device
+            started = now(device)
             self.restarts(self.engine, steps_taken, self.clock)
             self.clock.begin("rest")
-            record[self.restarts.name] = {"seconds": time.perf_counter() - started}
+            record[self.restarts.name] = {"seconds": now(device) - started}
         if self.merger and (report := self.merger.into.report()):
             record["carry"] = report
         if self.monitor and record["step"] % self.options.train.rank_monitor_steps == 0:

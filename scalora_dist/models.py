@@ -64,7 +64,9 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         attention = pick_attention(
             args.attn_implementation,
-            installed=is_flash_attn_2_available(),
+            # Which wants an Ampere GPU or a later one.
+            installed=is_flash_attn_2_available()
+            and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)),
             device=device,
             dtype=dtype,
             supported=lambda: _builds_with(FLASH, config, dtype, args.trust_remote_code),
@@ -95,7 +97,8 @@ def read_base(args: ModelArguments, dtype: torch.dtype, device: torch.device) ->
             f"--bnb_4bit_quant_storage {_name(fourbit.storage)} is cast to the training's "
             f"{_name(dtype)} by engines, which destroys the codes: set uint8 or {_name(dtype)}"
         )
-    check_products(fourbit, device)
+    if device.type != "meta":  # a plan's, which multiplies nothing
+        check_products(fourbit, device)
     return Base(width, fourbit, saved is not None, attention)
 
 

@@ -198,13 +198,14 @@ class Trainer:
             for step in range(self.first_step, self.steps):
                 self.profile.start(step + 1)
                 record, votes = self._step(step, micro_batches)
+                self.watch.pause()  # a slow disk is no hung rank
                 self.profile.finish(record)
                 self.records.append(record)
                 log.step(record)
                 done = step + 1
                 if train.eval_steps and done % train.eval_steps == 0 and done < self.steps:
                     self._evaluate(log, done)
-                self.watch.pause()  # a slow disk is no hung rank
+                self.watch.pause()
                 self.saving.after(done, self.records, votes, save)
             self.saving.finish()
             if report := self.method.finish():
@@ -294,7 +295,7 @@ class Trainer:
             self.watch.at(f"step {step + 1}")
             self.profile.begin("data")
             batch = {k: v.to(self.world.device) for k, v in next(micro_batches).items()}
-            self.profile.forward(batch["input_ids"])
+            self.profile.forward(batch)
             loss = self.loss(self.engine.module, batch).loss
             self.profile.begin("backward")
             # The sum over ranks and micro-batches of these is the mean over all target tokens.

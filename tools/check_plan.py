@@ -43,13 +43,13 @@ def measure(options: Options, world: World) -> dict[str, float]:
     options.train.settle_batch(world.size)
     base = read_base(options.model, options.train.dtype, world.device)
     make_engine = pick_engine(options, world, base)
-    restart_peak(world.device)
+    restart_peak(world.device)  # which forgets what imports have needed
     before = restart_peak(world.device) or 0
     trainer = MeasuredTrainer(options, world, base, make_engine)
     trainer.run()
-    peak = float("nan") if trainer.peak is None else trainer.peak - before
-    if world.device.type == "cuda":
-        peak += before
+    peak = float("nan") if trainer.peak is None else float(trainer.peak)
+    if world.device.type != "cuda":  # whose allocator counts nothing but this
+        peak -= before
     tracked, peak, gathered = world.max(trainer.tracked, peak, trainer.traffic.gathered)
     return {"tracked": tracked, "peak": peak, "gathered": gathered}
 

@@ -18,7 +18,7 @@ class FSDPResidency(Residency):
         self.blocks: tuple[str, ...] = ()
         self.ranks = config.mesh[-1]
 
-    def see(self, blocks: Sequence[str], itemsize: int) -> None:
+    def see(self, blocks: Sequence[str]) -> None:
         self.blocks = tuple(blocks)
 
     def share(self, weight: Weight) -> int:
@@ -96,5 +96,5 @@ class FSDPResidency(Residency):
         if self.world > self.ranks:  # each rank's share, between the replicas
             replicas = self.world // self.ranks
             received = 2 * others(replicas) * gradients / self.ranks
-            messages.append(Message("gradients of replicas", received, self.world))
+            messages.append(Message("gradients of replicas", received, self.world, alike=False))
         return messages

@@ -22,11 +22,8 @@ def pick_engine(options: Options, world: World, base: Base) -> Callable[[], Engi
     Raises:
         UserError: two engines, no engine for several ranks, bad settings.
     """
+    check_choice(options, world.size)
     train, launch = options.train, options.launch
-    if launch.fsdp_config and not launch.fsdp:
-        raise UserError("--fsdp_config without --fsdp: give both")
-    if launch.ds_config and launch.fsdp:
-        raise UserError("--ds_config and --fsdp are two engines: give one")
     dtype = train.dtype
     if launch.ds_config:
         from scalora_dist.engines.deepspeed import DeepSpeedEngine
@@ -48,12 +45,28 @@ def pick_engine(options: Options, world: World, base: Base) -> Callable[[], Engi
                 "--bnb_4bit_quant_storage"
             )
         return lambda: FSDPEngine(world, settings, dtype=dtype, max_grad_norm=train.max_grad_norm)
-    if world.size > 1:
-        raise UserError(
-            f"{world.size} ranks need an engine: give --ds_config FILE (see ds_configs/) or --fsdp"
-        )
-    if train.fp16:
-        raise UserError("--fp16 needs DeepSpeed's loss scale: set --bf16, or give --ds_config")
     from scalora_dist.engines.local import LocalEngine
 
     return lambda: LocalEngine(world, dtype=dtype, max_grad_norm=train.max_grad_norm)
+
+
+def check_choice(options: Options, ranks: int) -> None:
+    """Refuse what no engine, or none that was asked for, can train on so many ranks.
+
+    Raises:
+        UserError: two engines, settings of one that was not asked for, no engine where one is
+            needed.
+    """
+    launch = options.launch
+    if launch.fsdp_config and not launch.fsdp:
+        raise UserError("--fsdp_config without --fsdp: give both")
+    if launch.ds_config and launch.fsdp:
+        raise UserError("--ds_config and --fsdp are two engines: give one")
+    if launch.ds_config or launch.fsdp:
+        return
+    if ranks > 1:
+        raise UserError(
+            f"{ranks} ranks need an engine: give --ds_config FILE (see ds_configs/) or --fsdp"
+        )
+    if options.train.fp16:
+        raise UserError("--fp16 needs DeepSpeed's loss scale: set --bf16, or give --ds_config")

@@ -19,7 +19,7 @@ class Weight:
 
     Attributes:
         module: the name of the module that owns it.
-        itemsize: bytes of an element as an engine computes with it.
+        itemsize: bytes of an element as an engine computes with it. stored: as it keeps it.
         part: of the model, a frozen carry, or what the method added.
         merged: whether a method adds to it and keeps its low halves.
     """
@@ -28,6 +28,7 @@ class Weight:
     module: str
     shape: tuple[int, ...]
     itemsize: int
+    stored: int
     trained: bool
     part: Part
     merged: bool = False
@@ -61,11 +62,13 @@ class Message:
 
     Attributes:
         received: bytes. ranks: of the group.
+        alike: whether all GPUs of a node need the same, which then comes to the node once.
     """
 
     what: str
     received: float
     ranks: int
+    alike: bool = True
 
 
 class Residency(ABC):
@@ -79,8 +82,8 @@ class Residency(ABC):
     def __init__(self, world: int) -> None:
         self.world = self.ranks = world
 
-    def see(self, blocks: Sequence[str], itemsize: int) -> None:  # noqa: B027
-        """Be told of the model: its decoder blocks' names, bytes of a number as it computes."""
+    def see(self, blocks: Sequence[str]) -> None:  # noqa: B027
+        """Be told the names of the model's decoder blocks."""
 
     @abstractmethod
     def share(self, weight: Weight) -> int:
@@ -106,8 +109,8 @@ class Residency(ABC):
         for weight in weights:
             if not weight.trained:
                 kept = self.share(weight)
-                parts[weight.part] = parts.get(weight.part, 0) + kept * weight.itemsize
-                if weight.merged and weight.itemsize == 2:
+                parts[weight.part] = parts.get(weight.part, 0) + kept * weight.stored
+                if weight.merged and weight.stored == 2:
                     parts["low halves"] = parts.get("low halves", 0) + 2 * kept
         return parts
 

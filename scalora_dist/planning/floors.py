@@ -50,6 +50,8 @@ def _seconds(message: Message, where: PlanArguments) -> tuple[float, float]:
     nodes = -(-message.ranks // where.gpus_per_node)
     if nodes == 1:
         return inside, 0.0
+    if not message.alike:
+        return inside, message.received / (where.network * 1e9)
     # A node receives what it lacks of the whole once, through all of its GPUs' network cards.
     whole = message.received / others(message.ranks)
     return inside, others(nodes) * whole / (where.gpus_per_node * where.network * 1e9)

@@ -76,6 +76,7 @@ def trace_model(options: Options, base: Base, compute: torch.dtype) -> Traced:
                 module=modules[id(p)],
                 shape=tuple(p.shape),
                 itemsize=p.dtype.itemsize,
+                stored=train.dtype.itemsize if p.is_floating_point() else p.dtype.itemsize,
                 trained=p.requires_grad,
                 part=part,
                 merged=id(p) in merged,

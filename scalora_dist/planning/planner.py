@@ -6,10 +6,12 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scalora_dist.config import Options
+from scalora_dist.engines.pick import check_choice
 from scalora_dist.errors import UserError
 from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.models import Base, read_base
@@ -37,12 +39,16 @@ class Planner:
         """
         options = copy.deepcopy(options)
         options.train.settle_batch(gpus)
-        base = read_base(options.model, options.train.dtype, torch.device("cpu"))
+        check_choice(options, gpus)
+        # Of flash attention's kinds the trace needs the one that runs everywhere.
+        if (options.model.attn_implementation or "").startswith("flash"):
+            options.model.attn_implementation = None
+        base = read_base(options.model, options.train.dtype, torch.device("meta"))
         method = find_method(options.method)
         settle_merges(options.method, method, quantized=base.fourbit is not None)
         residency, compute = pick_residency(options, base, gpus)
         traced = self._trace(options, base, compute)
-        residency.see(traced.blocks, compute.itemsize)
+        residency.see(traced.blocks)
         return plan_of(options, residency, traced)
 
     def _trace(self, options: Options, base: Base, compute: torch.dtype) -> Traced:
@@ -62,10 +68,13 @@ class Planner:
 
     def what_to_change(self) -> tuple[str, Plan] | None:
         """The first change that makes the run fit where it is planned, or all up to one."""
-        together, words = copy.deepcopy(self.options), []
+        together = copy.deepcopy(self.options)
+        words: list[str] = []
         for change in CHANGES:
             alone = copy.deepcopy(self.options)
             if word := change(alone, self.where.gpus):
+                if word.startswith("--ds_config"):  # the last one counts
+                    words = [x for x in words if not x.startswith("--ds_config")]
                 words.append(change(together, self.where.gpus))
                 for options, said in ((alone, word), (together, " ".join(words))):
                     plan = self._try(options, self.where.gpus)
@@ -80,7 +89,7 @@ class Planner:
         """
         for gpus in (2**i for i in range(MOST_GPUS.bit_length())):
             options = copy.deepcopy(self.options)
-            words = [change(options, gpus) for change in CHANGES[:3]]
+            words = [change(options, gpus) for change in (_any_mesh, *CHANGES[:3])]
             # How many examples a step takes need not divide by these GPUs.
             options.train.train_batch_size, options.train.gradient_accumulation_steps = None, 1
             plan = self._try(options, gpus)
@@ -123,6 +132,14 @@ def _cut_up(options: Options, gpus: int) -> str:
     return _under(options, "zero3.json")
 
 
+def _any_mesh(options: Options, gpus: int) -> str:
+    """A mesh is one of so many GPUs and no others."""
+    if not options.launch.fsdp_config:
+        return ""
+    options.launch.fsdp_config = None
+    return "--fsdp alone"
+
+
 def _offload(options: Options, gpus: int) -> str:
     if options.launch.fsdp or _offloads(options):
         return ""
@@ -146,14 +163,14 @@ def _under(options: Options, name: str) -> str:
     return f"--ds_config ds_configs/{name}"
 
 
-def _zero(options: Options) -> dict[str, object]:
+def _zero(options: Options) -> dict[str, Any]:
     path = options.launch.ds_config
-    return json.loads(Path(path).read_text()).get("zero_optimization", {}) if path else {}
+    return (json.loads(Path(path).read_text()).get("zero_optimization") or {}) if path else {}
 
 
-def _stage(options: Options) -> object:
-    return _zero(options).get("stage")
+def _stage(options: Options) -> int:
+    return _zero(options).get("stage", 0)
 
 
 def _offloads(options: Options) -> bool:
-    return "offload_param" in _zero(options)
+    return (_zero(options).get("offload_param") or {}).get("device") == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from scalora_dist.planning.plan import GIB
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.table import as_json, describe, render, verdict
 from scalora_dist.profiling.gpus import GPUS, find_gpu
+
+logger = logging.getLogger(__name__)
 
 
 def report(options: Options, where: PlanArguments) -> str:
@@ -68,5 +71,7 @@ def where_we_are() -> PlanArguments:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(ranks))))
     where = PlanArguments(nodes=ranks // here, gpus_per_node=here)
     gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if gpu is None:
+        logger.warning("this machine's GPU is not known: planned for %s", where.gpu)
     where.gpu = next((key for key, known in GPUS.items() if known == gpu), where.gpu)
     return where

@@ -14,6 +14,13 @@ class Clock:
         """What went on until now is over; what follows is ``part``."""
 
 
+def now(device: torch.device) -> float:
+    """Seconds, once ``device`` has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Stopwatch(Clock):
     """Seconds of this rank by part, what its device had still to do included.
 
@@ -34,9 +41,7 @@ class Stopwatch(Clock):
 
     def end(self) -> None:
         """What went on until now is over, and nothing follows."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
+        ended = now(self.device)
         if self.part is not None:
-            self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - self.since
-        self.part, self.since = None, now
+            self.seconds[self.part] = self.seconds.get(self.part, 0.0) + ended - self.since
+        self.part, self.since = None, ended

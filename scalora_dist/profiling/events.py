@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,9 +65,6 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _without_storage(model)
-        head = model.get_output_embeddings()
-        if type(head) is nn.Linear:
-            head.__class__ = _EveryToken
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -76,8 +74,21 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         products = stack.enter_context(_Products())
         live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
-        stack.enter_context(_hooks(model, trace.events, live, live.now))
-        model(**inputs, **_no_cache(model)).logits.sum().backward()
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            head.__class__ = _EveryToken
+        before = live.now
+        with _hooks(model, trace.events, live, before):
+            logits = model(**inputs, **_no_cache(model)).logits
+            if changed := type(head) is _EveryToken and logits is not head.given:
+                trace.events.clear()
+            else:
+                _loss(logits, tokens).backward()
+        if changed:  # after its head, so that they are kept whole: as `TargetLoss` does
+            head.__class__, head.given, logits = nn.Linear, None, None
+            products.total = 0
+            with _hooks(model, trace.events, live, before):
+                _loss(model(**inputs, **_no_cache(model)).logits, tokens).backward()
         trace.flops = products.total
     return trace
 
@@ -112,10 +123,22 @@ _SAME_FLOPS = {
 class _EveryToken(LossHead):
     """The head as it is trained, where every token is a target (which ones are is not known)."""
 
+    given: Tensor | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         hidden = input[:, :-1].flatten(0, 1)
         wanted = torch.zeros(len(hidden), dtype=torch.int64)
-        return self._in_chunks(hidden, wanted).loss.view(1, 1, 1)
+        self.given = self._in_chunks(hidden, wanted).loss.view(1, 1, 1)
+        return self.given
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of what a model gives: the loss itself, whole logits of every token, or of an example."""
+    if logits.numel() == 1:
+        return logits.sum()
+    if logits.dim() == 3:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return F.cross_entropy(logits.float(), tokens[:, 0])
 
 
 def _no_cache(model: PreTrainedModel) -> dict[str, bool]:

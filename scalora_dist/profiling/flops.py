@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 LENGTHS = (64, 128)  # any two would do
 
@@ -30,16 +31,21 @@ class Cost:
 class Flops:
     """Multiplications and additions of matrix products, one each, padding and masked pairs too.
 
+    ``forward`` and ``backward`` have the LM head at every token; a training step has it at its
+    targets alone. ``head`` is what it takes for one token, forward and backward.
+
     The backward is that of the training: a frozen weight has no gradient of its own. What gradient
     checkpointing computes twice is counted once.
     """
 
     forward: Cost
     backward: Cost
+    head: float
 
-    def step(self, examples: int, length: int) -> float:
+    def step(self, examples: int, length: int, targets: int) -> float:
         """Of forward and backward of one micro-batch, ``examples`` padded to ``length`` tokens."""
-        return self.forward(examples, length) + self.backward(examples, length)
+        without = self.head * (examples * length - targets)
+        return self.forward(examples, length) + self.backward(examples, length) - without
 
 
 def count_flops(model: nn.Module) -> Flops:
@@ -58,7 +64,7 @@ def count_flops(model: nn.Module) -> Flops:
     short, long = LENGTHS
     shapes = ((1, short), (2, short), (1, long))
     forward, backward = zip(*(_count(model, *shape) for shape in shapes), strict=True)
-    return Flops(_solve(*forward), _solve(*backward))
+    return Flops(_solve(*forward), _solve(*backward), _of_head(model))
 
 
 def _count(model: nn.Module, examples: int, length: int) -> tuple[int, int]:
@@ -72,6 +78,13 @@ def _count(model: nn.Module, examples: int, length: int) -> tuple[int, int]:
     for parameter in model.parameters():
         parameter.grad = None
     return forward.get_total_flops(), backward.get_total_flops()
+
+
+def _of_head(model: nn.Module) -> float:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is not nn.Linear:  # `TargetLoss` leaves such a one as it is
+        return 0.0
+    return 2.0 * head.weight.numel() * (3 if head.weight.requires_grad else 2)
 
 
 def _solve(one: int, two: int, longer: int) -> Cost:

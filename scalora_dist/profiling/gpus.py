@@ -54,6 +54,8 @@ def find_gpu(name: str) -> Gpu | None:
         return GPUS[name.lower()]
     words = _words(name)
     fitting = [gpu for gpu in GPUS.values() if _words(gpu.name) <= words]
+    if words & {"nvl", "ti", "d", "laptop", "super"}:  # another card of nearly the same name
+        return None
     return max(fitting, key=lambda gpu: len(gpu.name), default=None)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scalora_dist.config import Options
+from scalora_dist.data.tokenize import IGNORE
 from scalora_dist.errors import UserError
 from scalora_dist.method_run import MethodRun
 from scalora_dist.metrics import write_json
@@ -37,8 +38,8 @@ class Profile(Clock):
     def start(self, step: int) -> None:
         """Step ``step`` begins, counted from 1."""
 
-    def forward(self, tokens: Tensor) -> None:
-        """The forward of a micro-batch begins; ``tokens`` are (examples, length)."""
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
+        """The forward of a micro-batch begins, of input_ids and labels (examples, length)."""
         self.begin("forward")
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -93,6 +94,8 @@ class StepProfile(Profile):
     def start(self, step: int) -> None:
         if self.window is None:
             self.window = [min(step + 2, self.steps), min(step + 3, self.steps)]
+        if not self.seen and step > self.window[1]:
+            logger.warning("--profile_window is over: the run goes on from step %d", step)
         self.step, self.traced = step, self.window[0] <= step <= self.window[1]
         self.work = 0.0
         self.peaks: dict[str, int] = {}
@@ -131,10 +134,12 @@ class StepProfile(Profile):
         if peak is not None:
             self.peaks[part] = max(peak, self.peaks.get(part, 0))
 
-    def forward(self, tokens: Tensor) -> None:
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
         if self.flops:
-            self.work += self.flops.step(*tokens.shape)
-        super().forward(tokens)
+            targets = int((batch["labels"][:, 1:] != IGNORE).sum())
+            examples, length = batch["input_ids"].shape
+            self.work += self.flops.step(examples, length, targets)
+        super().forward(batch)
 
     def finish(self, record: dict[str, Any]) -> None:
         self._end()
@@ -194,11 +199,12 @@ class StepProfile(Profile):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.profiler.export_chrome_trace(str(trace))
-            if self.device.type == "cuda" and self.step == self.window[1]:
+            if self.recording and self.step == self.window[1]:
                 torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{rank}.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
         except OSError as error:  # a full disk does not end the run
             logger.warning("%s: %s", trace, error.strerror)
+        if self.recording and self.step == self.window[1]:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def close(self) -> None:
         if not (self.world.is_main and self.seen):

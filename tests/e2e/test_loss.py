@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,33 @@ def test_a_model_that_changes_its_logits_is_found_out_without_targets_too() -> N
         found = chunked(model, batch)
     assert float(found.loss) == 0 and chunked.head is None
     assert len(heard) == 1 and "kept whole" in heard[0]
+
+
+class Fused(nn.Module):
+    """In place of liger_kernel's, which needs a GPU: the same call, and no empty batch."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        assert reduction == "sum"
+
+    def forward(self, weight: Tensor, hidden: Tensor, wanted: Tensor, bias: Any) -> Tensor:
+        assert len(hidden) == len(wanted) > 0
+        return nn.functional.cross_entropy(
+            nn.functional.linear(hidden, weight, bias), wanted, reduction="sum"
+        )
+
+
+def test_ligers_kernel_is_called_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = types.SimpleNamespace(LigerFusedLinearCrossEntropyLoss=Fused)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", kernels)
+    monkeypatch.setattr(loss, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(loss, "FOR_LIGER", "cpu")
+    model, batch = model_of("tied"), batch_of()
+    expected, found = plain(copy.deepcopy(model), batch), TargetLoss(model)(model, batch)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    batch["labels"].fill_(IGNORE)
+    assert float(TargetLoss(model)(model, batch).loss.detach()) == 0
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:

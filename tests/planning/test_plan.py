@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma2Config
 
 import runs
 import small
@@ -19,6 +20,7 @@ from scalora_dist.config import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
 from scalora_dist.planning.floors import floors_of
+from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
 from scalora_dist.profiling.gpus import GPUS, find_gpu
@@ -45,6 +47,10 @@ SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp, bf16, checkpointing": (2, {"bf16": True, "gradient_checkpointing": True}),
     "zero3, carry": (2, {"merge_target": "carry"}),
     "fsdp, lora, 4 ranks": (4, {"method": "lora"}),
+    "fsdp, accumulation": (2, {"gradient_accumulation_steps": 3}),
+    "zero3, accumulation": (2, {"gradient_accumulation_steps": 3}),
+    "zero3, 4 bits": (2, {"load_in_4bit": True}),
+    "zero2, bf16, nearest": (2, {"bf16": True, "merge_rounding": "nearest"}),
     "zero2, full": (2, {"method": "full", "rank": None, "lora_alpha": None}),
     "fsdp, full": (2, {"method": "full", "rank": None, "lora_alpha": None}),
 }
@@ -109,6 +115,51 @@ def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def plan_of(*words: str, gpus: int = 2) -> Plan:
+    options = parse_options([*words, "--max_length", "64", "--rank", "4", "--output_dir", "."])
+    return Planner(options, PlanArguments()).plan(options, gpus)
+
+
+def test_a_mixed_engine_keeps_fp32_and_gathers_bf16(task: Path) -> None:
+    """launch/fsdp/mixed.yaml: no low halves, and messages of half the size."""
+    words = ["--model_name_or_path", str(task), "--fsdp"]
+    plain = plan_of(*words)
+    mixed = plan_of(*words, "--fsdp_config", "launch/fsdp/mixed.yaml")
+    assert mixed.held.device == plain.held.device
+    assert mixed.messages[0].received == plain.messages[0].received / 2
+
+
+def test_logits_that_a_model_changes_are_planned_whole(tmp_path: Path) -> None:
+    """As they are trained: Gemma-2's softcapping comes after the LM head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    peaks = []
+    for cap in (None, 5.0):
+        config = Gemma2Config(**sizes, vocab_size=50_000, final_logit_softcapping=cap)
+        config.save_pretrained(tmp_path / str(cap))
+        words = ["--model_name_or_path", str(tmp_path / str(cap))]
+        peaks.append(plan_of(*words, "--per_device_train_batch_size", "64", gpus=1).peak.total)
+    whole = 4 * 50_000 * 64 * 63
+    assert peaks[0] < 2.5 * whole < 4 * whole < peaks[1]
+
+
+def test_gpus_of_a_node_that_need_different_bytes_each_have_their_own_card(
+    task: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mesh.yaml").write_text("mesh_shape: [2, 4]\n")
+    words = [
+        "--model_name_or_path",
+        str(task),
+        "--fsdp",
+        "--fsdp_config",
+        str(tmp_path / "mesh.yaml"),
+    ]
+    plan, where = plan_of(*words, gpus=8), PlanArguments(nodes=2, gpus_per_node=4, network=1.0)
+    (replicas,) = [m for m in plan.messages if m.what == "gradients of replicas"]
+    assert replicas.received == 4 * plan.trained / 4
+    assert floors_of(plan, where).network == pytest.approx(replicas.received / 1e9)
+
+
 def test_the_tool_says_what_to_change(task: Path, tmp_path: Path) -> None:
     words = ["--model", str(task), "--gpu", "l4-24g", "--gpus_per_node", "2", "--rank", "4"]
     words += ["--ds_config", "ds_configs/zero2.json", "--json", str(tmp_path / "plan.json")]
@@ -137,9 +188,11 @@ def test_a_mistake_is_one_sentence(task: Path) -> None:
         ({"network": 0.0}, [], "set a positive number"),
         ({"json": "nowhere/plan.json"}, [], "its folder does not exist"),
         ({"model": "nowhere/config.json"}, [], "has a config.json"),
-        ({}, ["--method", "lora", "--scaling_rule", "nnls"], "does not read --scaling_rule"),
+        ({}, ["--fsdp", "--method", "lora", "--scaling_rule", "nnls"], "--scaling_rule"),
         ({}, ["--fsdp", "--train_batch_size", "3"], "no multiple of 8 rank"),
-        ({}, ["--rank", "1000"], "rank 1000 does not fit"),
+        ({}, ["--fsdp", "--rank", "1000"], "rank 1000 does not fit"),
+        ({}, [], "8 ranks need an engine"),
+        ({}, ["--fsdp", "--ds_config", "ds_configs/zero3.json"], "two engines"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(
@@ -155,6 +208,10 @@ def test_the_papers_models_are_planned(model: str) -> None:
     words = ["--output_dir", ".", "--ds_config", "ds_configs/zero3.json", "--bf16"]
     said = report(parse_options(words), PlanArguments(model=model, gpus_per_node=2))
     assert "smallest set-up that fits: 1 × h100-80g" in said
+    # In MiB or GiB, 16-bit weights on two ranks.
+    unit = 2**30 if "GiB of a GPU" in said else 2**20
+    (base,) = re.findall(r"^  base +([0-9.]+)", said, re.MULTILINE)
+    assert float(base) * unit == pytest.approx(PARAMETERS[model] * 1e9, rel=0.01)
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(task: Path, tmp_path: Path) -> None:
