@@ -40,7 +40,9 @@ def floors_of(plan: Plan, where: PlanArguments) -> Floors:
         memory=plan.reads / gpu.bandwidth,
         links=sum(inside for inside, _ in times),
         network=sum(between for _, between in times),
-        rescale=max(_seconds(plan.rescale, where)),
+        rescale=max(
+            map(sum, zip(*(_seconds(m, where) for m in plan.rescale), strict=True)), default=0
+        ),
     )
 
 

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from scalora_dist.adapters.fourbit import FourBitLinear
 from scalora_dist.adapters.inject import ALL_LINEAR, reached_by_text
 from scalora_dist.adapters.layers import adapted_linear, own_parameters
 from scalora_dist.config import Options
@@ -27,7 +29,7 @@ from scalora_dist.profiling.events import Trace, trace_micro_batch
 class Traced:
     """
     Attributes:
-        weights: every parameter once, in model order.
+        weights: every parameter once, in model order. buffers: bytes of those, whole everywhere.
         trace: of one micro-batch.
         blocks: the names of the decoder blocks.
         head: the LM head's name, or "".
@@ -35,6 +37,7 @@ class Traced:
     """
 
     weights: list[Weight]
+    buffers: int
     trace: Trace
     blocks: list[str]
     head: str
@@ -56,6 +59,9 @@ def trace_model(options: Options, base: Base, compute: torch.dtype) -> Traced:
     method = find_method(args)
     with _quiet():
         model = _make(options, base, compute)
+        for module in model.modules():
+            if isinstance(module, FourBitLinear):
+                module.dense = partial(_dense, module)  # type: ignore[method-assign]
         layers = method.add(model, args, train.seed, compute)
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -87,6 +93,7 @@ def trace_model(options: Options, base: Base, compute: torch.dtype) -> Traced:
     names = {id(module): name for name, module in model.named_modules()}
     return Traced(
         weights=weights,
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
         trace=trace_micro_batch(model, train.per_device_train_batch_size, options.data.max_length),
         blocks=[n for n, x in model.named_modules() if type(x).__name__ in kinds and x in reached],
         head=names.get(id(head), ""),
@@ -106,6 +113,11 @@ def _make(options: Options, base: Base, dtype: torch.dtype) -> PreTrainedModel:
         linear = {n.split(".")[-1] for n, x in model.named_modules() if type(x) is nn.Linear}
         options.method.target_modules = sorted(linear - {"classifier"})
     return model
+
+
+def _dense(layer: FourBitLinear, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for W in place of its values, which the codes of a traced layer do not have."""
+    return codes.new_empty(layer.out_features, layer.in_features, dtype=dtype)
 
 
 @contextmanager

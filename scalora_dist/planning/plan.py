@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         world: ranks. held: what a rank keeps all through a step.
         phases: the worst moment of forward, backward, rescale and optimizer step.
-        messages: what a rank receives in a step. rescale: in a rescale.
+        messages: what a rank receives in a step. rescale: in a rescale; empty without.
         flops: of a rank's step, recomputation included.
         reads: bytes of weights that the products of a rank's step read.
         trained: numbers, over all ranks.
@@ -46,7 +46,7 @@ class Plan:
     held: Held
     phases: list[Moment]
     messages: list[Message]
-    rescale: Message
+    rescale: list[Message]
     flops: float
     reads: float
     trained: int
@@ -54,7 +54,8 @@ class Plan:
     @property
     def gathered(self) -> float:
         """Bytes that all-gathers fill on a rank in a step with a rescale, its own part included."""
-        parts = [m for m in [*self.messages, self.rescale] if "gradients" not in m.what]
+        messages = [*self.messages, *self.rescale]
+        parts = [m for m in messages if "gradients" not in m.what and m.what != "grams"]
         return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
 
     @property
@@ -86,6 +87,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     weights, events = traced.weights, traced.trace.events
     micro_batches = options.train.gradient_accumulation_steps
     held = residency.held(weights, micro_batches)
+    held.device["buffers"] = traced.buffers
     gathers = residency.gathers(weights, events)
     phases = []
     for backward in (False, True):
@@ -111,13 +113,17 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     passes = 3 if options.train.gradient_checkpointing else 2
     rank = options.method.rank
     grams = 2 * traced.layers * (2 * rank) ** 2 * 8
-    rescaled = 2 * grams + factors if options.method.merge_target else 0
+    share = others(residency.ranks)
+    rescale = [
+        Message("grams", 2 * share * grams, residency.ranks),
+        Message("A and B whole", share * factors, residency.ranks),
+    ]
     return Plan(
         world=residency.world,
         held=held,
         phases=phases,
         messages=residency.wire(weights, events, micro_batches),
-        rescale=Message("rescale", others(residency.ranks) * rescaled, residency.ranks),
+        rescale=rescale if options.method.merge_target else [],
         flops=micro_batches * traced.trace.flops,
         reads=micro_batches * passes * sum(sizes.values()),
         trained=sum(w.numel for w in weights if w.trained),

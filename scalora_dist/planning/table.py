@@ -48,10 +48,8 @@ def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -
         host = sum(plan.held.host.values())
         text += f"\n\nmemory of the host for each GPU: {host / GIB:.2f} GiB"
     wire = [[m.what, f"{m.received / 1e9:.3f}", f"{m.ranks} ranks"] for m in plan.messages]
-    if plan.rescale.received:
-        wire.append(
-            ["a rescale", f"{plan.rescale.received / 1e9:.3f}", f"{plan.rescale.ranks} ranks"]
-        )
+    for m in plan.rescale:
+        wire.append([f"{m.what}, in a rescale", f"{m.received / 1e9:.3f}", f"{m.ranks} ranks"])
     if wire and plan.world > 1:
         text += "\n\n" + _columns([["10⁹ bytes a GPU receives in a step", "", ""], *wire])
     tokens = options.train.gradient_accumulation_steps * options.data.max_length
@@ -87,7 +85,7 @@ def as_json(plan: Plan, floors: Floors, fits: bool) -> dict[str, Any]:
         "phases": {m.phase: {"total": m.total, **m.parts} for m in plan.phases},
         "host_bytes": sum(plan.held.host.values()),
         "received_bytes": {m.what: m.received for m in plan.messages},
-        "rescale_received_bytes": plan.rescale.received,
+        "rescale_received_bytes": {m.what: m.received for m in plan.rescale},
         "flops": plan.flops,
         "trained_parameters": plan.trained,
         "least_seconds": {**vars(floors), "step": floors.step},

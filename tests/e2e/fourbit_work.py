@@ -83,10 +83,10 @@ def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, floa
         return found
 
     class Watched(type(transform)):  # type: ignore[misc]
-        def __call__(self, layers: Any) -> Report:
+        def __call__(self, layers: Any, clock: Any) -> Report:
             with torch.no_grad():
                 before = look()
-                report = super().__call__(layers)
+                report = super().__call__(layers, clock)
                 after = look()
             step = {}
             for name, (weight, output, lost) in before.items():
