@@ -11,7 +11,6 @@ traced on tensors without storage.
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 
@@ -33,6 +32,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it lacks kernels for this CPU
     with exit_with_one_sentence():
         main(sys.argv[1:])
