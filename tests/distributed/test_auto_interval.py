@@ -22,7 +22,8 @@ from scalora_dist.solve import Rule, Scales
 
 EVERYWHERE = [
     (1, "local"),
-    *((2, engine) for engine in ("zero2", "zero3", "fsdp")),
+    *((2, engine) for engine in ("zero3", "fsdp")),
+    pytest.param(2, "zero2", marks=pytest.mark.heavy),
     *(pytest.param(3, engine, marks=pytest.mark.heavy) for engine in ("zero2", "zero3", "fsdp")),
 ]
 STEPS = 6

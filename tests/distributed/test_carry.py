@@ -14,9 +14,11 @@ HEAVY = pytest.mark.heavy
 CASES = [
     (1, "zero3", torch.float32),
     (2, "zero3", torch.float32),
-    (3, "fsdp2", torch.float32),
+    (2, "fsdp2", torch.float32),
+    pytest.param(3, "fsdp2", torch.float32, marks=HEAVY),
     pytest.param(4, "zero3", torch.float32, marks=HEAVY),
-    (4, "zero3", torch.bfloat16),
+    (2, "zero3", torch.bfloat16),
+    pytest.param(4, "zero3", torch.bfloat16, marks=HEAVY),
     pytest.param(2, "zero3", torch.float16, marks=HEAVY),
     pytest.param(4, "fsdp2", torch.bfloat16, marks=HEAVY),
     pytest.param(3, "zero3", torch.bfloat16, marks=HEAVY),

@@ -63,7 +63,7 @@ def test_a_signal_ends_one_process_with_75(
 @pytest.mark.parametrize(
     ("engine", "number", "whom"),
     [
-        ("fsdp", signal.SIGTERM, "launcher"),
+        pytest.param("fsdp", signal.SIGTERM, "launcher", marks=pytest.mark.heavy),
         pytest.param("fsdp", signal.SIGUSR1, "one rank", marks=pytest.mark.heavy),
         pytest.param("fsdp", signal.SIGTERM, "ranks", marks=pytest.mark.heavy),
         pytest.param("zero3", signal.SIGTERM, "launcher", marks=pytest.mark.heavy),

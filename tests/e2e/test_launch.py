@@ -79,6 +79,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
     assert not folder.exists()
 
 
+@pytest.mark.heavy
 def test_nothing_is_overwritten_unasked(tiny_model: str, tmp_path: Path) -> None:
     kept = tmp_path / "metrics.jsonl"
     kept.write_text("mine")

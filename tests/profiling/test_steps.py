@@ -146,6 +146,7 @@ def test_training_is_as_without(run: Path, task: Path, ranks: Any, tmp_path: Pat
     assert timeless(runs.metrics(run)) == timeless(plain)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_its_profile(run: Path, task: Path, ranks: Any, tmp_path: Path) -> None:
     """From step 2: the window is counted from there unless it is given; older lines stay."""
     output = tmp_path / "more"

@@ -25,6 +25,8 @@ RANK, HIDDEN, INTERMEDIATE, KEYS, LAYERS = 4, 64, 96, 32, 2
 # (m, n) of the adapted layers of one block: q, o, k, v, gate, up, down.
 SHAPES = 2 * [(HIDDEN, HIDDEN)] + 2 * [(KEYS, HIDDEN)] + 3 * [(INTERMEDIATE, HIDDEN)]
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
