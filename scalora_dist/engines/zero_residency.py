@@ -29,8 +29,8 @@ class ZeroResidency(Residency):
         self.most_live = int(zero.get("stage3_max_live_parameters", 1e9))
         self.reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
         self.secondary = min(int(zero.get("zero_hpz_partition_size", 1)), world)
-        self.weights_on_host = _on_cpu(zero, "offload_param") and self.stage == 3
-        self.states_on_host = _on_cpu(zero, "offload_optimizer")
+        self.weights_on_host = offloads(zero, "offload_param") and self.stage == 3
+        self.states_on_host = offloads(zero, "offload_optimizer")
 
     def share(self, weight: Weight) -> int:
         return -(-weight.numel // self.world) if self.stage == 3 else weight.numel
@@ -153,8 +153,9 @@ class ZeroResidency(Residency):
             if event.backward and not event.recomputed:
                 if event.enters:
                     asking[event.module] = []
-                for weight in asking.pop(event.module, []) if not event.enters else ():
-                    live.pop(weight.name, None)
+                else:
+                    for weight in asking.pop(event.module, []):
+                        live.pop(weight.name, None)
             elif event.recomputed and event.enters and asking:
                 next(reversed(asking.values())).extend(w for w in mine if not w.trained)
             bytes_ = float(sum(weight.nbytes for weight in live.values()))
@@ -173,5 +174,6 @@ class ZeroResidency(Residency):
         return names
 
 
-def _on_cpu(zero: dict[str, Any], part: str) -> bool:
+def offloads(zero: dict[str, Any], part: str) -> bool:
+    """Whether a ``zero_optimization`` section keeps ``part`` on the CPU."""
     return (zero.get(part) or {}).get("device") == "cpu"

@@ -109,7 +109,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         gathered = 3 * min(factors, GATHER_BUCKET_BYTES) if residency.world > 1 else 0
         phases.append(Moment("rescale", held.device | {"factors, scratch": gathered + scratch}))
     phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
-    sizes = {w.name: w.numel * w.itemsize for w in weights if len(w.shape) > 1}
+    matrices = sum(weight.nbytes for weight in weights if len(weight.shape) > 1)
     passes = 3 if options.train.gradient_checkpointing else 2
     rank = options.method.rank
     grams = 2 * traced.layers * (2 * rank) ** 2 * 8
@@ -125,7 +125,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         messages=residency.wire(weights, events, micro_batches),
         rescale=rescale if options.method.merge_target else [],
         flops=micro_batches * traced.trace.flops,
-        reads=micro_batches * passes * sum(sizes.values()),
+        reads=micro_batches * passes * matrices,
         trained=sum(w.numel for w in weights if w.trained),
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from scalora_dist.config import Options
 from scalora_dist.engines.pick import check_choice
+from scalora_dist.engines.zero_residency import offloads
 from scalora_dist.errors import UserError
 from scalora_dist.methods import find_method, settle_merges
 from scalora_dist.models import Base, read_base
@@ -127,7 +128,7 @@ def _one_example(options: Options, gpus: int) -> str:
 
 
 def _cut_up(options: Options, gpus: int) -> str:
-    if gpus == 1 or options.launch.fsdp or _stage(options) == 3:
+    if gpus == 1 or options.launch.fsdp or _zero(options).get("stage") == 3:
         return ""
     return _under(options, "zero3.json")
 
@@ -141,7 +142,7 @@ def _any_mesh(options: Options, gpus: int) -> str:
 
 
 def _offload(options: Options, gpus: int) -> str:
-    if options.launch.fsdp or _offloads(options):
+    if options.launch.fsdp or offloads(_zero(options), "offload_param"):
         return ""
     return _under(options, "zero3_offload.json")
 
@@ -166,11 +167,3 @@ def _under(options: Options, name: str) -> str:
 def _zero(options: Options) -> dict[str, Any]:
     path = options.launch.ds_config
     return (json.loads(Path(path).read_text()).get("zero_optimization") or {}) if path else {}
-
-
-def _stage(options: Options) -> int:
-    return _zero(options).get("stage", 0)
-
-
-def _offloads(options: Options) -> bool:
-    return (_zero(options).get("offload_param") or {}).get("device") == "cpu"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -42,6 +43,13 @@ TASK: dict[str, Any] = {
     "update_rank_layers": 0,
 }
 TIMINGS = ("seconds", "seconds_per_step", "method_share", "tokens_per_second", "peak_memory_bytes")
+# Engines that cut weights up, on so many ranks.
+CUT_UP = [
+    ("zero3", 2),
+    ("fsdp", 2),
+    pytest.param("zero3", 4, marks=pytest.mark.heavy),
+    pytest.param("fsdp", 4, marks=pytest.mark.heavy),
+]
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "local": [sys.executable],

@@ -192,15 +192,7 @@ def test_a_carry_with_room_is_a_merge_into_w(ranks: GetRanks, task: Path, tmp_pa
     assert len(reports) >= 5 and reports[-1]["lost_max"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("engine", "size"),
-    [
-        ("zero3", 2),
-        ("fsdp", 2),
-        pytest.param("zero3", 4, marks=HEAVY),
-        pytest.param("fsdp", 4, marks=HEAVY),
-    ],
-)
+@pytest.mark.parametrize(("engine", "size"), small.CUT_UP)
 def test_bytes_of_a_rank(ranks: GetRanks, tmp_path: Path, engine: str, size: int) -> None:
     task = work.save_even_model(tmp_path / "task")
     case = work.options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)

@@ -35,15 +35,7 @@ def bytes_while_loading(world: World, case: dict[str, Any]) -> tuple[int, int]:
     return peak, sum(4 * parameter.shape.numel() for parameter in made.engine.base())
 
 
-@pytest.mark.parametrize(
-    ("engine", "size"),
-    [
-        ("zero3", 2),
-        ("fsdp", 2),
-        pytest.param("zero3", 4, marks=HEAVY),
-        pytest.param("fsdp", 4, marks=HEAVY),
-    ],
-)
+@pytest.mark.parametrize(("engine", "size"), small.CUT_UP)
 def test_no_rank_but_the_first_ever_holds_a_whole_model(
     ranks: GetRanks, tmp_path: Path, engine: str, size: int
 ) -> None:
@@ -51,7 +43,6 @@ def test_no_rank_but_the_first_ever_holds_a_whole_model(
     task = small.save_task(tmp_path / "task", **SIZES)
     case = small.options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
     for peak, whole in ranks(size).run(bytes_while_loading, case)[1:]:
-        print(engine, peak / whole)
         assert whole / size < peak < whole * (1 / size + 0.15)
 
 
