@@ -12,19 +12,19 @@ from contextlib import contextmanager
 PATIENCE_SECONDS = 30
 
 
-class Ending(Exception):
+class RunExit(Exception):
     """Ends the run with a sentence and a status."""
 
     status: int
 
 
-class UserError(Ending):
+class UserError(RunExit):
     """A mistake the user can mend: one sentence that says what to do."""
 
     status = 2
 
 
-class Preempted(Ending):
+class Preempted(RunExit):
     """Asked to stop: all is saved, and the same command line goes on (EX_TEMPFAIL)."""
 
     status = 75
@@ -32,14 +32,14 @@ class Preempted(Ending):
 
 @contextmanager
 def exit_with_one_sentence() -> Iterator[None]:
-    """Turn an Ending into its sentence on rank 0's stderr and its exit status on every rank."""
+    """Turn an RunExit into its sentence on rank 0's stderr and its exit status on every rank."""
     try:
         yield
     except Preempted as ending:  # on all ranks at the same step
         if os.environ.get("RANK", "0") == "0":
             print(ending, file=sys.stderr)
         _leave(ending.status)
-    except Ending as error:
+    except RunExit as error:
         rank = int(os.environ.get("RANK", "0"))
         who = ""
         if rank:

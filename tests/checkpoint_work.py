@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from scalora_dist.checkpoint.parts import FlatPart
+from scalora_dist.checkpoint.run_state import find_checkpoint
 from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.resume import find_checkpoint
-from scalora_dist.shards import FlatShard
-from scalora_dist.world import World
 
 NUMEL = 1001
 

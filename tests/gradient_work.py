@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import runs
+from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.starts.gradients import weight_gradients
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.training.trainer import Trainer
 
 Rows = dict[str, tuple[int, tuple[int, int], np.ndarray]]  # name: (offset, shape, flat range)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import runs
+from scalora_dist.distributed.world import World
 from scalora_dist.profiling.communication import communication
-from scalora_dist.world import World
 
 LATE = 0.5  # seconds
 

@@ -64,7 +64,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         "DS_ACCELERATOR": "cpu",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    from scalora_dist.world import World
+    from scalora_dist.distributed.world import World
 
     world = World.join(timeout=timedelta(seconds=120))
     first = True

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalora_dist import shards as module
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.merger import IntoWeights, Merger
+from scalora_dist.core import flat_shard as module
+from scalora_dist.core.flat_shard import FlatShard, Layout, global_norm
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.methods.merge_target import IntoWeights
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.rescale import Rescaler
-from scalora_dist.shards import FlatShard, Layout, global_norm
-from scalora_dist.world import World
 
 Shape = tuple[int, int]
 Ranges = list[tuple[int, int]]  # flat [lo, hi) of one matrix by rank

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalora_dist.shards import FlatShard
-from scalora_dist.sketch import RankMonitor, Spectrum
-from scalora_dist.world import World
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.rank_sketch import RankSketch, Spectrum
+from scalora_dist.distributed.world import World
 from shard_work import CUTS, Ranges, Shape, counted, matrices, shard_of
 
 NAMES = ["tall", "wide"]
@@ -71,11 +71,11 @@ def my_factors(world: World, moment: int, cut: str | None) -> list[tuple[FlatSha
     return [(shard(a), shard(b)) for a, b in factors(moment)]
 
 
-def monitor(world: World, cut: str | None) -> RankMonitor:
-    return RankMonitor(NAMES, my_factors(world, 0, cut), world, width=WIDTH, seed=7)
+def monitor(world: World, cut: str | None) -> RankSketch:
+    return RankSketch(NAMES, my_factors(world, 0, cut), world, width=WIDTH, seed=7)
 
 
-def present(monitor: RankMonitor, world: World, cut: str | None) -> list[Spectrum]:
+def present(monitor: RankSketch, world: World, cut: str | None) -> list[Spectrum]:
     return monitor.read(my_factors(world, MERGES, cut), SCALINGS)
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalora_dist.starts.svd import TruncatedSVD, truncated_svd
-from scalora_dist.world import World
+from scalora_dist.core.sharded_svd import TruncatedSVD, truncated_svd
+from scalora_dist.distributed.world import World
 from shard_work import CUTS, Ranges, counted, shard_of
 
 Shape = tuple[int, int]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalora_dist.adapters.carry import CarryLinear
-from scalora_dist.carry import compression
+from scalora_dist.layers.carry_linear import CarryLinear
+from scalora_dist.methods.carry import compression
 
 HALF_ULP = 2.0**-24  # of fp32, relative
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from refusals import one_sentence
-from scalora_dist.config import MethodArguments, Options, parse_options
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 
 OUTPUT = ["--output_dir", "out"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scalora_dist.health import ENOUGH, SPIKE_DEVIATIONS, loss_spike, skipped_in_a_row
+from scalora_dist.training.health import ENOUGH, SPIKE_DEVIATIONS, loss_spike, skipped_in_a_row
 
 
 def records(*skipped: bool) -> list[dict[str, Any]]:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalora_dist.adapters.init import lora_init
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.merge import add_low_rank_
-from scalora_dist.rescale import scale_factors_
-from scalora_dist.shards import FlatShard, Layout
-from scalora_dist.solve import solve
-from scalora_dist.update_rank import numerical_rank
+from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.core.rank_sketch import numerical_rank
+from scalora_dist.core.scale_solver import solve
+from scalora_dist.core.split_precision import add_low_rank_
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.layers.lora_init import lora_init
+from scalora_dist.methods.scalora import scale_factors_
 
 FEATURES, RANK, STEPS, SCALING = 64, 4, 200, 1.0
 BOUNDS = (0.05, 5.0)

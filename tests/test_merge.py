@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import shard_work as work
-from scalora_dist import merge as module
-from scalora_dist.merge import (
+from scalora_dist.core import split_precision as module
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.split_precision import (
     add_low_rank_,
     join_halves,
     split_halves,
     zero_low_half,
 )
-from scalora_dist.shards import FlatShard
 
 SHAPE, RANK, MERGES = (31, 24), 3, 1000
 BF16_MAX = torch.finfo(torch.bfloat16).max

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import runs
 from refusals import one_sentence
-from scalora_dist.config import MethodArguments, parse_options
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
-from scalora_dist.methods import METHODS, find_method
+from scalora_dist.methods.registry import METHODS, find_method
 
 # A value of each option that is not its default, as it is typed.
 OTHERS: dict[str, str] = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalora_dist import random_state
+from scalora_dist.distributed import random_state
 
 CPU = torch.device("cpu")
 

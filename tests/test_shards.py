@@ -13,7 +13,7 @@ from torch import Tensor
 
 import shard_work as work
 from ranks import Ranks
-from scalora_dist.shards import FlatShard, Layout, global_norm, split_rows
+from scalora_dist.core.flat_shard import FlatShard, Layout, global_norm, split_rows
 
 SHAPES = [(31, 24), (13, 11), (25, 6), (1, 7), (31, 3), (24, 3), (13, 8), (11, 8)]
 # Local operations never use the group; a matrix that is cut up only needs to have one.

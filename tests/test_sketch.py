@@ -1,4 +1,4 @@
-"""RankMonitor against exact SVDs of the update it never forms, however the factors are cut."""
+"""RankSketch against exact SVDs of the update it never forms, however the factors are cut."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch import Tensor
 
 import sketch_work as work
 from ranks import Ranks
-from scalora_dist.shards import FlatShard
-from scalora_dist.sketch import RankMonitor, Spectrum
-from scalora_dist.update_rank import RELATIVE_THRESHOLD
-from scalora_dist.world import World
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.rank_sketch import RELATIVE_THRESHOLD, RankSketch, Spectrum
+from scalora_dist.distributed.world import World
 
 StartRanks = Callable[[int], Ranks]
 ALONE = World(0, 1, 0, torch.device("cpu"), store=None)  # type: ignore[arg-type]
@@ -74,7 +73,7 @@ def monitored(
             a, w = (left[:, columns] * w / 4).float(), torch.full((r,), 4.0, dtype=torch.float64)
         update += (a.double() * w) @ b.double().T
         pair = [(whole(a), whole(b))]
-        monitor = monitor or RankMonitor(["layer"], pair, ALONE, width=width, seed=0)
+        monitor = monitor or RankSketch(["layer"], pair, ALONE, width=width, seed=0)
         if i < len(chunks) - 1:
             for _ in range(repeats):
                 monitor.add(pair, w[None] / repeats)
@@ -143,7 +142,7 @@ def test_a_sketch_as_wide_as_the_matrix_is_never_full() -> None:
 
 def test_no_update() -> None:
     a, b = torch.zeros(9, 2), torch.randn(3, 2)
-    monitor = RankMonitor(["layer"], [(whole(a), whole(b))], ALONE, seed=0)
+    monitor = RankSketch(["layer"], [(whole(a), whole(b))], ALONE, seed=0)
     zero = Spectrum(rank=0, full=False, values=(0.0, 0.0, 0.0))
     assert monitor.read([(whole(a), whole(b))], [1.0]) == [zero]
     monitor.add([(whole(a), whole(b))], torch.ones(1, 2))
@@ -218,7 +217,7 @@ def test_test_matrices_differ_between_layers_and_seeds() -> None:
     probes = [
         side.probe
         for seed in (0, 1)
-        for sides in RankMonitor(["a", "b"], pairs, ALONE, width=8, seed=seed).layers
+        for sides in RankSketch(["a", "b"], pairs, ALONE, width=8, seed=seed).layers
         for side in sides
     ]
     columns = torch.cat(probes, dim=1)

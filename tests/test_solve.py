@@ -7,8 +7,8 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from scalora_dist import solve as module
-from scalora_dist.solve import SCALING_RULES, Rule, Scales, quadratic, solve
+from scalora_dist.core import scale_solver as module
+from scalora_dist.core.scale_solver import SCALING_RULES, Rule, Scales, quadratic, solve
 
 DTYPE = torch.float64
 BOUNDS = (0.05, 5.0)

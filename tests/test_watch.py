@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import watch_work
-from scalora_dist.watch import Watch, _name
-from scalora_dist.world import World
+from scalora_dist.distributed.watchdog import Watchdog, _name
+from scalora_dist.distributed.world import World
 
 
 class Run:
@@ -108,7 +108,7 @@ def test_a_slow_run_and_a_failure_are_nobodys_death(start: Callable[..., Run]) -
 
 
 def test_a_single_rank_is_not_watched() -> None:
-    watch = Watch(World(0, 1, 0, torch.device("cpu"), dist.HashStore()))
+    watch = Watchdog(World(0, 1, 0, torch.device("cpu"), dist.HashStore()))
     watch.at("step 1")
     watch.pause()
     assert watch.blame() is None

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from scalora_dist import watch
-from scalora_dist.watch import Watch
-from scalora_dist.world import World
+from scalora_dist.distributed import watchdog as watch
+from scalora_dist.distributed.watchdog import Watchdog
+from scalora_dist.distributed.world import World
 
 
 def rank(number: int, size: int, port: int, stderr: Path, what: str, timeout: float) -> None:
@@ -37,7 +37,7 @@ def rank(number: int, size: int, port: int, stderr: Path, what: str, timeout: fl
 
 def steps(world: World, timeout: float, mishap: Callable[[World], None]) -> None:
     """Steps that end with the mishap in the third, and then what the trainer does."""
-    guard = Watch(world, timeout)
+    guard = Watchdog(world, timeout)
     try:
         for step in range(1, 1000):
             guard.at(f"step {step}")
@@ -88,7 +88,7 @@ MISHAPS = {
 
 def slow(world: World, timeout: float) -> None:
     """Nothing wrong here: many phases, one long pause, and ranks that leave one by one."""
-    guard = Watch(world, timeout)
+    guard = Watchdog(world, timeout)
     for step in range(4):
         guard.at(f"step {step}")
         time.sleep(timeout / 3)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from scalora_dist import world as world_module
 from scalora_dist.checkpoint import storage
 from scalora_dist.checkpoint.storage import Checkpoints
-from scalora_dist.config import TrainArguments
+from scalora_dist.config.training import TrainArguments
+from scalora_dist.distributed import world as world_module
+from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.saving import check_shared
-from scalora_dist.world import World
+from scalora_dist.training.saving import check_shared
 
 
 def on_nodes(world: World, ranks_of_each: int) -> tuple[World, int]:

@@ -25,25 +25,26 @@ from statistics import median
 from typing import Any
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, prune
-from scalora_dist.config import Options, parse_options
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError, exit_with_one_sentence
-from scalora_dist.metrics import write_json
+from scalora_dist.training.run_log import write_json
 
 
 def measure(options: Options, rounds: int) -> dict[str, Any]:
     """The figures of ``rounds`` saves, the same on every rank: seconds and bytes."""
-    from scalora_dist.engines.pick import pick_engine
-    from scalora_dist.models import read_base
-    from scalora_dist.trainer import Trainer
-    from scalora_dist.world import World
+    from scalora_dist.distributed.world import World
+    from scalora_dist.engines.build import engine_factory
+    from scalora_dist.modeling.load import read_base_model
+    from scalora_dist.training.trainer import Trainer
 
     world = World.join(
         local_rank=options.launch.local_rank,
         timeout=timedelta(seconds=options.train.ddp_timeout),
     )
     options.train.settle_batch(world.size)
-    base = read_base(options.model, options.train.dtype, world.device)
-    trainer = Trainer(options, world, base, pick_engine(options, world, base))
+    base = read_base_model(options.model, options.train.dtype, world.device)
+    trainer = Trainer(options, world, base, engine_factory(options, world, base))
     batches, checkpoints = trainer._micro_batches(), trainer.checkpoints
     steps = 0
 

@@ -33,25 +33,25 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from scalora_dist import config
-from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.config import option
-from scalora_dist.data import DataArguments
-from scalora_dist.engines.base import LayerShards, gradient_shards
+from scalora_dist.config.data import DataArguments
+from scalora_dist.config.fields import option
+from scalora_dist.config.options import options as config
+from scalora_dist.core.flat_shard import global_norm
+from scalora_dist.core.scale_solver import Scales
+from scalora_dist.distributed.world import World
 from scalora_dist.engines.ds_config import load_ds_config
+from scalora_dist.engines.layer_shards import LayerShards, gradient_shards
 from scalora_dist.errors import UserError, exit_with_one_sentence
-from scalora_dist.loss import TargetLoss
-from scalora_dist.merger import Merger
-from scalora_dist.method_run import merge_target
-from scalora_dist.methods import find_method, settle_merges
-from scalora_dist.metrics import write_json
-from scalora_dist.models import Base, load_model, read_base
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.methods.runner import merge_target
+from scalora_dist.methods.scalora import Rescaler
+from scalora_dist.modeling.load import BaseModelSpec, load_model, read_base_model
+from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.profiling.clock import Clock, Stopwatch
 from scalora_dist.profiling.traffic import Traffic
-from scalora_dist.rescale import Rescaler
-from scalora_dist.shards import global_norm
-from scalora_dist.solve import Scales
-from scalora_dist.world import World
+from scalora_dist.training.run_log import write_json
 
 DERIVED = ("scalora_step_interval_10", "rescale")  # not run by themselves
 
@@ -101,7 +101,7 @@ class Bench:
         self,
         options: config.Options,
         world: World,
-        base: Base,
+        base: BaseModelSpec,
         ds: dict[str, Any],
         length: int,
     ) -> None:
@@ -111,12 +111,12 @@ class Bench:
         self.world = world
         self.engine = DeepSpeedEngine(world, ds, quantized=base.fourbit is not None)
         with self.engine.loading():
-            weights = world.is_main or not self.engine.one_reader
+            weights = world.is_main or not self.engine.loads_on_rank_0
             model = load_model(options.model, base, self.engine.dtype, weights=weights)
         if method.method != "scalora":
             raise UserError(f"--method {method.method} rescales nothing: leave it out")
         scalora = find_method(method)
-        settle_merges(method, scalora, quantized=base.fourbit is not None)
+        resolve_merge_options(method, scalora, quantized=base.fourbit is not None)
         self.modules = scalora.add(model, method, train.seed, self.engine.dtype)
         self.engine.attach(
             model,
@@ -124,7 +124,7 @@ class Bench:
             lambda named: torch.optim.AdamW(named.values(), lr=train.learning_rate),
         )
         self.loss = TargetLoss(model)
-        self.shards = self.engine.layers(gradients=False)
+        self.shards = self.engine.layer_shards(gradients=False)
         self.merger = Merger(self.shards, world, merge_target(self.engine, self.shards, method))
         assert scalora.transform is not None
         rescaler = scalora.transform(self.engine, self.merger, method)
@@ -200,7 +200,10 @@ class Bench:
         Returns the largest difference of the results and the largest increment, each in units of
         the layer's largest weight here, over layers and ranks.
         """
-        tensors = [*(layer.W.local for layer in self.shards), *self.merger.into.low.values()]
+        tensors = [
+            *(layer.W.local for layer in self.shards),
+            *self.merger.target.low_halves.values(),
+        ]
         states = []  # before, ours, naive
         for merge in (lambda _: None, self.local_merge, partial(naive_merge, self.modules)):
             merge(self.scales(1.0, 1.5))
@@ -283,7 +286,7 @@ def run(argv: list[str]) -> None:
     train = config.TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
     options = config.Options(model, DataArguments(), method, train, config.LaunchArguments())
     world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
-    base = read_base(model, train.dtype, world.device)
+    base = read_base_model(model, train.dtype, world.device)
     width = base.hidden_size
     ds = load_ds_config(args.ds_config, train, world_size=world.size, hidden_size=width)
     bench = Bench(options, world, base, ds, args.length)

@@ -19,16 +19,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
-from scalora_dist.config import Options, Parser, option, parse_options
-from scalora_dist.engines.pick import pick_engine
+from scalora_dist.config.fields import option
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import Parser, parse_options
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.build import engine_factory
 from scalora_dist.errors import exit_with_one_sentence
-from scalora_dist.metrics import write_json
-from scalora_dist.models import read_base
+from scalora_dist.modeling.load import read_base_model
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.measured import STEPS, MeasuredTrainer
 from scalora_dist.planning.planner import Planner
 from scalora_dist.profiling.memory import restart_peak
-from scalora_dist.world import World
+from scalora_dist.training.run_log import write_json
 
 MB = 1e6
 
@@ -41,8 +43,8 @@ class CheckArguments:
 def measure(options: Options, world: World) -> dict[str, float]:
     """The largest of any rank."""
     options.train.settle_batch(world.size)
-    base = read_base(options.model, options.train.dtype, world.device)
-    make_engine = pick_engine(options, world, base)
+    base = read_base_model(options.model, options.train.dtype, world.device)
+    make_engine = engine_factory(options, world, base)
     restart_peak(world.device)  # which forgets what imports have needed
     before = restart_peak(world.device) or 0
     trainer = MeasuredTrainer(options, world, base, make_engine)

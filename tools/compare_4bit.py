@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalora_dist.adapters.fourbit import FourBitLinear, quantize
-from scalora_dist.config import parse_options
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.engines.pick import pick_engine
+from scalora_dist.config.parser import parse_options
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.build import engine_factory
+from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
-from scalora_dist.merger import MergeTarget
-from scalora_dist.metrics import write_json
-from scalora_dist.models import read_base
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.layers.fourbit_linear import FourBitLinear, quantize
+from scalora_dist.methods.merge_target import MergeTarget
+from scalora_dist.modeling.load import read_base_model
+from scalora_dist.training.run_log import write_json
+from scalora_dist.training.trainer import Trainer
 
 WAYS = {
     "QLoRA": {"method": "lora"},
@@ -46,7 +46,7 @@ class Requantized(MergeTarget):
     """W itself: dequantized, added to and quantized again. Shown for what it does."""
 
     def __init__(self, modules: dict[str, FourBitLinear]) -> None:
-        self.modules, self.low = modules, {}
+        self.modules, self.low_halves = modules, {}
         # Of each merge: the part of it by which W moved, and the size of what W moved otherwise.
         self.kept: list[float] = []
         self.noise: list[float] = []
@@ -72,12 +72,12 @@ def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) 
     if options.launch.ds_config or options.launch.fsdp:
         raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
     options.train.settle_batch(world.size)
-    base = read_base(options.model, options.train.dtype, world.device)
-    trainer = Trainer(options, world, base, pick_engine(options, world, base))
+    base = read_base_model(options.model, options.train.dtype, world.device)
+    trainer = Trainer(options, world, base, engine_factory(options, world, base))
     if way == REQUANTIZED:
         assert trainer.method.merger is not None
         modules = {n: x for n, x in trainer.engine.adapted.items() if isinstance(x, FourBitLinear)}
-        target = trainer.method.merger.into = Requantized(modules)
+        target = trainer.method.merger.target = Requantized(modules)
     summary = trainer.run()
     found = {"losses": [record["loss"] for record in trainer.records], "summary": summary}
     if way == REQUANTIZED:

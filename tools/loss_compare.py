@@ -1,12 +1,13 @@
-"""Whether two commits train alike: losses, gradient norms and rules of many small runs, to the last digit.
+"""Whether two commits train alike: losses, gradient norms and rules of small runs.
 
     python tools/loss_compare.py main HEAD                   # two commits
     python tools/loss_compare.py before.json .               # a file against the working tree
     python tools/loss_compare.py HEAD --save before.json     # only record
 
-Each set-up is a tiny random model that takes a few steps with one engine, method and precision. A side's own
-`launch/train.py` is started as a process; nothing of the package is imported. Run it before and after a change
-that must not change numbers, and expect no difference. The exit status is 1 where there is one.
+Each set-up is a tiny random model that takes a few steps with one engine, method and precision. A
+side's own `launch/train.py` is started as a process; nothing of the package is imported. Run it
+before and after a change that must not change numbers, and expect no difference. The exit status is
+1 where there is one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 6
 
-# What every set-up shares: 4 examples a step, so that one rank accumulates 4 micro-batches and two ranks 2.
+# What every set-up shares. 4 examples a step: one rank accumulates 4 micro-batches, two ranks 2.
 COMMON: dict[str, Any] = {
     "max_length": 32,
     "eval_size": 5,
@@ -127,7 +128,7 @@ class SetUp:
             return {"fsdp": "true"}
         path = ds_configs / f"{self.engine}.json"
         if "fp16" in self.words:
-            # A smaller first loss scale than DeepSpeed's 2¹⁶, else every step of a short run is skipped.
+            # A smaller first loss scale than DeepSpeed's 2¹⁶: a short run would skip every step.
             config = json.loads(path.read_text())
             config["fp16"] = {"enabled": "auto", "initial_scale_power": 12, "hysteresis": 1}
             path = inputs / f"{self.engine}-fp16.json"
@@ -138,15 +139,15 @@ class SetUp:
 def set_ups() -> list[SetUp]:
     """All of them. A set-up that another one resumes from comes before it."""
     rows = {
-        "local": "scalora scalar nnls auto carry 4bit relora lora-pro lora lora-sb lora-xs dora full mora hira "
-        "pissa lora-ga scalora+bf16 nearest+bf16 carry+bf16 gemma3 saves",
+        "local": "scalora scalar nnls auto carry 4bit relora lora-pro lora lora-sb lora-xs dora "
+        "full mora hira pissa lora-ga scalora+bf16 nearest+bf16 carry+bf16 gemma3 saves",
         "zero0": "scalora+bf16",
         "zero1": "scalora scalora+bf16 scalora+fp16 lora lora-pro",
         "zero2": "nnls scalora+fp16 relora+bf16 monitor carry",
-        "zero3": "scalora scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb lora-xs dora full mora "
-        "lora-ga scalora+bf16 scalora+fp16 4bit+bf16 gemma3 checkpointing saves",
-        "fsdp": "scalora scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb lora-xs dora full pissa "
-        "scalora+bf16 4bit+bf16 gemma3 checkpointing saves",
+        "zero3": "scalora scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb lora-xs "
+        "dora full mora lora-ga scalora+bf16 scalora+fp16 4bit+bf16 gemma3 checkpointing saves",
+        "fsdp": "scalora scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb lora-xs "
+        "dora full pissa scalora+bf16 4bit+bf16 gemma3 checkpointing saves",
     }
     found = [
         SetUp(engine, tuple(row.split("+")))
@@ -210,7 +211,7 @@ def make_inputs(folder: Path) -> None:
         torch.manual_seed(0)
         kind(config).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
-    # Many letters: gradients of texts of few letters are nearly parallel, and rounding would decide a rule.
+    # Many letters: with few of them gradients are nearly parallel, and rounding decides a rule.
     random, alphabet = np.random.default_rng(0), np.array(list(string.ascii_letters))
     lines = [{"text": "".join(random.choice(alphabet, n))} for n in random.integers(8, 32, 41)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -234,7 +235,7 @@ SUMMARY = ("trained_parameters", "update_rank", "rules")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """{"lines": of metrics.jsonl, "summary": …} that a run left, without what depends on its speed."""
+    """{"lines": of metrics.jsonl, "summary": …} of a run, without what depends on its speed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     return {

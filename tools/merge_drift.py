@@ -34,19 +34,20 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.config import Parser, option, parse_options
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.engines.pick import pick_engine
+from scalora_dist.config.fields import option
+from scalora_dist.config.parser import Parser, parse_options
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.scale_solver import Scales
+from scalora_dist.core.split_precision import add_low_rank_, join_halves, zero_low_half
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.build import engine_factory
+from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
-from scalora_dist.merge import add_low_rank_, join_halves, zero_low_half
-from scalora_dist.metrics import write_json
-from scalora_dist.models import read_base
+from scalora_dist.methods.scalora import Rescaler
+from scalora_dist.modeling.load import read_base_model
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.rescale import Rescaler
-from scalora_dist.shards import FlatShard
-from scalora_dist.solve import Scales
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.training.run_log import write_json
+from scalora_dist.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.yaml"
 INPUTS = 64  # of a layer's inputs that are kept
@@ -140,7 +141,7 @@ class Watcher:
     def __init__(self, trainer: Trainer, blocks: int, merges: Sequence[int]) -> None:
         rescaler = trainer.method.transform
         assert isinstance(rescaler, Rescaler)
-        shards = {layer.name: layer.W for layer in trainer.engine.layers(gradients=False)}
+        shards = {layer.name: layer.W for layer in trainer.engine.layer_shards(gradients=False)}
         self.layers = {
             name: Layer(shards[name].local.view(shards[name].shape))
             for name in spread_over_blocks(list(shards), blocks)
@@ -216,8 +217,8 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
             raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
         world = World.join(timeout=timedelta(minutes=30))
         options.train.settle_batch(world.size)
-        base = read_base(options.model, options.train.dtype, world.device)
-        make_engine = pick_engine(options, world, base)
+        base = read_base_model(options.model, options.train.dtype, world.device)
+        make_engine = engine_factory(options, world, base)
         trainer = Trainer(options, world, base, make_engine)
         watcher = Watcher(trainer, args.blocks, args.merges)
         trainer.run()

@@ -16,7 +16,7 @@ import warnings
 
 from transformers import logging as transformers_logging
 
-from scalora_dist.config import Parser, parse_options
+from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.errors import exit_with_one_sentence
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.report import report

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from scalora_dist.shards import FlatShard
-from scalora_dist.world import World
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ from scalora_dist.checkpoint.manifest import (
     write_synced,
 )
 from scalora_dist.checkpoint.parts import FlatPart, LoadPlanner, SavePlanner, Stager
+from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.export import SafetensorsWriter
-from scalora_dist.world import World
+from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 
 NFS_SECONDS = 10.0  # after which a node has seen a file that another one has made
 

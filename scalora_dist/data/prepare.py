@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.data.arguments import DataArguments
+from scalora_dist.config.data import DataArguments
 from scalora_dist.data.generated import PREFIX
 from scalora_dist.data.sources import load_examples
 from scalora_dist.data.tokenize import Tokenized, tokenize_examples

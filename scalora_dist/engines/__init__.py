@@ -1,1 +1,1 @@
-"""Engines: each says where its shards are, and nothing else does."""
+"""DeepSpeed, FSDP2 or one process: where each keeps its shards, and how it steps."""

@@ -3,78 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.adapters.carry import CarryLinear
-from scalora_dist.adapters.layers import LowRankLinear, adapted_linear, own_parameters
-from scalora_dist.shards import FlatShard
-from scalora_dist.world import World
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards, NamedShard, TrainedShard
+from scalora_dist.layers.adapted_linear import LowRankLinear, adapted_linear, own_parameters
+from scalora_dist.layers.carry_linear import CarryLinear
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of m and v in torch's AdamW
 
 
-@dataclass(frozen=True)
-class LayerShards:
-    """This rank's shards of one adapted layer between the last backward and the optimizer's step.
-
-    All are views of the engine's own storage. W is (m, n); A and its gradient and moments (m, r);
-    B and its (n, r). A and B are the fp32 masters. Each factor's gradient and moments have that
-    factor's range; W's range need not agree with A's. Gradients may be 16-bit and carry the loss
-    scale. ``moments_*`` are (m, v), empty before the first step.
-    """
-
-    name: str
-    scaling: float
-    W: FlatShard
-    A: FlatShard
-    B: FlatShard
-    grad_A: FlatShard
-    grad_B: FlatShard
-    moments_A: tuple[FlatShard, ...]
-    moments_B: tuple[FlatShard, ...]
-    carry: tuple[FlatShard, FlatShard] | None = None
-
-
-def factor_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
-    """A and B of each layer in turn: the order of every ``Layout`` over factors."""
-    return [factor for layer in layers for factor in (layer.A, layer.B)]
-
-
-def gradient_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
-    """∇A and ∇B of each layer in turn, as ``factor_shards`` has A and B."""
-    return [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """This rank's range of one trained parameter, as views of the engine's own storage.
-
-    Attributes:
-        master: fp32. gradient: may be 16-bit and carry the loss scale; stands for the master
-            where gradients were not asked for. moments: (m, v), empty before the first step.
-    """
-
-    name: str
-    master: FlatShard
-    gradient: FlatShard
-    moments: tuple[FlatShard, ...]
-
-
-class NamedShard(NamedTuple):
-    """A parameter under its name in the model and with its shape, as a flat range of a matrix."""
-
-    name: str
-    shape: torch.Size
-    shard: FlatShard
-
-
-class Places(ABC):
+class ParameterShards(ABC):
     """Where an engine keeps this rank's part of a parameter, as views that writes stick to."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -108,20 +53,32 @@ MakeOptimizer: TypeAlias = Callable[[Mapping[str, nn.Parameter]], torch.optim.Op
 class Engine(ABC):
     """A sharded model with its optimizer.
 
-    Order of calls: construct, build the model inside ``loading()``, ``attach``, then
-    per step ``backward`` once per micro-batch and ``step``.
+    Order of calls: construct, build the model inside ``loading()``, ``attach``. Then per step
+    ``backward`` once per micro-batch, ``layer_shards`` for whoever edits them in place, and
+    ``step`` or ``discard_step``.
+
+    Attributes:
+        dtype: of the weights as they are kept.
+        keeps_whole_weights: whether each rank trains on whole weights. Those are best read straight
+            to its device.
+        loads_on_rank_0: whether rank 0 alone reads the model's files. The others build it
+            on "meta".
+        model: the model itself; set by ``attach``, as are all attributes below.
+        module: what to call for a forward.
+        optimizer: AdamW, whose param_groups hold the learning rate.
+        shards: where this rank's part of each parameter is.
+        adapted: {name: layer that the method adapts}, in model order.
     """
 
     world: World
-    dtype: torch.dtype  # of the weights as they are kept
-    # Whether each rank trains on whole weights, which are best read straight to its device.
-    whole = False
-    one_reader = False  # whether rank 0 alone loads the model, the others its shape (on "meta")
-    model: nn.Module  # set by attach, as all below
-    module: nn.Module  # what to call for a forward
-    optimizer: torch.optim.Optimizer  # AdamW, whose param_groups hold the learning rate
-    places: Places
-    adapted: Mapping[str, nn.Module]  # the layers a method adapts by name, in model order
+    dtype: torch.dtype
+    keeps_whole_weights = False
+    loads_on_rank_0 = False
+    model: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    shards: ParameterShards
+    adapted: Mapping[str, nn.Module]
 
     @abstractmethod
     def loading(self) -> AbstractContextManager[None]:
@@ -136,21 +93,28 @@ class Engine(ABC):
     ) -> None:
         """Shard ``model`` and train the parameters that require a gradient."""
 
+    def shape_of(self, p: Tensor) -> torch.Size:
+        """A parameter's whole shape, even where this engine cut it up; valid before ``attach``."""
+        return p.shape
+
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add this micro-batch's gradients: they are SUMMED over micro-batches and ranks.
 
         Args:
-            last: whether this is the accumulation's last micro-batch.
+            last: whether this is the accumulation's last micro-batch. If it is, the gradients are
+                reduced when this returns, and ``layer_shards`` shows them.
         """
 
     @abstractmethod
-    def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
-        """``transform`` in place, clip, step the optimizer and drop the gradients.
+    def step(self) -> None:
+        """Clip the gradients, step the optimizer and drop the gradients."""
 
-        The transform is given ``layers()``, and may ask for ``trained()``. One that returns False
-        has changed nothing, and discards the step on all ranks: no parameter and no state changes
-        (fp16 lowers its loss scale). Returns whether it was applied.
+    @abstractmethod
+    def discard_step(self) -> None:
+        """Drop the gradients on all ranks: no parameter and no state changes.
+
+        fp16 lowers its loss scale.
         """
 
     def release(self) -> None:  # noqa: B027 (most engines leave nothing gathered)
@@ -164,11 +128,12 @@ class Engine(ABC):
     def loss_scale(self) -> float:
         """How many times too large the stored gradients are (fp16), else 1."""
 
-    def layers(self, *, gradients: bool = True) -> list[LayerShards]:
-        """The layers with factors A and B in model order, the same on every rank.
+    def layer_shards(self, *, gradients: bool = True) -> list[LayerShards]:
+        """This rank's shards of the layers with factors A and B, in model order.
 
-        Without ``gradients`` (outside ``step``), ``grad_A`` and ``grad_B`` stand for the
-        masters.
+        Args:
+            gradients: False between steps, when there are none: then ``grad_A`` and ``grad_B``
+                stand for the masters.
         """
         return [
             self._layer(name, layer, gradients)
@@ -180,11 +145,11 @@ class Engine(ABC):
         a, b = (self._trained(key, p, gradients) for key, p in (("A", layer.A), ("B", layer.B)))
         carry = None
         if isinstance(layer, CarryLinear):
-            carry = self.places.weight(layer.C), self.places.weight(layer.D)
+            carry = self.shards.weight(layer.C), self.shards.weight(layer.D)
         return LayerShards(
             name=name,
             scaling=layer.scaling,
-            W=self.places.weight(layer.weight),
+            W=self.shards.weight(layer.weight),
             A=a.master,
             B=b.master,
             grad_A=a.gradient,
@@ -194,21 +159,21 @@ class Engine(ABC):
             carry=carry,
         )
 
-    def trained(self, *, gradients: bool = True) -> list[Trained]:
-        """Every trained parameter in model order; ``gradients`` as for ``layers``."""
+    def trained_shards(self, *, gradients: bool = True) -> list[TrainedShard]:
+        """Every trained parameter in model order; ``gradients`` as for ``layer_shards``."""
         return [
             self._trained(name, p, gradients)
             for name, p in self.model.named_parameters()
             if p.requires_grad
         ]
 
-    def _trained(self, name: str, p: nn.Parameter, gradients: bool) -> Trained:
-        master = self.places.master(p)
-        local = self.places.gradient(p).view(-1) if gradients else master.local
-        moments = tuple(master.like(moment) for moment in self.places.moments(p))
-        return Trained(name, master, master.like(local), moments)
+    def _trained(self, name: str, p: nn.Parameter, gradients: bool) -> TrainedShard:
+        master = self.shards.master(p)
+        local = self.shards.gradient(p).view(-1) if gradients else master.local
+        moments = tuple(master.like(moment) for moment in self.shards.moments(p))
+        return TrainedShard(name, master, master.like(local), moments)
 
-    def base(self) -> Iterator[NamedShard]:
+    def base_shards(self) -> Iterator[NamedShard]:
         """Every parameter that the model was loaded with, once, in model order."""
         added = {id(p) for layer in self.adapted.values() for p in own_parameters(layer).values()}
         loaded: dict[int, str] = {}  # where a layer was wrapped, by the name it had before
@@ -219,17 +184,15 @@ class Engine(ABC):
             if id(parameter) not in added:
                 yield self._named(loaded.get(id(parameter), name), parameter)
 
-    def added(self) -> Iterator[NamedShard]:
+    def added_shards(self) -> Iterator[NamedShard]:
         """Every parameter that the method added, trained or not, in model order."""
         for name, layer in self.adapted.items():
             for key, parameter in own_parameters(layer).items():
                 yield self._named(f"{name}.{key}", parameter)
 
     def _named(self, name: str, p: nn.Parameter) -> NamedShard:
-        # Under ZeRO-3 a parameter's own shape is empty; ds_shape is then the true one.
-        shape = getattr(p, "ds_shape", p.shape)
-        place = self.places.master if p.requires_grad else self.places.weight
-        return NamedShard(name, shape, place(p))
+        shard = self.shards.master(p) if p.requires_grad else self.shards.weight(p)
+        return NamedShard(name, self.shape_of(p), shard)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -238,8 +201,8 @@ class Engine(ABC):
             yield
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides ``layers()``: a few numbers, the same on every rank."""
-        states = [self.optimizer.state.get(tensor) for tensor in self.places.stepped()]
+        """What a checkpoint needs besides shards: a few numbers, the same on every rank."""
+        states = [self.optimizer.state.get(tensor) for tensor in self.shards.stepped()]
         return {"optimizer_steps": next((int(state["step"]) for state in states if state), 0)}
 
     @contextmanager
@@ -249,15 +212,10 @@ class Engine(ABC):
         Their moments exist, unless the optimizer had not stepped yet.
         """
         if steps := state["optimizer_steps"]:
-            for tensor in self.places.stepped():
+            for tensor in self.shards.stepped():
                 self.optimizer.state[tensor] = {
                     "step": torch.tensor(float(steps)),
                     **{key: torch.zeros_like(tensor) for key in MOMENTS},
                 }
         with self.writing():
             yield
-
-
-def as_matrix(shape: torch.Size) -> tuple[int, int]:
-    """Any parameter's shape as (rows, cols), for a FlatShard."""
-    return (shape[0], shape[1:].numel()) if len(shape) else (1, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -20,20 +20,13 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from scalora_dist.adapters.layers import adapted_linear
-from scalora_dist.engines.base import (
-    MOMENTS,
-    Engine,
-    LayerShards,
-    MakeOptimizer,
-    Places,
-    Trained,
-    as_matrix,
-)
-from scalora_dist.engines.spread import expect_main, replaced_parameters, spread_buffers
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.base import MOMENTS, Engine, MakeOptimizer, ParameterShards
+from scalora_dist.engines.broadcast import broadcast_buffers, match_rank_0, replaced_parameters
+from scalora_dist.engines.layer_shards import TrainedShard, as_matrix
 from scalora_dist.errors import UserError
-from scalora_dist.shards import FlatShard
-from scalora_dist.world import World
+from scalora_dist.layers.adapted_linear import adapted_linear
 
 ZeroParameter: TypeAlias = Any  # an nn.Parameter on which DeepSpeed hung its own attributes
 deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -42,7 +35,7 @@ deepspeed.utils.logger.setLevel(logging.WARNING)
 class DeepSpeedEngine(Engine):
     """A model under ZeRO stage 0, 1, 2 or 3, with or without offload to the CPU."""
 
-    places: _Places
+    shards: _ZeroShards
 
     def __init__(self, world: World, config: dict[str, Any], *, quantized: bool = False) -> None:
         """
@@ -63,8 +56,8 @@ class DeepSpeedEngine(Engine):
             reason = " ".join(str(error).splitlines()[:3])
             raise UserError(f"DeepSpeed refuses the --ds_config: {reason}") from error
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        self.whole = self.stage < 3
-        self.one_reader = quantized and self.stage == 3
+        self.keeps_whole_weights = self.stage < 3
+        self.loads_on_rank_0 = quantized and self.stage == 3
         self.dtype = torch.float32
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(name, {}).get("enabled"):
@@ -74,7 +67,7 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        if self.one_reader:
+        if self.loads_on_rank_0:
             yield
             return
         # transformers partitions a model while loading it for as long as this object lives.
@@ -88,7 +81,7 @@ class DeepSpeedEngine(Engine):
         layers: Mapping[str, nn.Module],
         make_optimizer: MakeOptimizer,
     ) -> None:
-        if self.one_reader:
+        if self.loads_on_rank_0:
             self._spread(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(trainable)
@@ -101,18 +94,18 @@ class DeepSpeedEngine(Engine):
             config=self.config,
         )
         self.module, self.model, self.adapted = self.engine, model, layers
-        places: dict[int, type[_Places]] = {
-            0: _WholePlaces,
-            1: _FragmentPlaces,
-            2: _FragmentPlaces,
-            3: _PartitionPlaces,
+        kinds: dict[int, type[_ZeroShards]] = {
+            0: _Stage0Shards,
+            1: _Stage1And2Shards,
+            2: _Stage1And2Shards,
+            3: _Stage3Shards,
         }
-        self.places = places[self.stage](self.engine)
+        self.shards = kinds[self.stage](self.engine)
 
     def _spread(self, model: nn.Module) -> None:
         """Cut ``model``, which rank 0 has read, up over the ranks, a parameter at a time."""
-        expect_main(model, self.world)
-        spread_buffers(model, dict(model.named_buffers()), self.world)
+        match_rank_0(model, self.world)
+        broadcast_buffers(model, dict(model.named_buffers()), self.world)
         parameters = replaced_parameters(model, self.world.device, keep=self.world.is_main)
         # DeepSpeed broadcasts each one from rank 0 and keeps this rank's part.
         deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters(parameters)
@@ -122,32 +115,40 @@ class DeepSpeedEngine(Engine):
         self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.world.size))
         if not last:
             self.engine.step()
-
-    def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
-        if self.places.offloads:  # gradients may still be on their way to the CPU
+        elif self.shards.offloads:  # gradients may still be on their way to the CPU
             get_accelerator().synchronize()
-        apply = transform(self.layers())
-        trained = self.trained()
-        if not apply:
-            # The engine's own overflow path discards a step whole, at every stage that has one.
-            for parameter in trained:
-                parameter.gradient.local.fill_(float("inf"))
-        self.places.note_gradient_norms(trained)
-        if not apply and not self.places.checks_overflow:
+
+    def step(self) -> None:
+        self._step(self.trained_shards())
+        if not self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed skipped a step that it should not have")
+
+    def discard_step(self) -> None:
+        if not self.shards.checks_overflow:
             self.engine.zero_grad()
             self.engine.micro_steps += 1
-            return False
+            return
+        trained = self.trained_shards()
+        # The engine's own overflow path discards a step whole, at every stage that has one.
+        for parameter in trained:
+            parameter.gradient.local.fill_(float("inf"))
+        self._step(trained)
+        if self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed applied a step that it should not have")
+
+    def _step(self, trained: list[TrainedShard]) -> None:
+        """The engine's step at an accumulation boundary, on gradients that were edited in place."""
+        self.shards.note_gradient_norms(trained)
         self.engine.step()
-        self.places.drop_copies()
-        self.places.clear_gradients(trained)
-        if apply != self.engine.was_step_applied():
-            raise RuntimeError(
-                f"DeepSpeed {'skipped' if apply else 'applied'} a step that it should not have"
-            )
-        return apply
+        self.shards.drop_copies()
+        self.shards.clear_gradients(trained)
+
+    def shape_of(self, p: ZeroParameter) -> torch.Size:
+        # Under stage 3 a parameter's own shape is empty.
+        return getattr(p, "ds_shape", p.shape)
 
     def release(self) -> None:
-        self.places.release()
+        self.shards.release()
 
     @property
     def loss_scale(self) -> float:
@@ -165,7 +166,7 @@ class DeepSpeedEngine(Engine):
     def writing(self) -> Iterator[None]:
         with super().writing():
             yield
-            self.places.refresh()
+            self.shards.refresh()
 
     @contextmanager
     def restoring(self, state: Mapping[str, Any]) -> Iterator[None]:
@@ -187,7 +188,7 @@ def _gather_wrapped_layers_whole(model: Any, layers: Mapping[str, nn.Module]) ->
         model.enable_input_require_grads()
 
 
-class _Places(Places):
+class _ZeroShards(ParameterShards):
     """Where one ZeRO stage keeps this rank's part of a parameter."""
 
     checks_overflow = True  # the engine's step discards non-finite gradients by itself
@@ -212,7 +213,7 @@ class _Places(Places):
     def drop_copies(self) -> None:
         """Have the next forward read the shards, whatever the engine made from them before."""
 
-    def note_gradient_norms(self, trained: list[Trained]) -> None:
+    def note_gradient_norms(self, trained: list[TrainedShard]) -> None:
         """With optimizer offload the engine clips by norms it took during the backward."""
         if not self.offloads:
             return
@@ -223,7 +224,7 @@ class _Places(Places):
                 parameter_id = self.zero.get_param_id(parameters[parameter.name])
                 self.zero.norm_for_param_grads[parameter_id] = norm
 
-    def clear_gradients(self, trained: list[Trained]) -> None:
+    def clear_gradients(self, trained: list[TrainedShard]) -> None:
         """Zero the buffers that a stage keeps from step to step.
 
         A layer that the next forward does not reach would find this step's gradients in them, or
@@ -233,7 +234,7 @@ class _Places(Places):
             parameter.gradient.local.zero_()
 
 
-class _WholePlaces(_Places):
+class _Stage0Shards(_ZeroShards):
     """Stage 0: everything whole on every rank."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -267,7 +268,7 @@ class _WholePlaces(_Places):
         return [state[key].view(-1) for key in MOMENTS if key in state]
 
 
-class _FragmentPlaces(_Places):
+class _Stage1And2Shards(_ZeroShards):
     """Stages 1 and 2: pieces of one flattened buffer, beginning and ending anywhere."""
 
     def _nothing(self) -> Tensor:
@@ -304,7 +305,7 @@ class _FragmentPlaces(_Places):
         ]
 
 
-class _PartitionPlaces(_Places):
+class _Stage3Shards(_ZeroShards):
     """Stage 3: ceil(numel / world) elements of every parameter, the last range padded."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -369,7 +370,7 @@ class _PartitionPlaces(_Places):
             local = self.zero.averaged_gradients[group][self.index[p]]
         return self._shard(p, local).local
 
-    def clear_gradients(self, trained: list[Trained]) -> None:
+    def clear_gradients(self, trained: list[TrainedShard]) -> None:
         super().clear_gradients(trained)
         if self.offloads:  # the gradients went through a buffer on the device
             self.zero.grad_partitions_flat_buffer.zero_()

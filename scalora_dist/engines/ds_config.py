@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scalora_dist.config import TrainArguments
+from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
 SECTIONS = (

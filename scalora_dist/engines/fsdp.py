@@ -18,13 +18,18 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from scalora_dist.adapters.inject import reached_by_text
-from scalora_dist.engines.base import LayerShards, NamedShard, Trained, as_matrix
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.broadcast import (
+    broadcast_buffers,
+    broadcast_from_rank_0,
+    match_rank_0,
+    replaced_parameters,
+)
 from scalora_dist.engines.fsdp_config import FSDPConfig
-from scalora_dist.engines.local import LocalEngine, TorchPlaces
-from scalora_dist.engines.spread import expect_main, from_main, replaced_parameters, spread_buffers
-from scalora_dist.shards import FlatShard
-from scalora_dist.world import World
+from scalora_dist.engines.layer_shards import LayerShards, NamedShard, TrainedShard, as_matrix
+from scalora_dist.engines.local import LocalEngine, TorchShards
+from scalora_dist.layers.target_modules import reached_by_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,8 @@ class FSDPEngine(LocalEngine):
     all rows hold the same: grams are summed over one row, gradients over all ranks.
     """
 
-    whole, one_reader = False, True
+    keeps_whole_weights = False
+    loads_on_rank_0 = True
 
     def __init__(
         self, world: World, config: FSDPConfig, *, dtype: torch.dtype, max_grad_norm: float
@@ -51,7 +57,7 @@ class FSDPEngine(LocalEngine):
 
     def place(self, model: nn.Module) -> None:
         """Cut ``model`` up while it has no storage, then send each rank its part of rank 0's."""
-        expect_main(model, self.world)
+        match_rank_0(model, self.world)
         source = {name: p.detach() for name, p in model.named_parameters()}
         buffers = dict(model.named_buffers())
         for _ in replaced_parameters(model, "meta", keep=False):
@@ -61,11 +67,11 @@ class FSDPEngine(LocalEngine):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 assert isinstance(parameter, DTensor)
-                whole = from_main(source[name], self.world)
+                whole = broadcast_from_rank_0(source[name], self.world)
                 part = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
                 parameter.to_local().copy_(part.to_local())
         # On the device, even where parameters are not.
-        spread_buffers(model, buffers, self.world)
+        broadcast_buffers(model, buffers, self.world)
 
     def _shard(self, model: nn.Module) -> None:
         config, on_gpu = self.config, self.world.device.type == "cuda"
@@ -87,29 +93,29 @@ class FSDPEngine(LocalEngine):
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
 
-    def make_places(self) -> TorchPlaces:
-        return ShardedPlaces(self.optimizer, self.mesh)
+    def make_shards(self) -> TorchShards:
+        return DTensorShards(self.optimizer, self.mesh)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         loss.backward()
 
-    def layers(self, *, gradients: bool = True) -> list[LayerShards]:
+    def layer_shards(self, *, gradients: bool = True) -> list[LayerShards]:
         self.release()
-        return super().layers(gradients=gradients)
+        return super().layer_shards(gradients=gradients)
 
-    def trained(self, *, gradients: bool = True) -> list[Trained]:
+    def trained_shards(self, *, gradients: bool = True) -> list[TrainedShard]:
         self.release()
-        return super().trained(gradients=gradients)
+        return super().trained_shards(gradients=gradients)
 
-    def base(self) -> Iterator[NamedShard]:
+    def base_shards(self) -> Iterator[NamedShard]:
         self.release()
-        return super().base()
+        return super().base_shards()
 
-    def added(self) -> Iterator[NamedShard]:
+    def added_shards(self) -> Iterator[NamedShard]:
         self.release()
-        return super().added()
+        return super().added_shards()
 
     def release(self) -> None:
         # What is outside the blocks stays gathered after an evaluation, and so would be shown.
@@ -118,7 +124,7 @@ class FSDPEngine(LocalEngine):
                 module.reshard()
 
 
-class ShardedPlaces(TorchPlaces):
+class DTensorShards(TorchShards):
     """This rank's rows of each DTensor."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 import yaml
 
-from scalora_dist.config import TrainArguments
+from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.adapters.layers import adapted_linear
-from scalora_dist.engines.base import (
-    MOMENTS,
-    Engine,
-    LayerShards,
-    MakeOptimizer,
-    Places,
-    as_matrix,
-)
-from scalora_dist.shards import FlatShard, global_norm
-from scalora_dist.world import World
+from scalora_dist.core.flat_shard import FlatShard, global_norm
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.base import MOMENTS, Engine, MakeOptimizer, ParameterShards
+from scalora_dist.engines.layer_shards import as_matrix
+from scalora_dist.layers.adapted_linear import adapted_linear
 
 
 class LocalEngine(Engine):
@@ -28,7 +22,7 @@ class LocalEngine(Engine):
     Gradients are fp32 too: nothing needs a loss scale, so float16 is not offered.
     """
 
-    whole = True
+    keeps_whole_weights = True
 
     def __init__(self, world: World, *, dtype: torch.dtype, max_grad_norm: float) -> None:
         """
@@ -58,7 +52,7 @@ class LocalEngine(Engine):
         self.optimizer = make_optimizer(
             {name: p for name, p in model.named_parameters() if p.requires_grad}
         )
-        self.places = self.make_places()
+        self.shards = self.make_shards()
 
     def place(self, model: nn.Module) -> None:
         """Put ``model`` where it is trained."""
@@ -68,26 +62,26 @@ class LocalEngine(Engine):
             cast = torch.autocast(self.world.device.type, self.dtype)
             model.forward = cast(model.forward)
 
-    def make_places(self) -> Places:
-        return TorchPlaces(self.optimizer)
+    def make_shards(self) -> ParameterShards:
+        return TorchShards(self.optimizer)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, transform: Callable[[list[LayerShards]], bool]) -> bool:
-        apply = transform(self.layers())
-        if apply:
-            self._clip()
-            self.optimizer.step()
+    def step(self) -> None:
+        self._clip()
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        return apply
+
+    def discard_step(self) -> None:
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def _clip(self) -> None:
         """As torch's clip_grad_norm_, which cannot sum over ranks what is offloaded to the CPU."""
         if not self.max_grad_norm:
             return
-        gradients = [parameter.gradient for parameter in self.trained()]
+        gradients = [parameter.gradient for parameter in self.trained_shards()]
         # Replicas of a hybrid mesh add up alike but for rounding: all must clip by one number.
         (norm,) = self.world.max(global_norm(gradients, self.world.device))
         share = self.max_grad_norm / (norm + 1e-6)
@@ -100,7 +94,7 @@ class LocalEngine(Engine):
         return 1.0
 
 
-class TorchPlaces(Places):
+class TorchShards(ParameterShards):
     """Parameters, gradients and AdamW's moments as torch keeps them."""
 
     def shard(self, tensor: Tensor) -> FlatShard:

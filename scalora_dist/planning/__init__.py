@@ -1,1 +1,1 @@
-"""What a run will need, before it is started: memory, bytes on the wire, least times."""
+"""What a run will need, from a trace of its model on tensors without storage."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from scalora_dist.config import option
+from scalora_dist.config.fields import option
 from scalora_dist.errors import UserError
 from scalora_dist.profiling.gpus import GPUS
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scalora_dist.engines.residency import Message, others
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.plan import Plan
+from scalora_dist.planning.residency import Message, others
 from scalora_dist.profiling.gpus import GPUS
 
 

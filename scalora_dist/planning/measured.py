@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scalora_dist.data.tokenize import IGNORE
 from scalora_dist.profiling.live import LiveBytes, living_tensors
 from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
-from scalora_dist.trainer import Trainer
+from scalora_dist.training.trainer import MicroBatches, Trainer
 
 # The first steps also make the optimizer's state and find the order of modules.
 TRACKED, COUNTED, ALONE = 2, 3, 4
@@ -41,33 +39,33 @@ class MeasuredTrainer(Trainer):
         self.others = LiveBytes(existing=living_tensors()).now  # of whoever was here before
         super().__init__(*args)
 
-    def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
+    def micro_batches(self, first_step: int) -> MicroBatches:
         """All of ``max_length``, but that the last example is padded: real ones need a mask too."""
         shape = self.options.train.per_device_train_batch_size, self.options.data.max_length
         generator = torch.Generator().manual_seed(self.world.rank)
         while True:
-            ids = torch.randint(len(self.tokenizer), shape, generator=generator)
+            ids = torch.randint(len(self.feed.tokenizer), shape, generator=generator)
             mask = torch.ones_like(ids)
             mask[-1, -1] = 0
             labels = ids.masked_fill(mask == 0, IGNORE)
             yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def _step(self, step: int, *args: Any) -> Any:
+    def take_step(self, step: int, *args: Any) -> Any:
         if step == TRACKED:
             gc.collect()
             with LiveBytes(existing=living_tensors()) as live:
-                done = super()._step(step, *args)
+                done = super().take_step(step, *args)
             self.tracked = live.most - self.others
         elif step == COUNTED:
             with Traffic() as self.traffic:
-                done = super()._step(step, *args)
+                done = super().take_step(step, *args)
         elif step == ALONE:
             _give_back()
             restart_peak(self.world.device)
-            done = super()._step(step, *args)
+            done = super().take_step(step, *args)
             self.peak = restart_peak(self.world.device)
         else:
-            done = super()._step(step, *args)
+            done = super().take_step(step, *args)
         return done
 
 

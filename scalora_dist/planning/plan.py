@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from scalora_dist.config import Options
-from scalora_dist.engines.residency import Held, LocalResidency, Message, Residency, others
-from scalora_dist.merge import SCRATCH_ELEMENTS
-from scalora_dist.models import Base
-from scalora_dist.planning.model import Traced
-from scalora_dist.profiling.events import Event
-from scalora_dist.shards import GATHER_BUCKET_BYTES
+from scalora_dist.config.options import Options
+from scalora_dist.core.flat_shard import GATHER_BUCKET_BYTES
+from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
+from scalora_dist.modeling.load import BaseModelSpec
+from scalora_dist.planning.residency import Held, LocalResidency, Message, Residency, others
+from scalora_dist.planning.trace import Event
+from scalora_dist.planning.traced_model import Traced
 
 GIB = 2**30
 
@@ -63,12 +63,14 @@ class Plan:
         return max(self.phases, key=lambda moment: moment.total)
 
 
-def pick_residency(options: Options, base: Base, world: int) -> tuple[Residency, torch.dtype]:
+def pick_residency(
+    options: Options, base: BaseModelSpec, world: int
+) -> tuple[Residency, torch.dtype]:
     """What knows the engine that a command line asks for, and the dtype it computes in."""
     launch, train = options.launch, options.train
     if launch.ds_config:
         from scalora_dist.engines.ds_config import load_ds_config
-        from scalora_dist.engines.zero_residency import ZeroResidency
+        from scalora_dist.planning.zero_residency import ZeroResidency
 
         config = load_ds_config(
             launch.ds_config, train, world_size=world, hidden_size=base.hidden_size
@@ -76,7 +78,7 @@ def pick_residency(options: Options, base: Base, world: int) -> tuple[Residency,
         return ZeroResidency(config, world), train.dtype
     if launch.fsdp:
         from scalora_dist.engines.fsdp_config import load_fsdp_config
-        from scalora_dist.engines.fsdp_residency import FSDPResidency
+        from scalora_dist.planning.fsdp_residency import FSDPResidency
 
         settings = load_fsdp_config(launch.fsdp_config, train, world_size=world)
         return FSDPResidency(settings, world), settings.param_dtype or train.dtype

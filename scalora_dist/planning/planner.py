@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from scalora_dist.config import Options
-from scalora_dist.engines.pick import check_choice
-from scalora_dist.engines.zero_residency import offloads
+from scalora_dist.config.options import Options
+from scalora_dist.engines.build import check_engine_choice
 from scalora_dist.errors import UserError
-from scalora_dist.methods import find_method, settle_merges
-from scalora_dist.models import Base, read_base
+from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.modeling.load import BaseModelSpec, read_base_model
 from scalora_dist.planning.arguments import PlanArguments
-from scalora_dist.planning.model import Traced, trace_model
 from scalora_dist.planning.plan import GIB, Plan, pick_residency, plan_of
+from scalora_dist.planning.traced_model import Traced, trace_model
+from scalora_dist.planning.zero_residency import offloads
 from scalora_dist.profiling.gpus import GPUS
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -40,19 +40,19 @@ class Planner:
         """
         options = copy.deepcopy(options)
         options.train.settle_batch(gpus)
-        check_choice(options, gpus)
+        check_engine_choice(options, gpus)
         # Of flash attention's kinds the trace needs the one that runs everywhere.
         if (options.model.attn_implementation or "").startswith("flash"):
             options.model.attn_implementation = None
-        base = read_base(options.model, options.train.dtype, torch.device("meta"))
+        base = read_base_model(options.model, options.train.dtype, torch.device("meta"))
         method = find_method(options.method)
-        settle_merges(options.method, method, quantized=base.fourbit is not None)
+        resolve_merge_options(options.method, method, quantized=base.fourbit is not None)
         residency, compute = pick_residency(options, base, gpus)
         traced = self._trace(options, base, compute)
         residency.see(traced.blocks)
         return plan_of(options, residency, traced)
 
-    def _trace(self, options: Options, base: Base, compute: torch.dtype) -> Traced:
+    def _trace(self, options: Options, base: BaseModelSpec, compute: torch.dtype) -> Traced:
         train = options.train
         key = (train.per_device_train_batch_size, train.gradient_checkpointing, base, compute)
         if key not in self.traces:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from scalora_dist.config import Options
+from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
-from scalora_dist.metrics import write_json
 from scalora_dist.planning.arguments import PlanArguments, config_folder
 from scalora_dist.planning.floors import floors_of
 from scalora_dist.planning.plan import GIB
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.table import as_json, describe, render, verdict
 from scalora_dist.profiling.gpus import GPUS, find_gpu
+from scalora_dist.training.run_log import write_json
 
 logger = logging.getLogger(__name__)
 

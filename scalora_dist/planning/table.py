@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from scalora_dist.config import Options
+from scalora_dist.config.options import Options
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.floors import Floors
 from scalora_dist.planning.plan import GIB, Plan

@@ -1,1 +1,1 @@
-"""Where time and bytes go."""
+"""Clocks and counters: seconds, bytes, messages and FLOPs. Knows no model and no engine."""

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refusals import one_sentence
-from scalora_dist.adapters.fourbit import BLOCK, FourBit, FourBitLinear, check_products
-from scalora_dist.adapters.layers import LowRankLinear
+from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.errors import UserError
-from scalora_dist.shards import FlatShard
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.layers.fourbit_linear import BLOCK, FourBit, FourBitLinear, check_products
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 

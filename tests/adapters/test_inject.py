@@ -27,10 +27,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from scalora_dist.adapters.init import lora_init
-from scalora_dist.adapters.inject import inject
-from scalora_dist.adapters.layers import LowRankLinear
 from scalora_dist.errors import UserError
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.layers.lora_init import lora_init
+from scalora_dist.layers.target_modules import inject
 
 SIZES = {
     "vocab_size": 40,

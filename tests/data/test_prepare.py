@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import HfArgumentParser
 
-from scalora_dist.data import DataArguments, prepare_data
+from scalora_dist.config.data import DataArguments
+from scalora_dist.data.prepare import prepare_data
 from scalora_dist.errors import UserError
 
 TASK = "reasoning_gym:chain_sum"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import shard_work
-from scalora_dist.adapters.carry import CarryLinear
-from scalora_dist.carry import Carry
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.merge import join_halves
-from scalora_dist.merger import Merger
+from scalora_dist.core.split_precision import join_halves
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.layers.carry_linear import CarryLinear
+from scalora_dist.methods.carry import Carry
+from scalora_dist.methods.merger import Merger
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.world import World
 
 SHAPES = [(31, 24), (13, 11), (7, 40)]  # of W; at 3 columns and 4 ranks rows are split
 RANK, CARRIED, ROOM, SCALING = 3, 6, 7, 0.5
@@ -79,7 +79,7 @@ def _look(carry: Carry, layer: LayerShards) -> tuple[int, Tensor, float]:
     for key, shard in zip("CD", layer.carry, strict=True):
         low = carry.low.get(f"{layer.name}.{key}")
         exact = shard if low is None else shard.like(join_halves(shard.local, low))
-        wholes.append(exact.whole().double())
+        wholes.append(exact.full_tensor().double())
     used = carry.modules[layer.name].used
     assert not any(whole[:, used:].any() for whole in wholes)
     return used, wholes[0] @ wholes[1].T, carry.lost[layer.name]

@@ -9,9 +9,9 @@ import numpy as np
 
 import toy
 from reference import State
+from scalora_dist.distributed.world import World
+from scalora_dist.methods.relora import Restarts
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.relora import Restarts
-from scalora_dist.world import World
 
 INTERVAL, RESTARTS, SEED = 2, 2, 5
 
@@ -37,7 +37,7 @@ def restarts(world: World, *, prune: float, **case: Any) -> list[Restart]:
         if restart.due(taken):
             before = run.look()
             restart(run.engine, taken, Clock())
-            layers = run.engine.layers(gradients=False)
+            layers = run.engine.layer_shards(gradients=False)
             high = {layer.name: toy.whole(layer.W) for layer in layers}
             seen.append(Restart(before, run.look(), high))
     return seen

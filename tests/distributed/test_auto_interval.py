@@ -15,10 +15,10 @@ import runs
 import small
 import toy
 from reference import State, transform
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.rescale import scale_factors_
-from scalora_dist.shards import FlatShard
-from scalora_dist.solve import Rule, Scales
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.scale_solver import Rule, Scales
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.methods.scalora import scale_factors_
 
 EVERYWHERE = [
     (1, "local"),

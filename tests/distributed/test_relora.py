@@ -15,7 +15,7 @@ import small
 import toy
 from reference import relative_error
 from relora_work import RESTARTS, Restart, restarts
-from scalora_dist.relora import warmed_up_again
+from scalora_dist.methods.relora import warmed_up_again
 
 EVERYWHERE = [(1, "local"), *itertools.product([2, 3], ["zero2", "zero3", "fsdp"])]
 

@@ -15,20 +15,22 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from reference import State
-from scalora_dist.adapters.init import lora_init
-from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.engines.base import Engine, LayerShards
+from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.core.scale_solver import Rule
+from scalora_dist.core.split_precision import join_halves
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.base import Engine
 from scalora_dist.engines.deepspeed import DeepSpeedEngine
 from scalora_dist.engines.fsdp import FSDPEngine
 from scalora_dist.engines.fsdp_config import FSDPConfig
+from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.engines.local import LocalEngine
-from scalora_dist.merge import join_halves
-from scalora_dist.merger import IntoWeights, Merger
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.layers.lora_init import lora_init
+from scalora_dist.methods.merge_target import IntoWeights
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.rescale import Rescaler
-from scalora_dist.shards import FlatShard, Layout
-from scalora_dist.solve import Rule
-from scalora_dist.world import World
 
 SHAPES = {"first": (31, 24), "second": (13, 11)}
 EXAMPLES = 12  # per step: a multiple of 1, 2, 3 and 4 ranks
@@ -162,14 +164,14 @@ class Run:
             )
             for name, (m, n) in SHAPES.items()
         }
-        if self.engine.one_reader and not world.is_main:
+        if self.engine.loads_on_rank_0 and not world.is_main:
             model.to("meta")
         self.engine.attach(
             model,
             layers,
             lambda named: torch.optim.AdamW(named.values(), lr=LEARNING_RATE, weight_decay=0),
         )
-        shards = self.engine.layers(gradients=False)
+        shards = self.engine.layer_shards(gradients=False)
         self.merger = Merger(shards, world, IntoWeights(shards, "split"))
         self.rescaler = Rescaler(
             self.merger,
@@ -207,13 +209,13 @@ class Run:
 
     def look(self) -> tuple[dict[str, State], dict[str, np.ndarray]]:
         """Everything between two steps, and what the forward makes of it."""
-        return self.whole(self.engine.layers(gradients=False)), self.output()
+        return self.whole(self.engine.layer_shards(gradients=False)), self.output()
 
     def whole(self, layers: list[LayerShards]) -> dict[str, State]:
         """Every layer's state, gathered."""
         states = {}
         for layer in layers:
-            W, low = layer.W, self.merger.into.low.get(f"{layer.name}.weight")
+            W, low = layer.W, self.merger.target.low_halves.get(f"{layer.name}.weight")
             fields = {
                 "W": W if low is None else W.like(join_halves(W.local, low)),
                 "A": layer.A,
@@ -273,7 +275,7 @@ def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> l
             return report.applied
 
         record["applied"] = run.engine.step(transform)
-        record["stepped"] = run.whole(run.engine.layers(gradients=False))
+        record["stepped"] = run.whole(run.engine.layer_shards(gradients=False))
         record["output"] = run.output()
         seen.append(record)
     return seen
@@ -286,11 +288,11 @@ def skipped_step(world: World, **case: Any) -> dict[str, Any]:
     for step in range(3):
         run.backward(step, float("nan") if step == 1 and world.rank == world.size - 1 else 1.0)
         key = f"step{step}"
-        results[f"{key}_state"] = run.whole(run.engine.layers(gradients=False))
+        results[f"{key}_state"] = run.whole(run.engine.layer_shards(gradients=False))
         results[f"{key}_applied"] = run.engine.step(
             lambda layers: run.rescaler(layers, Clock()).applied
         )
-        results[f"{key}_after"] = run.whole(run.engine.layers(gradients=False))
+        results[f"{key}_after"] = run.whole(run.engine.layer_shards(gradients=False))
         results[f"{key}_output"] = run.output()
     return results
 
@@ -325,9 +327,9 @@ def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, by
     for step in range(count):
         run.step(step)
         held = {"alpha": run.scales.alpha, "beta": run.scales.beta}
-        for layer in run.engine.layers(gradients=False):
+        for layer in run.engine.layer_shards(gradients=False):
             held |= {f"{layer.name}.{key}": getattr(layer, key).local for key in "WAB"}
-            if (low := run.merger.into.low.get(f"{layer.name}.weight")) is not None:
+            if (low := run.merger.target.low_halves.get(f"{layer.name}.weight")) is not None:
                 held[f"{layer.name}.low"] = low
         seen.append(
             {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in held.items()}
@@ -339,9 +341,9 @@ def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np
     """{"W": {layer: merged weight}, "frozen": {parameter: as the engine lists it}}."""
     run = Run(world, **case)
     run.step(0)
-    states = run.whole(run.engine.layers(gradients=False))
+    states = run.whole(run.engine.layer_shards(gradients=False))
     run.output()
-    frozen = {name: (shape, whole(shard)) for name, shape, shard in run.engine.base()}
+    frozen = {name: (shape, whole(shard)) for name, shape, shard in run.engine.base_shards()}
     assert all(array.shape == tuple(shape) for shape, array in frozen.values())
     return {
         "W": {name: state.W for name, state in states.items()},
@@ -359,7 +361,7 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
         first.step(step)
     state = copy.deepcopy(first.engine.state())
     saved = [shard.local.clone() for shard in checkpointed(first)]
-    low = {name: part.clone() for name, part in first.merger.into.low.items()}
+    low = {name: part.clone() for name, part in first.merger.target.low_halves.items()}
     seen = {"first": [first.look()]}
     first.step(3)
     seen["first"].append(first.look())
@@ -369,7 +371,7 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
         for shard, part in zip(checkpointed(second), saved, strict=True):
             shard.local.copy_(part)
         for name, part in low.items():
-            second.merger.into.low[name].copy_(part)
+            second.merger.target.low_halves[name].copy_(part)
     seen["second"] = [second.look()]
     assert second.engine.state() == state
     second.step(3)
@@ -379,5 +381,5 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
 
 def checkpointed(run: Run) -> list[FlatShard]:
     """All shards of the layers that a checkpoint holds."""
-    layers = run.engine.layers(gradients=False)
+    layers = run.engine.layer_shards(gradients=False)
     return [s for x in layers for s in (x.W, x.A, x.B, *x.moments_A, *x.moments_B)]

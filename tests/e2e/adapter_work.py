@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import runs
 import small
-from scalora_dist import trainer
-from scalora_dist.merged import MergedWeights
-from scalora_dist.world import World
+from scalora_dist.distributed.world import World
+from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.training import trainer
 
 IDS = [[3 + (7 * i + i * i) % 250 for i in range(20)], [3 + 11 * i % 250 for i in range(20)]]
 
@@ -76,7 +76,7 @@ def train_and_merge(world: World, case: dict[str, Any]) -> dict[str, NDArray[np.
     made = runs.make(world, case)
     made.run()
     merged = MergedWeights(made.engine, made.method.low)
-    wholes = {name: merged.whole(f"{name}.weight", on=0) for name in made.engine.adapted}
+    wholes = {name: merged.full_tensor(f"{name}.weight", on_rank=0) for name in made.engine.adapted}
     return {name: whole.numpy() for name, whole in wholes.items() if whole is not None}
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 import runs
-from scalora_dist.starts.start import Start
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.distributed.world import World
+from scalora_dist.methods.init.initialization import Initialization
+from scalora_dist.training.trainer import Trainer
 
 
 def train(world: World, case: dict[str, Any]) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def train(world: World, case: dict[str, Any]) -> tuple[int, int]:
             method = self.method.method
             if (start := method.start) is not None:
 
-                def count(given: Start) -> None:
+                def count(given: Initialization) -> None:
                     nonlocal starts
                     starts += 1
                     start(given)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference as scalora
-from scalora_dist.adapters.init import lora_init  # the seeded B: data
+from scalora_dist.layers.lora_init import lora_init
 
 Own = dict[str, Tensor]
 Options = Mapping[str, Any]
@@ -219,13 +219,13 @@ def alike(columns: Tensor, found: Tensor) -> Tensor:
     return torch.where((columns * found).sum(0) < 0, -1.0, 1.0).double()
 
 
-def start_lora_xs(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Tensor, Own]:
+def init_lora_xs(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Tensor, Own]:
     U, S, V = (part[..., : o["rank"]] for part in svd(W))
     sign = alike(V, found["V"])
     return W, {"U": U * S * sign, "V": V * sign, "R": found["R"]}
 
 
-def start_lora_sb(
+def init_lora_sb(
     name: str, W: Tensor, found: Own, G: Tensor | None, o: Options
 ) -> tuple[Tensor, Own]:
     """The SVD of −η·sign(ΣG), R = Σ_r (equations 7 and 8 with s = 1)."""
@@ -235,7 +235,7 @@ def start_lora_sb(
     return W, {"U": U * sign, "V": V * sign, "R": torch.diag(S)}
 
 
-def start_pissa(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Tensor, Own]:
+def init_pissa(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Tensor, Own]:
     U, S, V = (part[..., : o["rank"]] for part in svd(W))
     s = s_lora(o, W.shape[1])
     root, sign = (S / s).sqrt(), alike(V, found["B"])
@@ -243,7 +243,7 @@ def start_pissa(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[T
     return W - s * A @ B.T, {"A": A, "B": B}
 
 
-def start_lora_ga(
+def init_lora_ga(
     name: str, W: Tensor, found: Own, G: Tensor | None, o: Options
 ) -> tuple[Tensor, Own]:
     """A from the second r left vectors times Σ·m^¼/√16, B the first r right ones; W −= s·A Bᵀ."""
@@ -329,7 +329,7 @@ def like_lora(**others: Any) -> Reference:
     return Reference(**{**vars(LORA), **others})
 
 
-CORE = Reference(core(s_lora), start_lora_xs, ("R",), lambda m, n, r: r * r)
+CORE = Reference(core(s_lora), init_lora_xs, ("R",), lambda m, n, r: r * r)
 
 REFERENCES: dict[str, Reference] = {
     "scalora": like_lora(change=rescale),
@@ -340,7 +340,7 @@ REFERENCES: dict[str, Reference] = {
     "lora-pro": like_lora(change=project),
     "relora": like_lora(after=restart, rate=warmed_up),
     "lora-xs": CORE,
-    "lora-sb": Reference(core(lambda o, n: 1.0), start_lora_sb, CORE.trained, CORE.count),
+    "lora-sb": Reference(core(lambda o, n: 1.0), init_lora_sb, CORE.trained, CORE.count),
     "mora": Reference(mora, start_mora, ("M",), lambda m, n, r: mora_side(m, n, r) ** 2),
     "full": Reference(
         lambda W, own, o: own["W"], lambda name, W, *_: (W, {"W": W}), ("W",), count=None
@@ -348,6 +348,6 @@ REFERENCES: dict[str, Reference] = {
     "peft-lora": LORA,
     "dora": Reference(dora, start_dora, ("A", "B", "size"), lambda m, n, r: both(m, n, r) + m),
     "hira": Reference(hira, start_hira, ("A", "B"), both),
-    "pissa": like_lora(start=start_pissa),
-    "lora-ga": like_lora(start=start_lora_ga),
+    "pissa": like_lora(start=init_pissa),
+    "lora-ga": like_lora(start=init_lora_ga),
 }

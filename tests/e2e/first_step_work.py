@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import runs
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.lora_pro import LoraPro
-from scalora_dist.merged import MergedWeights
+from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.methods.lora_pro import LoraPro
+from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.shards import FlatShard, Layout
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.training.trainer import Trainer
 
 Batch = dict[str, np.ndarray]
 
@@ -71,13 +71,16 @@ def together(trainer: Trainer, indices: list[int]) -> Batch:
 
 def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
     merged = MergedWeights(trainer.engine, trainer.method.low)
-    return {name: merged.whole(name, on=trainer.world.rank).numpy().copy() for name in merged.base}
+    return {
+        name: merged.full_tensor(name, on_rank=trainer.world.rank).numpy().copy()
+        for name in merged.base
+    }
 
 
 @torch.no_grad()
 def whole_added(trainer: Trainer) -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, dict[str, np.ndarray]] = {}
-    for parameter in trainer.engine.added():
+    for parameter in trainer.engine.added_shards():
         (whole,) = Layout.of([parameter.shard]).gather([parameter.shard], range(1))
         layer = next(n for n in trainer.engine.adapted if parameter.name.startswith(f"{n}."))
         key = parameter.name.removeprefix(f"{layer}.")

@@ -10,14 +10,14 @@ from torch import Tensor
 
 import runs
 import small
-from scalora_dist import trainer as module
-from scalora_dist.adapters.fourbit import FourBitLinear
-from scalora_dist.adapters.layers import LowRankLinear
-from scalora_dist.carry import Carry
-from scalora_dist.merged import MergedWeights
-from scalora_dist.methods import METHODS
-from scalora_dist.transform import Report
-from scalora_dist.world import World
+from scalora_dist.distributed.world import World
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.methods.carry import Carry
+from scalora_dist.methods.registry import METHODS
+from scalora_dist.methods.transform import Report
+from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.training import trainer as module
 
 STEPS, SAVED = 8, 4
 RATES = {"lora-sb": 1e-3, "lora-alpha": 1e-3}
@@ -64,7 +64,7 @@ def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, floa
     trainer = runs.make(world, case)
     transform, merger = trainer.method.transform, trainer.method.merger
     assert transform is not None and merger is not None
-    carry = merger.into
+    carry = merger.target
     assert isinstance(carry, Carry)
     seen: list[dict[str, dict[str, float]]] = []
 
@@ -73,7 +73,7 @@ def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, floa
         found = {}
         for name, layer in trainer.engine.adapted.items():
             assert isinstance(layer, LowRankLinear)
-            weight = merged.whole(f"{name}.weight", on=0)
+            weight = merged.full_tensor(f"{name}.weight", on_rank=0)
             output = torch.zeros(1)
             if world.size == 1:
                 x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(0))
@@ -116,7 +116,7 @@ def held(world: World, case: dict[str, Any]) -> dict[str, int]:
     found = dict.fromkeys(
         ("quantized", "other", "codes", "sizes", "dense", "carry", "adapters", "persistent"), 0
     )
-    for name, shape, shard in engine.base():
+    for name, shape, shard in engine.base_shards():
         layer = layers.get(name.rpartition(".")[0])
         if isinstance(layer, FourBitLinear) and name.endswith(".weight"):
             found["quantized"] += layer.out_features * layer.in_features
@@ -125,7 +125,7 @@ def held(world: World, case: dict[str, Any]) -> dict[str, int]:
         else:
             found["other"] += shape.numel()
             found["dense"] += shard.local.nbytes
-    for name, _, shard in engine.added():
+    for name, _, shard in engine.added_shards():
         kind = "carry" if name.endswith((".C", ".D")) else "adapters"
         found[kind] += shard.local.nbytes
     found["carry"] += sum(low.nbytes for low in trainer.method.low.values())

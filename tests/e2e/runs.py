@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from scalora_dist.config import parse_options
-from scalora_dist.engines.pick import pick_engine
-from scalora_dist.models import read_base
-from scalora_dist.rescale import Rescaler
-from scalora_dist.solve import Rule, quadratic
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.config.parser import parse_options
+from scalora_dist.core.scale_solver import Rule, quadratic
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.build import engine_factory
+from scalora_dist.methods.scalora import Rescaler
+from scalora_dist.modeling.load import read_base_model
+from scalora_dist.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,8 +36,8 @@ def make(world: World, options: dict[str, Any], trainer: type[Trainer] = Trainer
     """What launch/train.py makes after the launcher, on ranks that are there already."""
     parsed = parse_options(words(options))
     parsed.train.settle_batch(world.size)
-    base = read_base(parsed.model, parsed.train.dtype, world.device)
-    return trainer(parsed, world, base, pick_engine(parsed, world, base))
+    base = read_base_model(parsed.model, parsed.train.dtype, world.device)
+    return trainer(parsed, world, base, engine_factory(parsed, world, base))
 
 
 def run(world: World, options: dict[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import runs
-from scalora_dist.config import parse_options
-from scalora_dist.data import Collator, PaddedExamples, prepare_data
+from scalora_dist.config.parser import parse_options
+from scalora_dist.data.collate import Collator, PaddedExamples
+from scalora_dist.data.prepare import prepare_data
+from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.loss import target_losses
-from scalora_dist.models import load_tokenizer
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.modeling.load import load_tokenizer
+from scalora_dist.modeling.loss import target_losses
+from scalora_dist.training.trainer import Trainer
 
 # Dropout draws random numbers; the examples of three epochs are shuffled three times.
 TASK: dict[str, Any] = {

@@ -18,7 +18,7 @@ import runs
 import small
 from adapter_work import CARRY, RANK, differ, options, size
 from ranks import Ranks
-from scalora_dist.base_weights import find_key
+from scalora_dist.model_io.base_weights import find_key
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy

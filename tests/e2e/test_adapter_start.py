@@ -18,10 +18,10 @@ import small
 from adapter_work import CARRY, RANK, differ, options, size
 from ranks import Ranks
 from refusals import one_sentence
-from scalora_dist.config import parse_options
+from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
-from scalora_dist.import_adapter import SavedAdapter
-from scalora_dist.methods import find_method, settle_merges
+from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.model_io.import_adapter import SavedAdapter
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -115,7 +115,7 @@ def read(case: dict[str, Any]) -> None:
     """What the trainer does with a saved adapter before it trains."""
     parsed = parse_options(runs.words(case))
     method = find_method(parsed.method)
-    settle_merges(parsed.method, method, quantized=False)
+    resolve_merge_options(parsed.method, method, quantized=False)
     saved = SavedAdapter(parsed)
     model = work.base(Path(str(parsed.model.model_name_or_path)))
     saved.check(method.add(model, parsed.method, 0, torch.float32))

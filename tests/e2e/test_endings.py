@@ -21,10 +21,10 @@ import runs
 import small
 from ranks import Ranks
 from scalora_dist.checkpoint.manifest import checkpoints, is_sound, read_state, step_of
-from scalora_dist.metrics import RunLog
-from scalora_dist.saving import PREEMPTED as PREEMPTED_MARK
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.distributed.world import World
+from scalora_dist.training.run_log import RunLog
+from scalora_dist.training.saving import PREEMPTED as PREEMPTED_MARK
+from scalora_dist.training.trainer import Trainer
 
 GetRanks = Callable[[int], Ranks]
 

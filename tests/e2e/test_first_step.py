@@ -22,9 +22,9 @@ import runs
 from first_step_reference import REFERENCES, Layer, Own
 from first_step_work import Found
 from ranks import Ranks
-from scalora_dist.adapters.layers import SquareLinear
-from scalora_dist.config import MethodArguments
-from scalora_dist.methods import METHODS, lora_alpha_scaling
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.layers.adapted_linear import SquareLinear
+from scalora_dist.methods.registry import METHODS, lora_alpha_scaling
 
 GetRanks = Callable[[int], Ranks]
 

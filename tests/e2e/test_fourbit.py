@@ -19,7 +19,7 @@ import fourbit_work as work
 import runs
 import small
 from ranks import Ranks
-from scalora_dist.methods import METHODS
+from scalora_dist.methods.registry import METHODS
 
 pytest.importorskip("bitsandbytes")
 GetRanks = Callable[[int], Ranks]

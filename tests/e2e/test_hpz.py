@@ -13,8 +13,8 @@ import pytest
 import runs
 import small
 from ranks import Ranks
-from scalora_dist.trainer import Trainer
-from scalora_dist.world import World
+from scalora_dist.distributed.world import World
+from scalora_dist.training.trainer import Trainer
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy

@@ -14,10 +14,10 @@ from transformers import BloomConfig, LlamaConfig
 import runs
 import small
 from ranks import Ranks
-from scalora_dist import models
-from scalora_dist.config import ModelArguments
-from scalora_dist.models import FLASH, load_model, pick_attention, read_base
-from scalora_dist.world import World
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.distributed.world import World
+from scalora_dist.modeling import load as models
+from scalora_dist.modeling.load import FLASH, load_model, pick_attention, read_base_model
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -32,7 +32,7 @@ def bytes_while_loading(world: World, case: dict[str, Any]) -> tuple[int, int]:
     with MemTracker() as tracker:
         made = runs.make(world, case)
     peak = tracker.get_tracker_snapshot("peak")[world.device]["Total"]
-    return peak, sum(4 * parameter.shape.numel() for parameter in made.engine.base())
+    return peak, sum(4 * parameter.shape.numel() for parameter in made.engine.base_shards())
 
 
 @pytest.mark.parametrize(("engine", "size"), small.CUT_UP)
@@ -50,7 +50,7 @@ def test_no_rank_but_the_first_ever_holds_a_whole_model(
 def test_weights_read_straight_to_a_device_are_the_same(odd: Path, dtype: torch.dtype) -> None:
     args = ModelArguments(model_name_or_path=str(odd))
     device = torch.device("cpu")
-    base = read_base(args, dtype, device)
+    base = read_base_model(args, dtype, device)
     plain = load_model(args, base, dtype, weights=True)
     placed = load_model(args, base, dtype, weights=True, device=device)
     assert plain.state_dict().keys() == placed.state_dict().keys()

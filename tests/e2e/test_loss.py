@@ -24,11 +24,11 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import runs
 import small
-from scalora_dist import loss
 from scalora_dist.data.tokenize import IGNORE
-from scalora_dist.loss import LossHead, TargetLoss, Targets, target_losses
+from scalora_dist.distributed.world import World
+from scalora_dist.modeling import loss
+from scalora_dist.modeling.loss import LossHead, TargetLoss, Targets, target_losses
 from scalora_dist.profiling.live import LiveBytes
-from scalora_dist.world import World
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

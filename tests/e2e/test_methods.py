@@ -15,7 +15,7 @@ import runs
 import small
 from counting import train
 from ranks import Ranks
-from scalora_dist.methods import METHODS
+from scalora_dist.methods.registry import METHODS
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy

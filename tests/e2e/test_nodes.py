@@ -15,7 +15,7 @@ import runs
 import small
 from nodes import Node
 from scalora_dist.checkpoint.manifest import checkpoints
-from scalora_dist.saving import PREEMPTED
+from scalora_dist.training.saving import PREEMPTED
 
 HANG_SECONDS = 8
 LAUNCHERS = {"fsdp": "torchrun", "zero3": "deepspeed"}

@@ -110,8 +110,8 @@ def test_what_a_run_leaves(
 
 def merged_loss(folder: Path, case: dict[str, Any]) -> float:
     """The held-out loss of the model that a run wrote, by plain transformers."""
-    from scalora_dist.config import parse_options
-    from scalora_dist.data import prepare_data
+    from scalora_dist.config.parser import parse_options
+    from scalora_dist.data.prepare import prepare_data
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

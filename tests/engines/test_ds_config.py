@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from refusals import one_sentence
-from scalora_dist.config import TrainArguments
+from scalora_dist.config.training import TrainArguments
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from refusals import one_sentence
-from scalora_dist.config import TrainArguments
+from scalora_dist.config.training import TrainArguments
 from scalora_dist.engines.fsdp_config import FSDPConfig, load_fsdp_config
 from scalora_dist.errors import UserError
 

@@ -10,13 +10,14 @@ import torch
 
 import runs
 from refusals import one_sentence
-from scalora_dist.adapters.fourbit import FourBit
-from scalora_dist.config import Options, parse_options
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.build import engine_factory
 from scalora_dist.engines.local import LocalEngine
-from scalora_dist.engines.pick import pick_engine
 from scalora_dist.errors import UserError
-from scalora_dist.models import Base
-from scalora_dist.world import World
+from scalora_dist.layers.fourbit_linear import FourBit
+from scalora_dist.modeling.load import BaseModelSpec
 
 ZERO3 = runs.ds_config("zero3")
 
@@ -34,14 +35,16 @@ def world(size: int) -> World:
     ("given", "dtype"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)]
 )
 def test_one_rank_needs_no_engine(given: dict[str, bool], dtype: torch.dtype) -> None:
-    engine = pick_engine(options(max_grad_norm=0.7, **given), world(1), Base(576, None, False))()
+    engine = engine_factory(
+        options(max_grad_norm=0.7, **given), world(1), BaseModelSpec(576, None, False)
+    )()
     assert type(engine) is LocalEngine
     assert (engine.dtype, engine.max_grad_norm) == (dtype, 0.7)
 
 
 def refused(size: int, **given: Any) -> str:
     with pytest.raises(UserError) as error:
-        pick_engine(options(**given), world(size), Base(576, None, False))
+        engine_factory(options(**given), world(size), BaseModelSpec(576, None, False))
     return one_sentence(error)
 
 
@@ -67,13 +70,13 @@ def test_fsdp_casts_no_codes(tmp_path: Path) -> None:
     path.write_text("mixed_precision: {param_dtype: bf16}")
     given = options(fsdp=True, fsdp_config=path)
     for storage, refuses in ((torch.float32, True), (torch.uint8, False)):
-        base = Base(576, FourBit("nf4", True, None, storage), False)
+        base = BaseModelSpec(576, FourBit("nf4", True, None, storage), False)
         if refuses:
             with pytest.raises(UserError) as error:
-                pick_engine(given, world(2), base)
+                engine_factory(given, world(2), base)
             assert "--bnb_4bit_quant_storage" in one_sentence(error)
         else:
-            pick_engine(given, world(2), base)
+            engine_factory(given, world(2), base)
 
 
 def test_several_ranks_need_an_engine() -> None:

@@ -11,7 +11,7 @@ import yaml
 from kubeflow_trainer_api.models import IoK8sApiCoreV1PodTemplateSpec as PodTemplate
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scalora_dist.config import parse_options
+from scalora_dist.config.parser import parse_options
 
 FILE = Path(__file__).parents[2] / "launch" / "kubernetes" / "pytorchjob.yaml"
 

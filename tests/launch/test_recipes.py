@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scalora_dist.config import parse_options
+from scalora_dist.config.parser import parse_options
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 PAPER = {  # {recipe: (batch, epochs)}; appendices C.4 and C.5 of arXiv 2510.23818

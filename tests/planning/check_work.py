@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import runs
-from scalora_dist.config import parse_options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.distributed.world import World
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.measured import STEPS, MeasuredTrainer
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
-from scalora_dist.world import World
 
 
 class Found(NamedTuple):

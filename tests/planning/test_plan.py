@@ -16,7 +16,7 @@ from transformers import Gemma2Config
 import runs
 import small
 from check_work import measured, planned
-from scalora_dist.config import parse_options
+from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
 from scalora_dist.planning.floors import floors_of

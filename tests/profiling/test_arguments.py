@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from refusals import one_sentence
-from scalora_dist.config import parse_options
+from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 
 OUTPUT = ["--output_dir", "out"]

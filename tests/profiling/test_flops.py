@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel
 
-from scalora_dist.config import MethodArguments, ModelArguments
-from scalora_dist.methods import METHODS
-from scalora_dist.models import outline
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.methods.registry import METHODS
+from scalora_dist.modeling.load import outline
 from scalora_dist.profiling.flops import _count, count_flops
 
 LAYERS, WIDTH, INNER, WORDS, HEADS, KEYS, EACH, RANK = 3, 32, 48, 120, 4, 2, 12, 4

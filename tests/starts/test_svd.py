@@ -12,9 +12,9 @@ from torch import Tensor
 import shard_work
 import svd_work as work
 from ranks import Ranks
-from scalora_dist.shards import FlatShard
-from scalora_dist.starts import svd as module
-from scalora_dist.starts.svd import TruncatedSVD, truncated_svd
+from scalora_dist.core import sharded_svd as module
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.sharded_svd import TruncatedSVD, truncated_svd
 
 StartRanks = Callable[[int], Ranks]
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import runs
-from scalora_dist.adapters.fourbit import FourBit, FourBitLinear
-from scalora_dist.engines.base import LayerShards
-from scalora_dist.shards import FlatShard
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("bitsandbytes")

@@ -17,14 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scalora_dist.engines.base import LayerShards
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.scale_solver import Scales
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
-from scalora_dist.merger import IntoWeights, Merger
+from scalora_dist.methods.merge_target import IntoWeights
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.rescale import Rescaler
-from scalora_dist.shards import FlatShard
-from scalora_dist.solve import Scales
-from scalora_dist.world import World
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "merge_drift.py"

@@ -1,1 +1,0 @@
-"""Low-rank layers, where they go in a model, and how they start."""

@@ -1,0 +1,313 @@
+"""What of a run goes into a checkpoint, where a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_state, step_of
+from scalora_dist.checkpoint.parts import FlatPart
+from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.config.options import Options
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed import random_state
+from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.methods.runner import MethodRunner
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
+# A run with another one of these would not go on from the checkpoint, but from something else.
+FIXED_METHOD = (
+    "method",
+    "rank",
+    "lora_alpha",
+    "alpha_variant",
+    "alpha_multiplier",
+    "target_modules",
+    "merge_rounding",
+    "merge_target",
+    "carry_rank",
+    "carry_room",
+    "relora_interval",
+)
+FIXED_MODEL = (
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+)
+FIXED_TRAIN = (
+    "bf16",
+    "fp16",
+    "seed",
+    "train_batch_size",
+    "rank_monitor_steps",
+    "rank_monitor_layers",
+)
+# Another one of these changes where or how fast the run goes on, not what it computes.
+FREE_MODEL = (
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "attn_implementation",
+    "trust_remote_code",
+    "bnb_4bit_quant_storage",
+)
+FREE_TRAIN = (
+    "output_dir",
+    "overwrite_output_dir",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "logging_steps",
+    "gradient_checkpointing",
+    "update_rank_layers",
+    "save_steps",
+    "save_total_limit",
+    "on_save_failure",
+    "resume_from_checkpoint",
+    "max_skipped_steps",
+    "hang_timeout",
+    "save_model",
+    "adapter_rank",
+    "ddp_timeout",
+)
+
+
+class RunState:
+    """The tensors and numbers that make up a run between two steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        runner: MethodRunner,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        options: Options,
+    ) -> None:
+        self.engine = engine
+        self.world = engine.world
+        self.runner = runner
+        self.scheduler = scheduler
+        self.options = options
+        self.base = fingerprint(engine)
+
+    def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
+        """Begin a checkpoint of the moment after ``step`` steps."""
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "steps_taken": steps_taken,
+            "world_size": self.world.size,
+            "device": self.world.device.type,
+            "engine": self.engine.state(),
+            "schedule": {"last_epoch": self.scheduler.last_epoch},
+            "merges": self.runner.merger.target.state() if self.runner.merger else {},
+            "base": self.base,
+            "options": options_as_json(self.options),
+            "versions": _versions(),
+        }
+        checkpoints.save(step, self.parts(), state)
+
+    def parts(self) -> dict[str, FlatPart]:
+        """What this rank writes."""
+        shards = self._shards()
+        parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
+        return parts | self._random_parts()
+
+    def restore(self, checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
+        """Go back to a sound checkpoint; returns its state.json.
+
+        Raises:
+            UserError: it was made on another base model.
+        """
+        state = read_state(folder)
+        if state["base"] != self.base:
+            raise UserError(
+                f"{folder} was made on another base model: --model_name_or_path "
+                f"{self.options.model.model_name_or_path} does not hold the same weights"
+            )
+        with self.engine.restoring(state["engine"]):
+            parts = {name: FlatPart.of(shard) for name, shard in self._shards().items()}
+            random = self._random_parts()
+            here = (self.world.size, self.world.device.type)
+            same_ranks = (state["world_size"], state["device"]) == here
+            checkpoints.load(folder, parts | random if same_ranks else parts)
+        if same_ranks:
+            states = {name.rpartition(".")[2]: part.local for name, part in random.items()}
+            random_state.restore(states, self.world.device)
+        else:  # other dropout than on as many ranks as before, but not that of the first steps
+            seed = f"{self.options.train.seed}:{state['step']}:{self.world.rank}"
+            torch.manual_seed(zlib.crc32(seed.encode()))
+        self._restore_schedule(state["schedule"])
+        if self.runner.merger:
+            self.runner.merger.target.restore(state.get("merges", {}))
+        return state
+
+    def _shards(self) -> dict[str, FlatShard]:
+        """{name: shard} of all that starts and training change."""
+        shards = {p.name: p.shard for p in self.engine.added_shards()}
+        if self.runner.edits_weights:
+            loaded = {p.name: p.shard for p in self.engine.base_shards()}
+            shards |= {f"{x}.weight": loaded[f"{x}.weight"] for x in self.engine.adapted}
+        for name, low in self.runner.low_halves.items():
+            shards[f"{name}.low"] = shards[name].like(low)
+        if self.runner.monitor:
+            shards |= self.runner.monitor.shards()
+        for trained in self.engine.trained_shards(gradients=False):
+            shards[trained.name] = trained.master
+            for moment, shard in zip(("m", "v"), trained.moments, strict=False):
+                shards[f"{trained.name}.{moment}"] = shard
+        return shards
+
+    def _random_parts(self) -> dict[str, FlatPart]:
+        """This rank's generators: parts that it writes and reads alone."""
+        states = random_state.capture(self.world.device)
+        return {
+            f"random.{self.world.rank}.{name}": FlatPart(state, 0, state.numel())
+            for name, state in states.items()
+        }
+
+    def _restore_schedule(self, saved: Mapping[str, int]) -> None:
+        """The learning rate of so many steps, by this run's own schedule."""
+        steps = saved["last_epoch"]
+        schedule = self.scheduler
+        rates = [
+            base * rate(steps)
+            for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule.load_state_dict(
+            {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates, "lr_lambdas": []}
+        )
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None:
+    """The sound checkpoint that ``--resume_from_checkpoint`` means; None: start at the beginning.
+
+    Raises:
+        UserError: on every rank, where there is none, or the one that was named is damaged.
+    """
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = checkpoints.newest_first()
+        for folder in found:
+            if not (faults := checkpoints.faults(folder)):
+                return folder
+            logger.warning("%s cannot be used: %s", folder, "; ".join(faults))
+        if found:
+            raise UserError(
+                f"none of the {len(found)} checkpoints in {checkpoints.output_dir} is sound: "
+                "start again with another --output_dir"
+            )
+        logger.info("no checkpoint in %s yet: starting at the beginning", checkpoints.output_dir)
+        return None
+    folder = Path(wanted)
+    if step_of(folder) is None:
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: name a folder checkpoint-<step>, or latest"
+        )
+    if faults := checkpoints.faults(folder):
+        raise UserError(
+            f"--resume_from_checkpoint {wanted} cannot be used: {'; '.join(faults)}; "
+            "latest takes the newest sound one in output_dir"
+        )
+    return folder
+
+
+def check_same_run(folder: Path, options: Options) -> None:
+    """Whether ``options`` go on with the run that ``folder`` was saved by.
+
+    Raises:
+        UserError: an option differs that decides what the checkpoint means.
+    """
+    state = read_state(folder)
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {state.get('format')}; this version reads {FORMAT}")
+    now = options_as_json(options)
+    if "merge_target" not in state["options"]["method"] and options.method.merge_target == "carry":
+        raise UserError(f"{folder} has no carry: leave out --merge_target")
+    for group in ("model", "data", "method", "train"):
+        for name, before in state["options"][group].items():
+            after = now[group].get(name)
+            if str(before) == str(after) or name in FREE_TRAIN + FREE_MODEL:
+                continue
+            if group == "data" or name in FIXED_MODEL + FIXED_METHOD + FIXED_TRAIN:
+                raise UserError(
+                    f"{folder} was saved with --{name} {before}, and this run has {after}: "
+                    f"set --{name} {before}"
+                )
+            logger.warning("--%s was %s in %s and is %s now", name, before, folder, after)
+    versions = _versions()
+    for name, before in state["versions"].items():
+        if (after := versions.get(name)) != before:
+            logger.warning("%s was %s in %s and is %s now", name, before, folder, after)
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    return {name: version(name) for name in LIBRARIES if find_spec(name)}
+
+
+def check_no_newer(folder: Path, output_dir: Path, found: Sequence[Path]) -> None:
+    """A run that goes on from an older checkpoint must not write among the newer ones.
+
+    Damaged ones do not count: the next save deletes them.
+
+    Raises:
+        UserError: ``output_dir`` holds ``folder`` and newer ones.
+    """
+    step = step_of(folder)
+    assert step is not None
+    if folder.resolve() != checkpoint_folder(output_dir, step).resolve():
+        return
+    newer = [path.name for path in found if (step_of(path) or 0) > step and is_sound(path)]
+    if newer:
+        raise UserError(
+            f"{output_dir} has newer checkpoints than {folder.name} ({', '.join(newer)}): "
+            "give another --output_dir, or delete them"
+        )
+
+
+def options_as_json(options: Options) -> dict[str, Any]:
+    return {name: asdict(getattr(options, name)) for name in ("model", "data", "method", "train")}
+
+
+@torch.no_grad()
+def fingerprint(engine: Engine) -> str:
+    """A checksum of the weights as they were loaded, however they are cut up.
+
+    The sum of their bit patterns as integers: it does not depend on the order. One all-reduce.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=engine.world.device)
+    modules = dict(engine.model.named_modules())
+    for name, _, shard in engine.base_shards():
+        values = FlatPart.share_of(shard, engine.world).local
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and isinstance(module := modules.get(layer), FourBitLinear):
+            values = values.view(torch.uint8)  # the same in any storage
+            if engine.world.is_main:  # the others have the same
+                total += _bit_sum(module.sizes).to(total.device)
+        total += _bit_sum(values).to(total.device)
+    dist.all_reduce(total)
+    return f"{int(total) & (2**64 - 1):016x}"
+
+
+def _bit_sum(values: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(integers[values.element_size()]).sum(dtype=torch.int64)

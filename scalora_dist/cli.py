@@ -1,0 +1,70 @@
+"""The command line: plan a run, or train.
+
+The options are read and checked before the seconds that the other imports take.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.errors import exit_with_one_sentence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """What every rank of a launched run calls. Mistakes end it with one sentence and status 2.
+
+    Args:
+        argv: the options; by default those of the process.
+    """
+    level = logging.INFO if is_rank_0() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    # Renamed functions that DeepSpeed, or the oldest transformers we run with, has by the old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with exit_with_one_sentence():
+        options = parse_options(sys.argv[1:] if argv is None else argv)
+        if options.launch.dry_run:
+            plan(options)
+        else:
+            train(options)
+
+
+def is_rank_0() -> bool:
+    """By the launcher's environment, before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def plan(options: Options) -> None:
+    """Print what the run will need on the ranks that it was launched on."""
+    from scalora_dist.planning.report import report, where_we_are
+
+    if is_rank_0():
+        print(report(options, where_we_are()))
+
+
+def train(options: Options) -> None:
+    """Train, and print the summary."""
+    from scalora_dist.distributed.world import World
+    from scalora_dist.engines.build import engine_factory
+    from scalora_dist.modeling.load import read_base_model
+    from scalora_dist.training.summary import render
+    from scalora_dist.training.trainer import Trainer
+
+    world = World.join(
+        local_rank=options.launch.local_rank,
+        timeout=timedelta(seconds=options.train.ddp_timeout),
+    )
+    options.train.settle_batch(world.size)
+    base = read_base_model(options.model, options.train.dtype, world.device)
+    make_engine = engine_factory(options, world, base)
+    summary = Trainer(options, world, base, make_engine).run()
+    if world.is_main:
+        print(f"\n{render(summary)}")
+    world.leave()

@@ -1,0 +1,1 @@
+"""The options: dataclasses, and the parser that fills them in."""

@@ -1,0 +1,103 @@
+"""From a command line, and the YAML file that it names, to the dataclasses of options."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from scalora_dist.config.data import DataArguments
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.config.options import LaunchArguments, Options
+from scalora_dist.config.profile import ProfileArguments
+from scalora_dist.config.training import TrainArguments
+from scalora_dist.errors import UserError
+
+
+class Parser(HfArgumentParser):
+    """Raises a UserError instead of printing usage and leaving."""
+
+    source = ""  # what is being read, for messages
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.source}{message}; --help lists the options")
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Read the command line, and the YAML file its ``--config`` names, into dataclasses.
+
+    A recipe is a command line written down: its fields are parsed by the same parser, first.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown field or choice, a value that cannot be.
+    """
+    groups = [
+        *(ModelArguments, DataArguments, MethodArguments),
+        *(TrainArguments, LaunchArguments, ProfileArguments),
+    ]
+    parser = Parser(
+        groups,
+        allow_abbrev=False,
+        usage="deepspeed --num_gpus N launch/train.py --ds_config FILE | "
+        "torchrun --nproc_per_node N launch/train.py --fsdp | python launch/train.py, each with "
+        "--model_name_or_path MODEL --dataset DATA --output_dir FOLDER [--config RECIPE.yaml] "
+        "[--option value ...]",
+        description="Fine-tune with ScaLoRA on shards.",
+    )
+    known = sorted({action.dest for action in parser._actions} - {"help"})
+    named, left = parser.parse_known_args(argv)
+    if left:
+        raise UserError(
+            _unknown_field(left[0].lstrip("-").partition("=")[0], known)
+            if left[0].startswith("-")
+            else f"{left[0]!r} belongs to no field: write --field value"
+        )
+    words = []
+    for name, value in _read_recipe(named.config).items() if named.config else ():
+        if name not in known:
+            raise UserError(f"{named.config}: {_unknown_field(str(name), known)}")
+        if name == "config":
+            raise UserError(f"{named.config}: a recipe cannot name another: remove `config`")
+        parser.source = f"{named.config}, {name}: "
+        parser.parse_args(field := _words(name, value))
+        words += field
+    parser.source = ""
+    return Options(*parser.parse_args_into_dataclasses([*words, *argv]))
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; see launch/recipes/") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 text: {error.reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"--config {path}{where}: {problem}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path} must hold `field: value` lines")
+    return recipe
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """One field of a recipe as the command line has it; null leaves it at its default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _unknown_field(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"unknown field {name!r}{hint}; the fields are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""The maths on shards of matrices. Knows no model, engine or option."""

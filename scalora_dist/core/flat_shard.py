@@ -1,0 +1,310 @@
+"""FlatShard: one rank's contiguous flat range of a row-major matrix, and what is done with it.
+
+ZeRO-3 keeps ``ceil(numel / world)`` elements per rank, ZeRO-1/2 keep pieces of a flattened buffer
+that may begin and end inside a row, FSDP2 keeps whole rows, one process keeps everything. All of
+them are a ``FlatShard``, so everything above this file is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# One bucket of an all-gather of factors holds at most this many bytes per call.
+GATHER_BUCKET_BYTES = 128 * 2**20
+
+
+class Piece(NamedTuple):
+    """A rectangle of the matrix that this rank holds whole, as a view that writes stick to."""
+
+    block: Tensor  # (rows, cols) view of FlatShard.local
+    rows: slice  # of the whole matrix
+    cols: slice  # of the whole matrix
+    flat: slice  # of FlatShard.local
+
+
+@dataclass(frozen=True)
+class FlatShard:
+    """This rank's elements ``[offset, offset + local.numel())`` of a row-major matrix.
+
+    Attributes:
+        local: 1-D view of the engine's own storage; writes to it stick. Any float dtype.
+        offset: flat index of ``local[0]`` in the whole matrix.
+        shape: (rows, cols) of the whole matrix.
+        group: the process group over which the matrix is cut up; None: this rank holds it whole.
+    """
+
+    local: Tensor
+    offset: int
+    shape: tuple[int, int]
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        end = self.offset + self.local.numel()
+        if self.local.dim() != 1 or end > self.shape[0] * self.shape[1]:
+            raise ValueError(f"range [{self.offset}, {end}) does not lie in {self.shape}")
+        if self.group is None and self.local.numel() != self.shape[0] * self.shape[1]:
+            raise ValueError(f"a shard without a group must be the whole {self.shape}")
+
+    def like(self, local: Tensor) -> FlatShard:
+        """The same range of a matrix of the same shape: a gradient, a moment, a copy."""
+        return FlatShard(local, self.offset, self.shape, self.group)
+
+    def write_(self, whole: Tensor) -> None:
+        """Copy this rank's range of ``whole`` (rows, cols), any dtype and device; local."""
+        end = self.offset + self.local.numel()
+        self.local.copy_(whole.reshape(-1)[self.offset : end])
+
+    def pieces(self, max_rows: int | None = None) -> Iterator[Piece]:
+        """The range as rectangles: a part row, whole rows (``max_rows`` at a time), a part row."""
+        cols = self.shape[1]
+        position, end = self.offset, self.offset + self.local.numel()
+        while position < end:
+            row, start = divmod(position, cols)
+            if start or end - position < cols:  # a part row, at either end
+                rows, width = 1, min(cols - start, end - position)
+            else:
+                rows, width = (end - position) // cols, cols
+                rows = min(rows, max_rows) if max_rows else rows
+            flat = slice(position - self.offset, position - self.offset + rows * width)
+            yield Piece(
+                self.local[flat].view(rows, width),
+                slice(row, row + rows),
+                slice(start, start + width),
+                flat,
+            )
+            position += rows * width
+
+    def scale_columns_(self, scale: Tensor) -> None:
+        """Multiply column k by ``scale[k]`` (shape (cols,), any float dtype); local, no message."""
+        # A 16-bit shard is scaled in fp32 and rounded once.
+        scale = scale.to(self.local.device, torch.promote_types(self.local.dtype, torch.float32))
+        for piece in self.pieces():
+            piece.block.mul_(scale[piece.cols])
+
+    def add_low_rank_(self, left: Tensor, right: Tensor) -> None:
+        """``M += left @ rightᵀ`` on this rank's range; local, no message.
+
+        Args:
+            left: (rows, r), the whole factor, in ``local``'s dtype and on its device.
+            right: (cols, r), likewise.
+        """
+        for piece in self.pieces():
+            piece.block.addmm_(left[piece.rows], right[piece.cols].T)
+
+    def padded_rows(self) -> tuple[int, Tensor]:
+        """(first row, the rows this rank touches (rows, cols)), zero where others own the elements.
+
+        A view where the range begins and ends with whole rows, else a copy.
+        """
+        cols = self.shape[1]
+        first, head = divmod(self.offset, cols)
+        tail = -(head + self.local.numel()) % cols
+        rows = torch.nn.functional.pad(self.local, (head, tail)) if head or tail else self.local
+        return first, rows.view(-1, cols)
+
+    def full_tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """The matrix (rows, cols) on every rank, on ``device``: two all-gathers."""
+        return Layout.of([self], device).gather([self], range(1))[0]
+
+    def gram(self, *others: FlatShard) -> Tensor:
+        """``[M, others…]ᵀ [M, others…]``, float64, the same on every rank. One all-reduce.
+
+        Convenience for one matrix; ``Layout.grams`` serves all layers with the same one message.
+        """
+        return Layout.of([self]).grams([(self, *others)])[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what of a list of matrices: exchanged once, because it never changes.
+
+    Attributes:
+        shapes: (rows, cols) of each matrix.
+        ranges: (world, matrices, 2) int64 on the CPU: rank p holds flat ``[lo, hi)`` of matrix i.
+        split: for each matrix the rows that lie on more than one rank.
+        order: for each matrix the ranks by where their range begins.
+        group: the group all the matrices are cut over; None when every rank holds all of them.
+        device: where messages live (the accelerator with NCCL, the CPU with gloo).
+    """
+
+    shapes: list[tuple[int, int]]
+    ranges: Tensor
+    split: list[Tensor]
+    order: list[list[int]]
+    group: dist.ProcessGroup | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, shards: Sequence[FlatShard], device: torch.device | str = "cpu") -> Layout:
+        """Exchange the ranges of ``shards`` (same order on every rank): one all-gather."""
+        device = torch.device(device)
+        groups = {shard.group for shard in shards}
+        if len(groups) != 1:
+            raise ValueError("the matrices of one layout must share one process group")
+        group = groups.pop()
+        mine = torch.tensor(
+            [(shard.offset, shard.offset + shard.local.numel()) for shard in shards], device=device
+        )
+        everyone = mine[None]
+        if group is not None:
+            everyone = _all_gather(mine.flatten(), group).view(-1, *mine.shape)
+        everyone = everyone.cpu()
+        shapes = [shard.shape for shard in shards]
+        split = [split_rows(everyone[:, i], cols) for i, (_, cols) in enumerate(shapes)]
+        order = everyone[..., 0].T.argsort(dim=1, stable=True).tolist()
+        return cls(shapes, everyone, split, order, group, device)
+
+    def only(self, which: Sequence[int]) -> Layout:
+        """The layout of some of the matrices, by number; local, no message."""
+        return replace(
+            self,
+            shapes=[self.shapes[i] for i in which],
+            ranges=self.ranges[:, list(which)],
+            split=[self.split[i] for i in which],
+            order=[self.order[i] for i in which],
+        )
+
+    def grams(self, stacks: Sequence[Sequence[FlatShard]]) -> list[Tensor]:
+        """Per matrix ``XᵀX``, X = its stack side by side, summed over the ranks: ONE all-reduce.
+
+        Args:
+            stacks: per matrix one or more shards with that matrix's range (M, its gradient, …).
+
+        Returns:
+            per matrix (k·cols, k·cols) float64 on ``device``, k = number of shards in its stack.
+        """
+        return self.grams_and_split_rows(stacks)[0]
+
+    def grams_and_split_rows(
+        self, stacks: Sequence[Sequence[FlatShard]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """``grams``, and per matrix X's rows ``split`` whole, (rows, k·cols): the same message.
+
+        A row that lies on two ranks cannot be multiplied by either: each writes its part into a
+        slot of the same message, the slots come back whole, and their product is added everywhere.
+        """
+        widths = [len(stack) * cols for stack, (_, cols) in zip(stacks, self.shapes, strict=True)]
+        sizes = [
+            width * (width + len(rows)) for width, rows in zip(widths, self.split, strict=True)
+        ]
+        message = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+        for part, stack, width, split in zip(
+            message.split(sizes), stacks, widths, self.split, strict=True
+        ):
+            first, rows = side_by_side(stack)
+            gram, slots = part.view(-1, width).tensor_split([width])
+            for slot, row in zip(slots, split.tolist(), strict=True):
+                if first <= row < first + len(rows):
+                    slot.copy_(rows[row - first])
+                    rows[row - first] = 0
+            gram.copy_(rows.T @ rows)
+        if self.group is not None:
+            dist.all_reduce(message, group=self.group)
+        grams, whole_rows = [], []
+        for part, width in zip(message.split(sizes), widths, strict=True):
+            gram, slots = part.view(-1, width).tensor_split([width])
+            grams.append(gram + slots.T @ slots if len(slots) else gram)
+            whole_rows.append(slots)
+        return grams, whole_rows
+
+    def buckets(self, groups: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Runs of matrices that one all-gather takes: some bytes each, a group's kept together.
+
+        How many there are depends on the bytes of all matrices, not on their number.
+
+        Args:
+            groups: matrices by number.
+        """
+        bucket: list[int] = []
+        size = 0
+        for group in groups:
+            # Factors are gathered from fp32 masters: 4 bytes an element.
+            more = sum(4 * rows * cols for rows, cols in (self.shapes[i] for i in group))
+            if bucket and size + more > GATHER_BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket, size = [*bucket, *group], size + more
+        if bucket:
+            yield bucket
+
+    def gather(
+        self, shards: Sequence[FlatShard] | Mapping[int, FlatShard], which: Sequence[int]
+    ) -> list[Tensor]:
+        """The whole matrices ``which`` on every rank, on ``device``: one all-gather per call.
+
+        Args:
+            shards: this layout's matrices by number; those in ``which`` (of one dtype) travel.
+        """
+        if self.group is None:
+            return [shards[i].local.view(shards[i].shape) for i in which]
+        ranges = self.ranges[:, list(which)]
+        lengths = (ranges[..., 1] - ranges[..., 0]).tolist()  # per rank
+        longest = max(sum(row) for row in lengths)
+        mine = torch.cat([shards[i].local for i in which]).to(self.device)
+        padded = torch.nn.functional.pad(mine, (0, longest - mine.numel()))
+        everyone = _all_gather(padded, self.group).view(len(lengths), longest)
+        parts = [flat[: sum(row)].split(row) for flat, row in zip(everyone, lengths, strict=True)]
+        return [
+            torch.cat([parts[p][j] for p in self.order[i]]).view(self.shapes[i])
+            for j, i in enumerate(which)
+        ]
+
+
+def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's ``flat`` (k,), one after the other: (world · k,)."""
+    everyone = flat.new_empty(dist.get_world_size(group) * flat.numel())
+    dist.all_gather_into_tensor(everyone, flat, group=group)
+    return everyone
+
+
+def global_norm(shards: Sequence[FlatShard], device: torch.device) -> float:
+    """The 2-norm of all the matrices together, in float64: one all-reduce where they are cut up."""
+    squares = [shard.local.double().square().sum() for shard in shards]
+    square = torch.stack(squares).sum().to(device)
+    if shards[0].group is not None:
+        dist.all_reduce(square, group=shards[0].group)
+    return float(square.sqrt())
+
+
+def side_by_side(stack: Sequence[FlatShard]) -> tuple[int, Tensor]:
+    """(first row, the rows this rank touches (rows, k·cols) float64) of shards of one range.
+
+    Zero where others own the elements.
+    """
+    first = stack[0].offset // stack[0].shape[1]
+    return first, torch.cat([shard.padded_rows()[1].double() for shard in stack], dim=1)
+
+
+def mixed_rows(
+    stack: Sequence[FlatShard], mix: Tensor, split: Tensor, split_rows: Tensor
+) -> Tensor:
+    """``[M, …] mix`` on this rank's range: 1-D float64, like the ``local`` of each; local.
+
+    Args:
+        stack: shards of one range, each (rows, k). mix: (shards·k, k) float64.
+        split: rows that lie on several ranks, and split_rows those rows of [M, …] whole.
+    """
+    first, rows = side_by_side(stack)
+    here = (split >= first) & (split < first + len(rows))
+    rows[(split[here] - first).to(rows.device)] = split_rows[here.to(split_rows.device)].to(rows)
+    shard = stack[0]
+    start = shard.offset - first * shard.shape[1]
+    return (rows @ mix.to(rows)).view(-1)[start : start + shard.local.numel()]
+
+
+def split_rows(ranges: Tensor, cols: int) -> Tensor:
+    """Rows that lie on more than one rank, ascending.
+
+    Args:
+        ranges: (world, 2) int64, flat [lo, hi) of one matrix per rank, disjoint.
+        cols: its number of columns.
+    """
+    held = ranges[ranges[:, 1] > ranges[:, 0]]
+    cuts = held.flatten().unique()
+    return (cuts[cuts % cols != 0] // cols).unique()

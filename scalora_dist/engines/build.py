@@ -1,0 +1,72 @@
+"""Which engine a command line asks for. Engines are imported when they are picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from scalora_dist.config.options import Options
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.modeling.load import BaseModelSpec
+
+
+def engine_factory(options: Options, world: World, base: BaseModelSpec) -> Callable[[], Engine]:
+    """What makes the engine, its settings checked: DeepSpeed, FSDP2, or none on one rank.
+
+    Args:
+        base: what is known of the model.
+
+    Raises:
+        UserError: two engines, no engine for several ranks, bad settings.
+    """
+    check_engine_choice(options, world.size)
+    train, launch = options.train, options.launch
+    dtype = train.dtype
+    if launch.ds_config:
+        from scalora_dist.engines.deepspeed import DeepSpeedEngine
+        from scalora_dist.engines.ds_config import load_ds_config
+
+        config = load_ds_config(
+            launch.ds_config, train, world_size=world.size, hidden_size=base.hidden_size
+        )
+        return lambda: DeepSpeedEngine(world, config, quantized=base.fourbit is not None)
+    if launch.fsdp:
+        from scalora_dist.engines.fsdp import FSDPEngine
+        from scalora_dist.engines.fsdp_config import load_fsdp_config
+
+        settings = load_fsdp_config(launch.fsdp_config, train, world_size=world.size)
+        storage = base.fourbit.storage if base.fourbit else torch.uint8
+        if storage.is_floating_point and settings.param_dtype not in (None, storage):
+            raise UserError(
+                "FSDP's param_dtype would cast 4-bit codes that are kept as another one: leave out "
+                "--bnb_4bit_quant_storage"
+            )
+        return lambda: FSDPEngine(world, settings, dtype=dtype, max_grad_norm=train.max_grad_norm)
+    from scalora_dist.engines.local import LocalEngine
+
+    return lambda: LocalEngine(world, dtype=dtype, max_grad_norm=train.max_grad_norm)
+
+
+def check_engine_choice(options: Options, ranks: int) -> None:
+    """Refuse what no engine, or none that was asked for, can train on so many ranks.
+
+    Raises:
+        UserError: two engines, settings of one that was not asked for, no engine where one is
+            needed.
+    """
+    launch = options.launch
+    if launch.fsdp_config and not launch.fsdp:
+        raise UserError("--fsdp_config without --fsdp: give both")
+    if launch.ds_config and launch.fsdp:
+        raise UserError("--ds_config and --fsdp are two engines: give one")
+    if launch.ds_config or launch.fsdp:
+        return
+    if ranks > 1:
+        raise UserError(
+            f"{ranks} ranks need an engine: give --ds_config FILE (see ds_configs/) or --fsdp"
+        )
+    if options.train.fp16:
+        raise UserError("--fp16 needs DeepSpeed's loss scale: set --bf16, or give --ds_config")

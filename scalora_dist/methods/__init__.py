@@ -1,0 +1,1 @@
+"""The methods of the papers: what each adds to a model and does around a step."""

@@ -1,0 +1,80 @@
+"""Where PiSSA and LoRA-GA put A and B; W gives up what they hold, so the function stays.
+
+PEFT's own starts gather whole weights: these are its formulas on shards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.split_precision import add_low_rank_
+from scalora_dist.layers.peft_layers import factor_names, factor_scaling
+from scalora_dist.methods.init.initialization import Initialization
+
+STABLE_GAMMA = 16  # PEFT's default for LoRA-GA's scale "stable"
+
+
+def init_pissa(init: Initialization) -> None:
+    """A = U_r √(Σ_r/s) and B = V_r √(Σ_r/s) of W's truncated SVD (arXiv 2404.02948, equations 2-4).
+
+    By turns over the layers, from each rank's own rows of W.
+    """
+    factors = _Factors(init)
+    for name, weight in init.weights().items():
+        svd = init.svd(weight, init.args.rank)
+        root = (svd.S / factors.scaling(name)).sqrt()
+        factors.put(name, svd.U * root, svd.V * root)
+    factors.write()
+
+
+def init_lora_ga(init: Initialization) -> None:
+    """A = U_{r+1…2r} Σ · m^¼/√γ and B = V_{1…r} of ∇W's truncated SVD (arXiv 2407.05000).
+
+    PEFT's "ArB2r" and "stable", Σ included, of the gradient of the samples' mean loss.
+    """
+    rank = init.args.rank
+    factors = _Factors(init)
+    for name, gradient in init.gradients():
+        svd = init.svd(gradient, 2 * rank)
+        scale = gradient.shape[0] ** 0.25 / STABLE_GAMMA**0.5
+        factors.put(name, svd.U[:, rank:] * svd.S[rank:] * scale, svd.V[:, :rank])
+    factors.write()
+
+
+class _Factors:
+    """This rank's parts of new factors, kept until no more gradients of the old ones are needed."""
+
+    def __init__(self, init: Initialization) -> None:
+        self.init = init
+        self.layers = init.engine.adapted
+        self.shards = init.added()
+        self.parts: dict[str, Tensor] = {}
+
+    def scaling(self, layer: str) -> float:
+        return factor_scaling(self.layers[layer])
+
+    def put(self, layer: str, a: Tensor, b: Tensor) -> None:
+        """A (m, r) and B (n, r) whole; PEFT keeps A and Bᵀ.
+
+        Rounded to the dtype that W is in and a forward may read them in, as PEFT does.
+        """
+        for name, whole in zip(factor_names(layer), (a, b.T), strict=True):
+            shard = self.shards[name]
+            part = shard.like(torch.empty_like(shard.local))
+            part.write_(whole.to(self.init.engine.dtype))
+            self.parts[name] = part.local
+
+    def write(self) -> None:
+        """The factors into the model, and W −= s·A Bᵀ."""
+        with self.init.engine.writing():
+            shards = self.init.added()
+            for name, part in self.parts.items():
+                shards[name].local.copy_(part)
+            for layer, weight in self.init.weights().items():
+                self._subtract(layer, weight, [shards[name] for name in factor_names(layer)])
+
+    def _subtract(self, layer: str, weight: FlatShard, factors: list[FlatShard]) -> None:
+        a, b_transposed = (shard.full_tensor(self.init.engine.world.device) for shard in factors)
+        add_low_rank_(weight, -self.scaling(layer) * a, b_transposed.T, None)

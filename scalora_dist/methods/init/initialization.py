@@ -1,0 +1,75 @@
+"""What a start is given: the sharded model, and a pass over a few samples where it needs one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.sharded_svd import TruncatedSVD, truncated_svd
+from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.methods.init.gradients import weight_gradients
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """
+    Attributes:
+        losses: one pass over this rank's share of the samples, as ``weight_gradients`` takes it.
+        learning_rate: of the run, before its schedule.
+    """
+
+    engine: Engine
+    args: MethodArguments
+    losses: Callable[[], Iterable[Tensor]]
+    learning_rate: float
+    seed: int
+
+    def gradients(self) -> Iterator[tuple[str, FlatShard]]:
+        """(layer, this rank's rows of ∇W), as ``weight_gradients`` has them.
+
+        Raises:
+            UserError: on every rank, where a gradient is not finite.
+        """
+        gradients = weight_gradients(
+            self.engine.model,
+            self.engine.adapted,
+            self.losses,
+            self.engine.world,
+            release=self.engine.release,
+            budget_bytes=self.args.start_memory * 2**20,
+            loss_scale=self.engine.loss_scale,
+        )
+        for name, gradient in gradients:
+            (broken,) = self.engine.world.max((~gradient.local.isfinite()).any())
+            if broken:
+                raise UserError(
+                    f"the first gradient of {name} is not finite: set --bf16, or with fp16 a lower "
+                    "initial_scale_power in the --ds_config"
+                )
+            yield name, gradient
+
+    def svd(self, matrix: FlatShard, rank: int) -> TruncatedSVD:
+        """``truncated_svd``, the same bits on all ranks, replicas of a mesh included."""
+        device = self.engine.world.device
+        svd = truncated_svd(matrix, rank, device=device, seed=self.seed)
+        return TruncatedSVD(*(self.engine.world.same(part) for part in svd))
+
+    def weights(self) -> dict[str, FlatShard]:
+        """{layer: this rank's range of its W}, in model order; a 4-bit W as float32 numbers."""
+        shards = {p.name: p.shard for p in self.engine.base_shards()}
+        weights = {}
+        for name, layer in self.engine.adapted.items():
+            codes = weights[name] = shards[f"{name}.weight"]
+            if isinstance(layer, FourBitLinear):
+                weights[name] = layer.dense_shard(codes)
+        return weights
+
+    def added(self) -> dict[str, FlatShard]:
+        """{parameter: this rank's range of it} of what the method added."""
+        return {p.name: p.shard for p in self.engine.added_shards()}

@@ -1,0 +1,68 @@
+"""What a method of the registry says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.engines.base import Engine
+from scalora_dist.layers.target_modules import ShapeOf, own_shape
+from scalora_dist.methods.init.initialization import Initialization
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.transform import Restart, Transform
+
+Layers: TypeAlias = Mapping[str, nn.Module]  # {name: adapted layer} in model order
+
+
+@dataclass(frozen=True)
+class AddContext:
+    """What a method is given to add its layers to a model.
+
+    Attributes:
+        args: the options.
+        seed: of the initial values.
+        dtype: of what is added.
+        shape_of: a parameter's whole shape (``Engine.shape_of``).
+    """
+
+    args: MethodArguments
+    seed: int
+    dtype: torch.dtype
+    shape_of: ShapeOf = own_shape
+
+
+AddLayers: TypeAlias = Callable[[PreTrainedModel, AddContext], Layers]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the papers.
+
+    Attributes:
+        add: puts its layers into a model and decides by ``requires_grad`` what is trained.
+        options: the fields of MethodArguments that it reads; others must be left alone.
+        initialize: fills in what was added, once the model is sharded, and may edit W.
+        transform: made once; runs between backward and the optimizer's step.
+        restart: made once; runs between two steps.
+        edits_weights: whether its initialization or its merges change a W that is not trained. If
+            they do, checkpoints hold W.
+        merges: whether it merges while training, and needs a Merger.
+        needs_dense: whether it reads, trains or edits W as numbers. Then it has no 4-bit base.
+        rate: a trained parameter's multiple of the learning rate, by its name.
+    """
+
+    add: AddLayers
+    options: tuple[str, ...]
+    initialize: Callable[[Initialization], None] | None = None
+    transform: Callable[[Engine, Merger | None, MethodArguments], Transform] | None = None
+    restart: Callable[[Merger, MethodArguments, int], Restart] | None = None
+    edits_weights: bool = False
+    merges: bool = False
+    needs_dense: bool = False
+    rate: Callable[[str, MethodArguments], float] = lambda name, args: 1.0

@@ -1,0 +1,197 @@
+"""One method on one engine: what is made once, and what is called around every step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.options import Options
+from scalora_dist.core.flat_shard import global_norm
+from scalora_dist.engines.base import Engine
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.errors import UserError
+from scalora_dist.layers.carry_linear import CarryLinear
+from scalora_dist.methods.carry import Carry
+from scalora_dist.methods.init.initialization import Initialization
+from scalora_dist.methods.merge_target import IntoWeights, MergeTarget
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.method import Method
+from scalora_dist.methods.rank_monitor import RankMonitor
+from scalora_dist.profiling.clock import Clock, now
+from scalora_dist.profiling.memory import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a method did before an optimizer's step.
+
+    Attributes:
+        applied: whether the engine is to take the step. If not, nothing was changed.
+        metrics: of the step, for metrics.jsonl.
+    """
+
+    applied: bool
+    metrics: dict[str, Any]
+
+
+class MethodRunner:
+    """
+    Attributes:
+        method: its entry in the registry.
+        parameters: how many numbers are trained, over all ranks.
+        merger: of a method that merges while it trains, else None.
+        low_halves: {parameter: int16 remainders of its 16-bit values}, sharded like it.
+        edits_weights: whether W changes although it is not trained.
+        transform: runs before the optimizer's step, or None.
+        restart: runs between two steps, or None.
+        monitor: estimates the update's rank, or None.
+        clock: is told as each part of a step begins.
+    """
+
+    clock = Clock()
+
+    def __init__(self, method: Method, engine: Engine, options: Options) -> None:
+        """
+        Args:
+            engine: sharded, its weights as they were loaded.
+
+        Raises:
+            UserError: options that this method cannot follow.
+        """
+        self.method = method
+        self.engine = engine
+        self.options = options
+        trained = engine.trained_shards(gradients=False)
+        self.parameters = sum(math.prod(shard.master.shape) for shard in trained)
+        args = options.method
+        self.merger = None
+        if method.merges:
+            layers = engine.layer_shards(gradients=False)
+            self.merger = Merger(layers, engine.world, merge_target(engine, layers, args))
+        self.low_halves: Mapping[str, Tensor] = self.merger.target.low_halves if self.merger else {}
+        self.edits_weights = method.edits_weights and args.merge_target != "carry"
+        self.transform = method.transform and method.transform(engine, self.merger, args)
+        self.restart = None
+        if method.restart:
+            assert self.merger is not None
+            self.restart = method.restart(self.merger, args, options.train.seed)
+        self.monitor = self._make_monitor() if options.train.rank_monitor_steps else None
+
+    def _make_monitor(self) -> RankMonitor:
+        train = self.options.train
+        layers = self.engine.layer_shards(gradients=False)
+        if not layers:
+            raise UserError(
+                "--rank_monitor_steps follows factors A and B of ours, and "
+                f"--method {self.options.method.method} has none: leave it out"
+            )
+        count = train.rank_monitor_layers
+        monitor = RankMonitor(layers, count, self.engine.world, seed=train.seed % 2**32)
+        if self.merger:
+            self.merger.monitor = monitor
+        return monitor
+
+    def initialize(self, samples: Callable[[], Callable[[], Iterable[Tensor]]]) -> None:
+        """Run the method's initialization, if it has one.
+
+        Args:
+            samples: makes ``Initialization.losses``; called only where there is one.
+        """
+        if self.method.initialize is None:
+            return
+        started = time.perf_counter()
+        train, args = self.options.train, self.options.method
+        self.method.initialize(
+            Initialization(self.engine, args, samples(), train.learning_rate, train.seed)
+        )
+        (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
+        logger.info(
+            "the start of %s took %.1f s; peak memory of a rank so far %.2f GiB",
+            *(args.method, time.perf_counter() - started, peak / 2**30),
+        )
+
+    def before_step(
+        self, layers: Sequence[LayerShards], *, steps_taken: int, finite: bool
+    ) -> StepReport:
+        """The method's transform, where one is due, and the gradients' norm.
+
+        Args:
+            layers: with reduced gradients; edited in place.
+            steps_taken: before this step.
+            finite: whether the loss is. If not, nothing is changed.
+        """
+        transform = self.transform
+        if transform is None or not transform.due(steps_taken):
+            norm = self._gradient_norm()
+            return StepReport(finite and math.isfinite(norm), {"grad_norm": norm})
+        loss_scale = self.engine.loss_scale
+        started = now(self.engine.world.device)
+        report = transform(layers, self.clock) if finite else transform.refuse(layers)
+        self.clock.begin("optimizer")
+        applied = report.applied
+        if applied and report.grad_norm is None:
+            norm = self._gradient_norm()
+            applied = math.isfinite(norm)
+            metrics: dict[str, Any] = {"grad_norm": norm}
+        else:
+            norms = {"grad_norm": report.grad_norm, "grad_norm_before": report.grad_norm_before}
+            metrics = {k: math.nan if v is None else v / loss_scale for k, v in norms.items()}
+        seconds = now(self.engine.world.device) - started
+        metrics[transform.name] = {**report.details, "seconds": seconds}
+        return StepReport(applied, metrics)
+
+    def _gradient_norm(self) -> float:
+        """Of all trained parameters over all ranks, without the loss scale."""
+        self.clock.begin("norm")
+        gradients = [shard.gradient for shard in self.engine.trained_shards()]
+        norm = global_norm(gradients, self.engine.world.device) / self.engine.loss_scale
+        self.clock.begin("optimizer")
+        return norm
+
+    def after_step(self, step: int, steps_taken: int) -> dict[str, Any]:
+        """A restart and the monitor's reading, where they are due; their part of metrics.jsonl.
+
+        Args:
+            step: the one that was just taken, counted from 1, skipped ones included.
+            steps_taken: those that were not skipped.
+        """
+        metrics: dict[str, Any] = {}
+        if self.restart and self.restart.due(steps_taken):
+            device = self.engine.world.device
+            started = now(device)
+            self.restart(self.engine, steps_taken, self.clock)
+            self.clock.begin("rest")
+            metrics[self.restart.name] = {"seconds": now(device) - started}
+        if self.merger and (report := self.merger.target.report()):
+            metrics["carry"] = report
+        if self.monitor and step % self.options.train.rank_monitor_steps == 0:
+            metrics["rank_monitor"] = self.monitor.read(self.engine.layer_shards(gradients=False))
+        return metrics
+
+    def finish(self) -> dict[str, Any]:
+        """After the last step: a carry becomes as small as an adapter is; what that lost."""
+        if not self.merger:
+            return {}
+        with self.engine.writing():
+            self.merger.target.finish(self.engine.layer_shards(gradients=False))
+        return self.merger.target.report()
+
+
+def merge_target(
+    engine: Engine, layers: Sequence[LayerShards], args: MethodArguments
+) -> MergeTarget:
+    """What the merges of a method go into, by its settled options."""
+    if args.merge_target != "carry":
+        return IntoWeights(layers, args.merge_rounding)
+    modules = {n: x for n, x in engine.adapted.items() if isinstance(x, CarryLinear)}
+    assert args.carry_rank is not None
+    return Carry(layers, modules, engine.world, rank=args.carry_rank, limit=args.carry_limit)

@@ -1,0 +1,171 @@
+"""The ScaLoRA transform of all layers of a model, on each rank's own shards.
+
+Between the last backward and the optimizer's step (arXiv 2510.23818, Algorithm 1):
+
+    grams    one all-reduce of small float64 blocks for all layers together
+    solve    α and β of this rank's share of the layers, then one all-gather
+    gather   A and B whole, in buckets (W never travels)
+    merge    W += s·A diag(1 − α∘β) Bᵀ on the ranges of W that this rank owns
+    scale    A, B, their gradients and AdamW's moments (Lemmas 2 and 4)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scalora_dist.core.scale_solver import Rule, Scales, solve
+from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.transform import Report, Transform
+from scalora_dist.profiling.clock import Clock
+
+
+class Rescaler(Transform):
+    """Rescales all layers of one model."""
+
+    name = "rescale"
+
+    def __init__(
+        self,
+        merger: Merger,
+        *,
+        rule: str,
+        eta_lipschitz: float,
+        bounds: tuple[float, float] | None,
+        interval: int = 1,
+        threshold: float = 0.0,
+        fp16: bool = False,
+    ) -> None:
+        """
+        Args:
+            fp16: whether gradients are float16 and may overflow when they are scaled.
+            interval: rescale before steps 0, I, 2I … (ScaLoRA-I).
+            threshold: merge a layer only when one of its scales is further than this from 1, as
+                |ln α| or |ln β|; else the layer stays as it is. 0: always.
+        """
+        self.merger, self.world = merger, merger.world
+        self.rule, self.eta_lipschitz, self.bounds = rule, eta_lipschitz, bounds
+        self.interval, self.threshold, self.fp16 = interval, threshold, fp16
+
+    def due(self, steps_taken: int) -> bool:
+        return steps_taken % self.interval == 0
+
+    @torch.no_grad()
+    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+        clock.begin("grams")
+        gram_a, gram_b = self.grams(layers)
+        clock.begin("solve")
+        if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
+            return self.refuse(layers)
+        scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
+        # Squared norms of the gradients' columns (layers, r); A's gradient takes β and B's takes α.
+        norms_a, norms_b = (_gradient_diagonal(gram) for gram in (gram_a, gram_b))
+        scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
+        if not self.fits(layers, scales):
+            return self.refuse(layers)
+        self.merge(layers, scales, clock)
+        clock.begin("scale")
+        scale_factors_(layers, scales)
+        return Report(
+            applied=True,
+            grad_norm_before=float((norms_a.sum() + norms_b.sum()).sqrt()),
+            grad_norm=float((scaled_a.sum() + scaled_b.sum()).sqrt()),
+            details=_count(scales.rule),
+        )
+
+    def refuse(self, layers: Sequence[LayerShards]) -> Report:
+        skipped = _count(torch.full((len(layers),), int(Rule.SKIPPED)))
+        return Report(applied=False, details=skipped)
+
+    def keep_unmoved(self, scales: Scales) -> Scales:
+        """``scales`` with 1 for the layers whose scales are all within the threshold."""
+        logs = torch.cat([scales.alpha, scales.beta], dim=1).log().abs()
+        moved = logs.amax(dim=1) > self.threshold
+        if self.threshold == 0 or bool(moved.all()):
+            return scales
+        kept = torch.full_like(scales.rule, int(Rule.KEPT))
+        one = torch.ones_like(scales.alpha)
+        return Scales(
+            torch.where(moved[:, None], scales.alpha, one),
+            torch.where(moved[:, None], scales.beta, one),
+            torch.where(moved, scales.rule, kept),
+        )
+
+    def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
+        """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: (layers, 2r, 2r) float64 on the CPU each."""
+        stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
+        grams = torch.stack(self.merger.layout.grams(stacks)).cpu()
+        return grams[0::2], grams[1::2]
+
+    def solve(self, layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
+        """α and β of every layer, the same bit for bit on all ranks: each solves its share."""
+        (scaling,) = {layer.scaling for layer in layers}  # one for all of a model
+        share = -(-len(layers) // self.world.size)
+        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        rank = gram_a.shape[-1] // 2
+        rows = torch.zeros(share, 2 * rank + 1, dtype=torch.float64)
+        if len(layers[mine]):
+            scales = solve(
+                gram_a[mine],
+                gram_b[mine],
+                scaling=scaling,
+                eta_lipschitz=self.eta_lipschitz,
+                rule=self.rule,
+                bounds=self.bounds,
+            )
+            solved = torch.cat([scales.alpha, scales.beta, scales.rule[:, None]], dim=1)
+            rows[: len(solved)] = solved
+        everyone = self.world.gather_rows(rows).cpu()[: len(layers)]
+        alpha, beta, rule = everyone.split([rank, rank, 1], dim=1)
+        return Scales(alpha, beta, rule[:, 0].long())
+
+    def fits(self, layers: Sequence[LayerShards], scales: Scales) -> bool:
+        """Whether fp16 gradients stay finite when scaled: one all-reduce, in fp16 only.
+
+        If not, the engine would skip the step after the factors had changed.
+        """
+        if not self.fp16:
+            return True  # scales stay far from fp32's and bfloat16's largest number
+        largest = 0.0
+        for layer, alpha, beta in zip(layers, scales.alpha, scales.beta, strict=True):
+            for grad, scale in ((layer.grad_A, beta), (layer.grad_B, alpha)):
+                for piece in grad.pieces():
+                    columns = piece.block.abs().amax(0).double().cpu() * scale[piece.cols]
+                    largest = max(largest, float(columns.max()))
+        return self.world.max(largest)[0] < torch.finfo(torch.float16).max
+
+    def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
+        """``W += s·A diag(1 − α∘β) Bᵀ`` with the A and B of before the scaling."""
+        moved = (scales.rule != int(Rule.KEPT)).nonzero()[:, 0].tolist()
+        self.merger(layers, 1 - scales.alpha * scales.beta, clock, moved)
+
+
+def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
+    """A ← A diag(α), B ← B diag(β); ∇A, m_A take β, v_A β²; ∇B, m_B take α, v_B α². Local."""
+    # One copy to the device for all layers, in float64; each shard takes it in its own precision.
+    both = torch.stack([scales.alpha, scales.beta]).to(layers[0].A.local.device)
+    first, second = both, both**2
+    for layer, alpha, beta, alpha2, beta2 in zip(layers, *first, *second, strict=True):
+        layer.A.scale_columns_(alpha)
+        layer.B.scale_columns_(beta)
+        layer.grad_A.scale_columns_(beta)
+        layer.grad_B.scale_columns_(alpha)
+        for moment, scale in zip(layer.moments_A, (beta, beta2), strict=False):
+            moment.scale_columns_(scale)
+        for moment, scale in zip(layer.moments_B, (alpha, alpha2), strict=False):
+            moment.scale_columns_(scale)
+
+
+def _gradient_diagonal(gram: Tensor) -> Tensor:
+    """diag(∇ᵀ∇), (layers, r), of [M,∇M]ᵀ[M,∇M], (layers, 2r, 2r)."""
+    return gram.diagonal(dim1=-2, dim2=-1)[:, gram.shape[-1] // 2 :]
+
+
+def _count(rules: Tensor) -> dict[str, int]:
+    """How many layers took each rule, by its name."""
+    counts = Counter(rules.tolist())
+    return {rule.name.lower(): counts[int(rule)] for rule in Rule}

@@ -1,0 +1,1 @@
+"""Weights and adapters on disk: exports, imports, the files of a base model."""

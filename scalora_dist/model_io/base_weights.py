@@ -1,0 +1,119 @@
+"""The weights of a base model once more, from its safetensors files, on each rank's own ranges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.distributed.world import World
+from scalora_dist.errors import UserError
+
+ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+class BaseWeights:
+    """Reads parts of a model's matrices as they were before training."""
+
+    def __init__(
+        self, model: str, loaded: Mapping[str, FlatShard], dtype: torch.dtype, world: World
+    ) -> None:
+        """Find the matrices, and compare a row of each with what was loaded: one all-reduce.
+
+        Args:
+            model: a folder or a hub name. loaded: {parameter: this rank's range of it}, unchanged.
+            dtype: that they were cast to.
+
+        Raises:
+            UserError: on every rank, where a matrix is not to be found or is another one.
+        """
+        self.dtype = dtype
+        files = world.node_first(lambda: _files(model))
+        self.places: dict[str, tuple[str, str]] = {}  # {parameter: (file, key)}
+        for name in loaded:
+            key = find_key(name, files)
+            if key is None:
+                raise _unreadable(model, f"its files have no {name}, or several")
+            self.places[name] = files[key], key
+        others = [self._differs(name, shard) for name, shard in loaded.items()]
+        for name, differs in zip(loaded, world.max(*others), strict=True):
+            if differs:
+                raise _unreadable(model, f"its files hold another {name} than was loaded")
+
+    def range(self, name: str, shard: FlatShard) -> Tensor:
+        """The elements of a parameter that ``shard`` holds now, 1-D float32 on its device."""
+        return self._read(name, shard, shard.local.numel()).to(shard.local.device)
+
+    def _read(self, name: str, shard: FlatShard, count: int) -> Tensor:
+        """The first ``count`` elements of the range."""
+        if not count:
+            return torch.empty(0)
+        file, key = self.places[name]
+        cols = shard.shape[1]
+        first, start = divmod(shard.offset, cols)
+        with safe_open(file, framework="pt") as opened:
+            rows = opened.get_slice(key)[first : -(-(shard.offset + count) // cols)]
+        return rows.to(self.dtype).float().view(-1)[start : start + count]
+
+    def _differs(self, name: str, shard: FlatShard) -> bool:
+        file, key = self.places[name]
+        with safe_open(file, framework="pt") as opened:
+            if tuple(opened.get_slice(key).get_shape()) != shard.shape:
+                return True
+        count = min(shard.local.numel(), shard.shape[1])
+        return not torch.equal(self._read(name, shard, count), shard.local[:count].float().cpu())
+
+
+def _files(model: str) -> dict[str, str]:
+    """{key: the safetensors file that has it}"""
+    try:
+        if one := _cached(model, ONE_FILE):
+            with safe_open(one, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), one)
+        if index := _cached(model, INDEX_FILE):
+            keys = json.loads(Path(index).read_text())["weight_map"]
+            files = {file: _cached(model, file) for file in set(keys.values())}
+            if missing := [file for file, path in files.items() if path is None]:
+                raise _unreadable(model, f"{missing[0]} is missing")
+            return {key: str(files[file]) for key, file in keys.items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _unreadable(model, str(error).strip().splitlines()[0]) from error
+    raise _unreadable(model, "it has no safetensors files")
+
+
+def _cached(model: str, file: str) -> str | None:
+    return cached_file(model, file, _raise_exceptions_for_missing_entries=False)
+
+
+def find_key(name: str, files: Mapping[str, str]) -> str | None:
+    """A parameter's key, which may begin otherwise: the only one that ends as its name does.
+
+    Or of several (a vision tower's end alike) the one of the same words: Gemma 3's files have
+    ``language_model.model.layers…`` for ``model.language_model.layers…``.
+    """
+    if name in files:
+        return name
+    rest = name
+    while rest:
+        found = [key for key in files if key == rest or key.endswith(f".{rest}")]
+        if len(found) > 1:
+            words = sorted(name.split("."))
+            found = [key for key in found if sorted(key.split(".")) == words]
+            return found[0] if len(found) == 1 else None
+        if found:
+            return found[0]
+        rest = rest.partition(".")[2]
+    return None
+
+
+def _unreadable(model: str, reason: str) -> UserError:
+    return UserError(
+        f"--adapter_rank reads --model_name_or_path {model} again at the end, and {reason}: save "
+        "the model with save_pretrained, or leave the option out"
+    )

@@ -1,0 +1,169 @@
+"""What a run has trained as a LoRA adapter in PEFT's format, written layer by layer from shards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scalora_dist.config.options import Options
+from scalora_dist.core.flat_shard import global_norm
+from scalora_dist.core.sharded_svd import truncated_svd
+from scalora_dist.engines.base import Engine
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.errors import UserError
+from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear
+from scalora_dist.layers.carry_linear import CarryLinear
+from scalora_dist.model_io.base_weights import BaseWeights
+from scalora_dist.model_io.export_model import written_aside
+from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.peft_format import CONFIG_FILE, WEIGHTS_FILE, saved_config, saved_names
+from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
+
+logger = logging.getLogger(__name__)
+
+
+def check_adapter_rank(options: Options, *, merges: bool) -> None:
+    """
+    Args:
+        options: after ``resolve_merge_options``.
+        merges: whether the method merges while it trains.
+
+    Raises:
+        UserError: ``--adapter_rank`` for a run that merges nothing into W.
+    """
+    args = options.method
+    if options.train.adapter_rank is None or (merges and args.merge_target == "weight"):
+        return
+    target = f" with --merge_target {args.merge_target}" if args.merge_target else ""
+    raise UserError(
+        f"--adapter_rank is for runs that merge into W: --method {args.method}{target} writes its "
+        "own adapter, if it has one; leave it out"
+    )
+
+
+class AdapterExport:
+    """Writes the adapter of a run: A and B (for a core A = U R, B = V), a carry's columns before
+    them; or the best approximation of what was merged into W, where its rank is given.
+
+    A run that has none of these (PEFT's layers, MoRA, full) writes nothing.
+    """
+
+    def __init__(self, engine: Engine, options: Options, *, edits_weights: bool) -> None:
+        """
+        Args:
+            engine: sharded, its weights as they were loaded.
+            edits_weights: whether W changes although it is not trained.
+
+        Raises:
+            UserError: on every rank, where W_0 must be read once more and cannot be.
+        """
+        self.engine, self.args = engine, options.method
+        self.model = str(options.model.model_name_or_path)
+        self.rank, self.before = options.train.adapter_rank, None
+        kinds = (LowRankLinear, CoreLinear)
+        self.own = not edits_weights and all(isinstance(x, kinds) for x in engine.adapted.values())
+        if self.rank is not None:
+            weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
+            self.before = BaseWeights(self.model, weights, engine.dtype, engine.world)
+
+    @torch.no_grad()
+    def write(self, folder: Path, low_halves: Mapping[str, Tensor]) -> None:
+        """Called on every rank; only rank 0 writes. One layer's factors are whole at a time.
+
+        Args:
+            low_halves: {parameter: int16 remainders of its 16-bit values}.
+        """
+        if not self.own and self.before is None:
+            return
+        engine, is_main = self.engine, self.engine.world.is_main
+        merged = MergedWeights(engine, low_halves)
+        sizes = {name: merged.shape(f"{name}.weight") for name in engine.adapted}
+        ranks, scalings = self._ranks(sizes)
+        entries: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        for name, (m, n) in sizes.items():
+            shapes = torch.Size([m, ranks[name]]), torch.Size([ranks[name], n])
+            keys = zip(saved_names(name), shapes, strict=True)
+            entries |= {key: (shape, engine.dtype) for key, shape in keys}
+        errors: dict[str, float] = {}
+        layers = {x.name: x for x in engine.layer_shards(gradients=False)}
+        quiet = None if is_main else True
+        with written_aside(folder, is_main=is_main) as aside:
+            with open(aside / WEIGHTS_FILE if is_main else os.devnull, "wb") as file:
+                writer = SafetensorsWriter(file, entries)
+                for name in tqdm(sizes, "writing the adapter", disable=quiet, leave=False):
+                    if self.before is None:
+                        a, b = self._own_factors(merged, name)
+                    else:
+                        a, b, errors[name] = self._approximation(merged, layers[name], ranks[name])
+                    if is_main:
+                        writer.write(a.to(engine.dtype))
+                        writer.write(b.T.to(engine.dtype))
+            if is_main:
+                modules = [name for name, _ in engine.model.named_modules()]
+                config = saved_config(self.model, modules, ranks, scalings)
+                (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+                if errors:
+                    report = {"rank": self.rank, "relative_error": errors}
+                    (aside / "approximation.json").write_text(json.dumps(report, indent=2))
+        if errors:
+            worst = max(errors, key=lambda name: errors[name])
+            logger.info(
+                "the adapter of rank %d misses %.3g of the update on average, at most %.3g (%s)",
+                *(self.rank, sum(errors.values()) / len(errors), errors[worst], worst),
+            )
+
+    def _ranks(self, sizes: Mapping[str, torch.Size]) -> tuple[dict[str, int], dict[str, float]]:
+        """{layer: columns} and {layer: s}."""
+        if self.rank is not None:
+            ranks = {name: min(self.rank, *size) for name, size in sizes.items()}
+            return ranks, dict.fromkeys(sizes, 1.0)
+        carried = (self.args.carry_rank or 0) if self.args.merge_target == "carry" else 0
+        scalings = {}
+        for name, module in self.engine.adapted.items():
+            assert isinstance(module, (LowRankLinear, CoreLinear))
+            scalings[name] = module.scaling
+        return dict.fromkeys(sizes, carried + self.args.rank), scalings
+
+    def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor]:
+        """A (m, columns) and B (n, columns) float32 on every rank; a collective."""
+
+        def part(key: str) -> Tensor:
+            return merged.precise(f"{name}.{key}").float()
+
+        module = self.engine.adapted[name]
+        if isinstance(module, CoreLinear):
+            return part("U") @ part("R"), part("V")
+        a, b = part("A"), part("B")
+        if isinstance(module, CarryLinear):  # compressed to R columns when the training ended
+            kept = self.args.carry_rank
+            a, b = torch.cat([part("C")[:, :kept], a], 1), torch.cat([part("D")[:, :kept], b], 1)
+        return a, b
+
+    def _approximation(
+        self, merged: MergedWeights, layer: LayerShards, rank: int
+    ) -> tuple[Tensor, Tensor, float]:
+        """A = U √S and B = V √S of ΔW's truncated SVD in the engine's dtype, and what they miss.
+
+        From each rank's own range of W: a collective, but W does not travel.
+        """
+        assert self.before is not None
+        key, device = f"{layer.name}.weight", self.engine.world.device
+        weight = merged.precise_shard(key)
+        update = weight.like(weight.local.float() - self.before.range(key, weight))
+        here = update.local.device
+        a, b = (merged.precise(f"{layer.name}.{x}").float().to(here) for x in "AB")
+        update.add_low_rank_(layer.scaling * a, b)
+        norm = global_norm([update], device)
+        svd = truncated_svd(update, rank, device=device)
+        root = svd.S.sqrt()
+        a, b = ((side * root).to(self.engine.dtype) for side in (svd.U, svd.V))
+        update.add_low_rank_(-a.float(), b.float())
+        missed = global_norm([update], device)
+        return a, b, missed / norm if norm else 0.0

@@ -1,0 +1,168 @@
+"""Starting from a LoRA adapter in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from scalora_dist.config.options import Options
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.errors import UserError
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.model_io.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    layer_of,
+    not_plain_lora,
+    saved_names,
+    saved_scaling,
+    shortest_names,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class SavedAdapter:
+    """An adapter whose config and header were read; ``fill`` reads a layer's tensors at a time.
+
+    Its r columns become A and B; of R + r columns, as a run with a carry leaves them, the first R
+    become the carry. Where its s is another than ours, A is multiplied by the quotient.
+
+    Attributes:
+        sizes: {layer: (m, n, columns)}.
+    """
+
+    def __init__(self, options: Options) -> None:
+        """
+        Args:
+            options: settled by ``resolve_merge_options``.
+
+        Raises:
+            UserError: there is no LoRA adapter, or its ranks are not the options'.
+        """
+        args = options.method
+        self.name = str(options.model.adapter_name_or_path)
+        if self.name.startswith(("/", ".", "~")) and not Path(self.name).is_dir():
+            raise self._refuse("there is no such folder")
+        self.config = self._read_config()
+        self.file = self._find(WEIGHTS_FILE, "save it with PEFT, which then writes safetensors")
+        self.sizes = self._read_sizes()
+        carried = args.carry_rank if args.merge_target == "carry" else None
+        for layer, (_, _, rank) in self.sizes.items():
+            if rank in (args.rank, args.rank + (carried or 0)):
+                continue
+            other = rank - args.rank
+            hint = f", or --carry_rank {other}" if carried and other >= args.rank else ""
+            raise self._refuse(f"{layer} has rank {rank} there: set --rank {rank}{hint}")
+        if options.train.rank_monitor_steps and any(
+            rank > args.rank for _, _, rank in self.sizes.values()
+        ):
+            raise self._refuse(
+                "it fills the carry, which --rank_monitor_steps cannot see: leave it out"
+            )
+
+    def check(self, layers: Mapping[str, nn.Module]) -> None:
+        """Whether the adapter is one of these layers.
+
+        Raises:
+            UserError: it has other layers, of other shapes, or the method has no A and B.
+        """
+        names = " ".join(shortest_names(self.sizes, self.sizes))
+        for name, layer in layers.items():
+            if not isinstance(layer, LowRankLinear):
+                raise self._refuse("this --method has no A and B of ours: set --method lora")
+            if name not in self.sizes:
+                raise self._refuse(f"it has nothing for {name}: set --target_modules {names}")
+            (m, n, _), ours = self.sizes[name], (layer.out_features, layer.in_features)
+            if (m, n) != ours:
+                raise self._refuse(
+                    f"{name} is {m} × {n} there and {ours[0]} × {ours[1]} in this model: set "
+                    "--model_name_or_path to the model that it was trained on"
+                )
+        for name in self.sizes:
+            if name not in layers:
+                raise self._refuse(f"{name} is not adapted here: set --target_modules {names}")
+
+    @torch.no_grad()
+    def fill(self, runner: MethodRunner) -> None:
+        """Write each rank's own ranges of A, B and the carry; local."""
+        engine = runner.engine
+        with engine.writing(), safe_open(self.file, framework="pt") as file:
+            for layer in engine.layer_shards(gradients=False):
+                left, right = (file.get_tensor(key).float() for key in saved_names(layer.name))
+                rank = left.shape[1]
+                scaling = saved_scaling(self.config, layer.name, rank)
+                left, right = left * (scaling / layer.scaling), right.T
+                carried = rank - layer.A.shape[1]
+                if carried:
+                    assert runner.merger is not None
+                    _carry(runner.merger, layer, left[:, :carried], right[:, :carried])
+                layer.A.write_(left[:, carried:])
+                layer.B.write_(right[:, carried:])
+        logger.info("starting from the adapter %s", self.name)
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self._find(CONFIG_FILE, "name a folder that an adapter was saved in")
+        try:
+            config = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise self._refuse(f"{CONFIG_FILE} is no JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise self._refuse(f"{CONFIG_FILE} is no JSON object: name another adapter")
+        if reason := not_plain_lora(config):
+            raise self._refuse(f"it {reason}: name a plain LoRA adapter")
+        try:
+            saved_scaling(config, "", 1)
+        except (TypeError, ValueError, re.error) as error:
+            raise self._refuse(f"its lora_alpha or alpha_pattern is damaged: {error}") from error
+        return config
+
+    def _read_sizes(self) -> dict[str, tuple[int, int, int]]:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise self._refuse(f"{WEIGHTS_FILE} is damaged: {error}") from error
+        layers = {key: layer_of(key) for key in shapes}
+        for key, layer in layers.items():
+            if layer is None:
+                raise self._refuse(f"{key} is not LoRA's on a linear layer: name another adapter")
+        sizes = {}
+        for layer in dict.fromkeys(filter(None, layers.values())):
+            a, b = (shapes.get(key, ()) for key in saved_names(layer))
+            if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+                raise self._refuse(f"the factors of {layer} do not fit together: save it again")
+            sizes[layer] = (a[0], b[1], a[1])
+        if not sizes:
+            raise self._refuse(f"{WEIGHTS_FILE} is empty: name another adapter")
+        return sizes
+
+    def _find(self, file: str, hint: str) -> str:
+        try:
+            path = cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise self._refuse(str(error).strip().splitlines()[0]) from error
+        if path is None:
+            raise self._refuse(f"it has no {file}: {hint}")
+        return path
+
+    def _refuse(self, reason: str) -> UserError:
+        return UserError(f"--adapter_name_or_path {self.name}: {reason}")
+
+
+def _carry(merger: Merger, layer: LayerShards, left: Tensor, right: Tensor) -> None:
+    """Into the carry, without the empty columns at the end."""
+    used = ((left != 0).any(0) & (right != 0).any(0)).nonzero()
+    count = int(used.max()) + 1 if len(used) else 0
+    merger.target.add(layer, left[:, :count], right[:, :count])

@@ -1,0 +1,84 @@
+"""Adapted layers' weights with what was trained merged in, whole, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.split_precision import join_halves
+from scalora_dist.engines.base import Engine
+from scalora_dist.layers.adapted_linear import AdaptedLinear, adapted_linear, own_parameters
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.layers.peft_layers import merged_by_peft
+
+
+class MergedWeights:
+    """Gathers one parameter of the merged model at a time, and merges it on one rank."""
+
+    def __init__(self, engine: Engine, low_halves: Mapping[str, Tensor]) -> None:
+        """
+        Args:
+            low_halves: {parameter: int16 remainders of its 16-bit values}.
+        """
+        self.engine, self.low_halves, self.device = engine, low_halves, engine.world.device
+        self.base = {p.name: p for p in engine.base_shards()}
+        self.added = {p.name: p for p in engine.added_shards()}
+        self.fourbit = {
+            f"{name}.weight": module
+            for name, module in engine.model.named_modules()
+            if isinstance(module, FourBitLinear)
+        }
+
+    @torch.no_grad()
+    def full_tensor(self, name: str, *, on_rank: int) -> Tensor | None:
+        """A parameter of the loaded model by name, merged if it is an adapted layer's W: float32.
+
+        On rank ``on_rank``, None elsewhere; a collective. What no method touches keeps its dtype.
+        """
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or layer not in self.engine.adapted:
+            whole = self.precise(name)
+            return whole if self.engine.world.rank == on_rank else None
+        weight = self.precise(name).float()
+        module = self.engine.adapted[layer]
+        own = {key: self.precise(f"{layer}.{key}").float() for key in own_parameters(module)}
+        if self.engine.world.rank != on_rank:
+            return None
+        if weight.data_ptr() == self.base[name].shard.local.data_ptr():
+            weight = weight.clone()  # a whole fp32 W is the engine's own
+        if isinstance(module, AdaptedLinear):
+            module.merge_(weight, own)
+            return weight
+        if adapted_linear(module) is module:
+            return weight  # trained itself
+        return cast(Tensor, merged_by_peft(module, weight, own))
+
+    def shape(self, name: str) -> torch.Size:
+        """Of ``full_tensor(name)``."""
+        if fourbit := self.fourbit.get(name):
+            return torch.Size([fourbit.out_features, fourbit.in_features])
+        return (self.base.get(name) or self.added[name]).shape
+
+    def precise(self, name: str) -> Tensor:
+        """A parameter as it is, on every rank: exact where it was merged into, 4 bits as float32.
+
+        A collective.
+        """
+        return self.dense(name, self.precise_shard(name)).view(self.shape(name))
+
+    def precise_shard(self, name: str) -> FlatShard:
+        """This rank's range of a parameter: float32 where 16 bits were merged into; local."""
+        shard = (self.base.get(name) or self.added[name]).shard
+        low = self.low_halves.get(name)
+        return shard if low is None else shard.like(join_halves(shard.local, low))
+
+    def dense(self, name: str, shard: FlatShard) -> Tensor:
+        """``shard``, of the parameter ``name`` or a copy of it, whole; 4 bits as float32."""
+        whole = shard.full_tensor(self.device)
+        if fourbit := self.fourbit.get(name):
+            return fourbit.dense(whole, torch.float32)
+        return whole

@@ -1,0 +1,111 @@
+"""A LoRA adapter's files in PEFT's format: tensor names and adapter_config.json. Needs no PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+PREFIX = "base_model.model."  # of a saved adapter's keys, before the model's own names
+
+
+# Settings of a LoRA adapter with which it is more than s·A Bᵀ beside linear layers.
+MORE_THAN_LORA = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "kasa_config",
+)
+
+
+# Starts that take from W what they put into A and B.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def saved_names(layer: str) -> tuple[str, str]:
+    """A saved adapter's keys for a layer's A (m, r) and Bᵀ (r, n)."""
+    return f"{PREFIX}{layer}.lora_B.weight", f"{PREFIX}{layer}.lora_A.weight"
+
+
+def layer_of(key: str) -> str | None:
+    """The layer that a saved A or Bᵀ belongs to; None: the key is of something else."""
+    found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", key)
+    return found and found[1]
+
+
+def saved_config(
+    base: str, modules: Collection[str], ranks: Mapping[str, int], scalings: Mapping[str, float]
+) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter on the model ``base``.
+
+    Args:
+        modules: the names of all modules of the model.
+        ranks, scalings: {layer: r} and {layer: s}.
+    """
+    alphas = {layer: _number(scalings[layer] * rank) for layer, rank in ranks.items()}
+    (rank, _), (alpha, _) = (Counter(x.values()).most_common(1)[0] for x in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": shortest_names(ranks, modules),
+        "r": rank,
+        "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
+        "lora_alpha": alpha,
+        "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def shortest_names(layers: Collection[str], modules: Collection[str]) -> list[str]:
+    """The layers' last name components, if no other module is called so; else their names."""
+    suffixes = {layer.rpartition(".")[2] for layer in layers}
+    selected = {name for name in modules if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes) if selected == set(layers) else list(layers)
+
+
+def saved_scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """s of a layer of a saved adapter."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):  # as PEFT does
+            alpha = value
+            break
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def not_plain_lora(config: Mapping[str, Any]) -> str | None:
+    """Why a saved adapter is not s·A Bᵀ beside the linear layers of its base, or None."""
+    if config.get("peft_type") != "LORA":
+        return f"has peft_type {config.get('peft_type')}"
+    if config.get("bias", "none") != "none":
+        return f"has bias {config['bias']}"
+    for name in MORE_THAN_LORA:
+        if config.get(name):
+            return f"has {name}"
+    if str(start := config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+        return f"has init_lora_weights {start}, which changed its base"
+    return None
+
+
+def _number(value: float) -> float | int:
+    """Without the last digits' rounding; whole numbers, which other readers ask for, as such."""
+    rounded = float(f"{value:.12g}")
+    return int(rounded) if rounded.is_integer() else rounded

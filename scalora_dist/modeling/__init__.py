@@ -1,0 +1,1 @@
+"""A base model by name, and the loss on its target tokens."""

@@ -1,0 +1,288 @@
+"""Models and tokenizers by name: loaded, or refused in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import is_flash_attn_2_available
+
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.errors import UserError
+from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear, check_products, take_over
+
+FLASH = "flash_attention_2"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """What is known of a base model before it is loaded.
+
+    Attributes:
+        hidden_size: its width, which engines size their buffers by.
+        fourbit: how its linear layers are kept; None: dense.
+        quantized: whether its files hold them so already.
+        attention: the implementation to load it with; None: transformers' own choice.
+    """
+
+    hidden_size: int
+    fourbit: FourBit | None
+    quantized: bool
+    attention: str | None = None
+
+
+def read_base_model(
+    args: ModelArguments, dtype: torch.dtype, device: torch.device
+) -> BaseModelSpec:
+    """What the model's config.json and the options say.
+
+    Args:
+        dtype: of the training. device: this rank's.
+
+    Raises:
+        UserError: a base quantized in a way that cannot be trained here, 4-bit settings that would
+            corrupt it, no bitsandbytes.
+    """
+    with _known_model(args) as name:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        attention = pick_attention(
+            args.attn_implementation,
+            # Which wants an Ampere GPU or a later one.
+            installed=is_flash_attn_2_available()
+            and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)),
+            device=device,
+            dtype=dtype,
+            supported=lambda: _builds_with(FLASH, config, dtype, args.trust_remote_code),
+        )
+    width = config.get_text_config().hidden_size
+    saved = _saved_quantization(config)
+    if saved is None and not args.load_in_4bit:
+        _check_unread(args, *(f.name for f in fields(args) if f.name.startswith("bnb_4bit_")))
+        return BaseModelSpec(width, None, False, attention)
+    if saved is not None:
+        kind = saved.get("quant_method", "an unknown method")
+        if kind != "bitsandbytes" or not saved.get("load_in_4bit", saved.get("_load_in_4bit")):
+            bits = " in 8 bits" if kind == "bitsandbytes" else ""
+            raise UserError(
+                f"--model_name_or_path {name} is quantized by {kind}{bits}: name the model it was "
+                "made from (and --load_in_4bit), or a base in bitsandbytes' 4 bits"
+            )
+    quant_type, double_quant = args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant
+    if saved is not None:
+        _check_unread(args, "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        quant_type = saved.get("bnb_4bit_quant_type", "fp4")
+        double_quant = bool(saved.get("bnb_4bit_use_double_quant", False))
+    compute = getattr(torch, args.bnb_4bit_compute_dtype or "", None)
+    storage = getattr(torch, args.bnb_4bit_quant_storage)
+    fourbit = FourBit(quant_type, double_quant, compute, storage)
+    if fourbit.storage not in (torch.uint8, dtype):
+        raise UserError(
+            f"--bnb_4bit_quant_storage {_name(fourbit.storage)} is cast to the training's "
+            f"{_name(dtype)} by engines, which destroys the codes: set uint8 or {_name(dtype)}"
+        )
+    if device.type != "meta":  # a plan's, which multiplies nothing
+        check_products(fourbit, device)
+    return BaseModelSpec(width, fourbit, saved is not None, attention)
+
+
+def pick_attention(
+    asked: str | None,
+    *,
+    installed: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    supported: Callable[[], bool],
+) -> str | None:
+    """What the user named, else FlashAttention 2 wherever it can be had, else None (SDPA).
+
+    Args:
+        installed: whether it can be imported. supported: asks the model, which must be built.
+    """
+    if asked is not None:
+        return asked
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return FLASH if installed and fits and supported() else None
+
+
+def _builds_with(
+    attention: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> bool:
+    """Whether transformers builds this model with ``attention``: tried without storage."""
+    try:
+        with init_empty_weights():
+            AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        logger.info("no %s for this model: %s", attention, str(error).strip().splitlines()[0])
+        return False
+    return True
+
+
+def _check_unread(args: ModelArguments, *names: str) -> None:
+    default = ModelArguments()
+    for name in names:
+        if getattr(args, name) != getattr(default, name):
+            raise UserError(
+                f"--{name} is for a base that --load_in_4bit quantizes, and this one is "
+                f"{'quantized already' if args.load_in_4bit else 'not'}: leave it out"
+            )
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    with _known_model(args) as name:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+
+
+def load_model(
+    args: ModelArguments,
+    base: BaseModelSpec,
+    dtype: torch.dtype,
+    *,
+    weights: bool,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """The model in ``dtype``, sharded where the engine's ``loading()`` says so.
+
+    Its linear layers but the LM head are FourBitLinear where ``base`` says so: each is quantized as
+    its tensor is read, so that never more than one of them is dense.
+
+    Without ``weights``, its parameters are on "meta" (its buffers are not, but for those of
+    FourBitLinear). Dense weights are read straight to ``device``, where it is given.
+    """
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": base.attention,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    quantization = None
+    if base.fourbit and not base.quantized:
+        given["quantization_config"] = quantization = _as_bnb_config(base.fourbit)
+    with _known_model(args) as name:
+        if weights:
+            if device is not None and base.fourbit is None:
+                given["device_map"] = {"": device}
+            model = AutoModelForCausalLM.from_pretrained(name, **given)
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+            given.pop("quantization_config", None)
+            saved = _saved_quantization(config)
+            if saved is not None:
+                quantization = BitsAndBytesConfig.from_dict(saved)
+                _forget_quantization(config)
+            with init_empty_weights():
+                model = AutoModelForCausalLM.from_config(config, **given)
+            if quantization:
+                quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=base.quantized)
+                quantizer.preprocess_model(model=model, device_map=None)
+            model.tie_weights()
+    logger.info("attention: %s", model.config._attn_implementation)
+    if base.fourbit:
+        take_over(model, base.fourbit)
+        _as_dense(model)
+        _warn_of_dense(model)
+    return model
+
+
+def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
+    """The model all on "meta", dense and with eager attention: to be counted, not trained."""
+    with _known_model(args) as name:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        _forget_quantization(config)
+        with init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation="eager",
+                trust_remote_code=args.trust_remote_code,
+            )
+        model.tie_weights()
+    return model.eval()  # of what some models want for training, products need nothing
+
+
+def _as_bnb_config(fourbit: FourBit) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=fourbit.quant_type,
+        bnb_4bit_compute_dtype=fourbit.compute_dtype,
+        bnb_4bit_use_double_quant=False,  # done in `take_over`, alike on any number of threads
+    )
+
+
+def _saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What config.json says of quantized weights."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config.get_text_config(), "quantization_config", None)
+    return found.to_dict() if found is not None and not isinstance(found, dict) else found
+
+
+def _forget_quantization(config: PreTrainedConfig) -> None:
+    for holder in (config, config.get_text_config()):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+
+
+def _as_dense(model: PreTrainedModel) -> None:
+    """Take off what transformers hung on a quantized model: it may be moved, cast and saved."""
+    _forget_quantization(model.config)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def _warn_of_dense(model: PreTrainedModel) -> None:
+    """Experts in 3-D tensors and linear layers with a class of their own are not quantized."""
+    known = {model.get_input_embeddings(), model.get_output_embeddings()}
+    dense = {
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+        for name, module in model.named_modules()
+        if not isinstance(module, FourBitLinear) and module not in known
+    }
+    if left := {name: numel for name, numel in dense.items() if numel}:
+        largest = max(left, key=lambda name: left[name])
+        logger.warning(
+            "%d numbers stay dense, for they are in no plain linear layer: %s and others like it",
+            *(sum(left.values()), largest),
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _known_model(args: ModelArguments) -> Iterator[str]:
+    """The model's name; what transformers raises where it cannot be read, as one sentence."""
+    name = args.model_name_or_path
+    if not name:
+        raise UserError("--model_name_or_path is missing: name a folder or a model of the hub")
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise UserError(f"--model_name_or_path {name}: there is no such folder")
+    try:
+        yield name
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {reason}") from error

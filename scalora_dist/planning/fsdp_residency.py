@@ -1,0 +1,100 @@
+"""What FSDP2 keeps on one rank, and what it gathers when (measured with torch 2.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scalora_dist.engines.fsdp_config import FSDPConfig
+from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
+from scalora_dist.planning.trace import Event
+
+
+class FSDPResidency(Residency):
+    """FSDP2 on a 1-D or a hybrid mesh, one group of weights per block and one for the rest."""
+
+    def __init__(self, config: FSDPConfig, world: int) -> None:
+        super().__init__(world)
+        self.config = config
+        self.blocks: tuple[str, ...] = ()
+        self.ranks = config.mesh[-1]
+
+    def see(self, blocks: Sequence[str]) -> None:
+        self.blocks = tuple(blocks)
+
+    def share(self, weight: Weight) -> int:
+        rows = weight.shape[0] if weight.shape else 1
+        return -(-rows // self.ranks) * (weight.numel // max(1, rows))
+
+    def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
+        trained = [weight for weight in weights if weight.trained]
+        mine = sum(self.share(weight) for weight in trained)
+        held: dict[str, float] = self.kept_parts(weights)
+        held |= {"adapters": 4 * mine, "moments": 8 * mine, "gradients": 4 * mine}
+        device: dict[str, float] = {}
+        host: dict[str, float] = {}
+        if self.config.cpu_offload:
+            host = held
+        else:
+            device = held
+        if micro_batches > 1:  # until the last one, gradients stay whole where they were computed
+            device["whole gradients"] = sum(4 * weight.numel for weight in trained)
+        return Held(device, host)
+
+    def group(self, module: str) -> str:
+        """The block a module is in, or "" for the rest."""
+        return next((b for b in self.blocks if module == b or module.startswith(f"{b}.")), "")
+
+    def group_bytes(self, weights: Sequence[Weight]) -> dict[str, float]:
+        """Whole weights of each group, as they are gathered."""
+        sizes: dict[str, float] = {}
+        for weight in weights:
+            group = self.group(weight.module)
+            sizes[group] = sizes.get(group, 0) + weight.nbytes
+        return sizes
+
+    def gathers(self, weights: Sequence[Weight], events: Sequence[Event]) -> list[float]:
+        sizes = self.group_bytes(weights)
+        keeps = self.config.reshard_after_forward is False
+        group_of = self.config.reshard_after_forward
+        share = 0.0 if isinstance(group_of, bool) else 1 / group_of  # of what stays after a forward
+        live: dict[str, float] = {}
+        found = []
+        for event in events:
+            block = event.module if event.module in self.blocks or event.module == "" else None
+            copies = 0.0
+            if block is not None and not event.recomputed:
+                if event.enters:
+                    live[block] = sizes.get(block, 0)
+                    # The message and what is copied out of it, and in the backward the next
+                    # block's, which is under way.
+                    copies = 0.0 if event.backward and not block else sizes.get(block, 0)
+                    if event.backward and block:
+                        copies += self._before(block, sizes)
+                elif event.backward and block:
+                    live.pop(block, None)
+                elif block and not keeps:
+                    live[block] = share * sizes.get(block, 0)
+            found.append(sum(live.values()) + copies)
+        return found
+
+    def _before(self, block: str, sizes: dict[str, float]) -> float:
+        index = self.blocks.index(block)
+        return sizes.get(self.blocks[index - 1], 0) if index else 0.0
+
+    def wire(
+        self, weights: Sequence[Weight], events: Sequence[Event], micro_batches: int
+    ) -> list[Message]:
+        sizes = self.group_bytes(weights)
+        blocks = sum(size for group, size in sizes.items() if group)
+        passes = 1 if self.config.reshard_after_forward is False else 2
+        gathered = micro_batches * others(self.ranks) * (sizes.get("", 0) + passes * blocks)
+        gradients = sum(4 * weight.numel for weight in weights if weight.trained)
+        messages = [
+            Message("gathered weights", gathered, self.ranks),
+            Message("gradients", others(self.ranks) * gradients, self.ranks),
+        ]
+        if self.world > self.ranks:  # each rank's share, between the replicas
+            replicas = self.world // self.ranks
+            received = 2 * others(replicas) * gradients / self.ranks
+            messages.append(Message("gradients of replicas", received, self.world, alike=False))
+        return messages

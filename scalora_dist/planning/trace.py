@@ -1,0 +1,223 @@
+"""One micro-batch's forward and backward on tensors without storage: what lives, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
+
+from scalora_dist.modeling.loss import LossHead
+from scalora_dist.profiling.live import LiveBytes
+
+
+@dataclass
+class Event:
+    """A module begins or ends.
+
+    Attributes:
+        module: its name. enters: else it leaves.
+        backward: during the backward (what is recomputed is forward and backward).
+        recomputed: a forward of gradient checkpointing's.
+        live, most: bytes of activations at this moment, and the most from here to the next event.
+    """
+
+    module: str
+    enters: bool
+    backward: bool
+    recomputed: bool
+    live: int
+    most: int = 0
+
+
+@dataclass
+class Trace:
+    """
+    Attributes:
+        events: in order; the first and last are the whole model's ("").
+        flops: of one micro-batch's forward and backward, what is recomputed included.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    flops: int = 0
+
+
+def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Trace:
+    """Run a model without storage on ``examples`` sequences of ``length`` tokens, some padded.
+
+    Activations are those of scaled dot-product attention in its flash form with a mask, which is
+    what a GPU, and torch's CPU kernel, keep. Gradients of parameters are not among them: an
+    engine has its own place for those.
+
+    Args:
+        model: on the meta device, in the dtypes that an engine computes in; is used up.
+    """
+    trace = Trace()
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _without_storage(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        model.train()
+        held = [*model.parameters(), *model.buffers()]
+        tokens = torch.zeros(examples, length, dtype=torch.int64)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        products = stack.enter_context(_Products())
+        live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            head.__class__ = _EveryToken
+        before = live.now
+        with _hooks(model, trace.events, live, before):
+            logits = model(**inputs, **_no_cache(model)).logits
+            if changed := type(head) is _EveryToken and logits is not head.given:
+                trace.events.clear()
+            else:
+                _loss(logits, tokens).backward()
+        if changed:  # after its head, so that they are kept whole: as `TargetLoss` does
+            head.__class__, head.given, logits = nn.Linear, None, None
+            products.total = 0
+            with _hooks(model, trace.events, live, before):
+                _loss(model(**inputs, **_no_cache(model)).logits, tokens).backward()
+        trace.flops = products.total
+    return trace
+
+
+class _Products(TorchDispatchMode):
+    """Floating-point operations of the products inside it, by torch's formulas.
+
+    torch's own FlopCounterMode keeps what it has counted alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = _SAME_FLOPS.get(func._overloadpacket, func._overloadpacket)
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+_aten = torch.ops.aten
+_SAME_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+class _EveryToken(LossHead):
+    """The head as it is trained, where every token is a target (which ones are is not known)."""
+
+    given: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input[:, :-1].flatten(0, 1)
+        wanted = torch.zeros(len(hidden), dtype=torch.int64)
+        self.given = self._in_chunks(hidden, wanted).loss.view(1, 1, 1)
+        return self.given
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of what a model gives: the loss itself, whole logits of every token, or of an example."""
+    if logits.numel() == 1:
+        return logits.sum()
+    if logits.dim() == 3:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return F.cross_entropy(logits.float(), tokens[:, 0])
+
+
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if model.can_generate() else {}
+
+
+def _without_storage(model: nn.Module) -> None:
+    """Put tensors of the surrounding FakeTensorMode in place of all; tied ones stay tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
+                store[name] = made[tensor]
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _hooks(model: nn.Module, events: list[Event], live: LiveBytes, before: int) -> Iterator[None]:
+    """Note when modules begin and end, forward and backward; ``before``: bytes that don't count."""
+
+    def note(name: str, *, enters: bool, backward: bool, recomputed: bool = False) -> None:
+        if events:
+            events[-1].most = live.most - before
+        live.most = live.now
+        now = live.now - before
+        event, place = Event(name, enters, backward, recomputed, now, now), len(events)
+        # One gradient may be an outer module's and an inner one's: the outer one begins first.
+        while backward and not recomputed and place and _nested(events[place - 1], event):
+            place -= 1
+        events.insert(place, event)
+
+    def at_gradient(name: str, *, enters: bool) -> Callable[[Tensor], None]:
+        return lambda _: note(name, enters=enters, backward=True)
+
+    def watch(name: str, module: nn.Module) -> None:
+        def begin(_: nn.Module, args: Any) -> None:
+            again = torch._C._current_graph_task_id() != -1
+            note(name, enters=True, backward=again, recomputed=again)
+            for tensor in _with_gradient(args)[:1] if not again else ():
+                tensor.register_hook(at_gradient(name, enters=False))
+
+        def end(_: nn.Module, __: Any, out: Any) -> None:
+            again = torch._C._current_graph_task_id() != -1
+            note(name, enters=False, backward=again, recomputed=again)
+            for tensor in _with_gradient(out)[:1] if not again else ():
+                tensor.register_hook(at_gradient(name, enters=True))
+
+        handles.append(module.register_forward_pre_hook(begin))
+        handles.append(module.register_forward_hook(end))
+
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        watch(name, module)
+    try:
+        yield
+        note("", enters=False, backward=True)
+        events[-1].most = live.now - before
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_gradient(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _nested(earlier: Event, event: Event) -> bool:
+    """Whether an event that was noted later belongs before ``earlier``."""
+    if not earlier.backward or earlier.recomputed or earlier.enters != event.enters:
+        return False
+    outer, inner = (event, earlier) if event.enters else (earlier, event)
+    return outer.module == "" or inner.module.startswith(f"{outer.module}.")

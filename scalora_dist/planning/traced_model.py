@@ -1,0 +1,133 @@
+"""A model without storage, as a method trains it: its parameters and one micro-batch's trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from scalora_dist.config.options import Options
+from scalora_dist.layers.adapted_linear import adapted_linear, own_parameters
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.layers.target_modules import ALL_LINEAR, reached_by_text
+from scalora_dist.methods.method import AddContext
+from scalora_dist.methods.registry import find_method
+from scalora_dist.modeling.load import BaseModelSpec, load_model
+from scalora_dist.planning.residency import Part, Weight
+from scalora_dist.planning.trace import Trace, trace_micro_batch
+from scalora_dist.training.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class Traced:
+    """
+    Attributes:
+        weights: every parameter once, in model order. buffers: bytes of those, whole everywhere.
+        trace: of one micro-batch.
+        blocks: the names of the decoder blocks.
+        head: the LM head's name, or "".
+        layers: how many have factors A and B. factors: numbers in all of them.
+    """
+
+    weights: list[Weight]
+    buffers: int
+    trace: Trace
+    blocks: list[str]
+    head: str
+    layers: int
+    factors: int
+
+
+def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> Traced:
+    """Build the model with the method's layers, and trace one micro-batch at ``max_length``.
+
+    Args:
+        options: settled (batch, merges).
+        compute: the dtype that an engine computes in.
+
+    Raises:
+        UserError: as the trainer would for this model, method and these options.
+    """
+    args, train = options.method, options.train
+    method = find_method(args)
+    with _quiet():
+        model = _make(options, base, compute)
+        for module in model.modules():
+            if isinstance(module, FourBitLinear):
+                module.dense = partial(_dense, module)  # type: ignore[method-assign]
+        layers = method.add(model, AddContext(args, train.seed, compute))
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        make_optimizer(method, options, trained)
+    splits = method.merges and args.merge_target == "weight" and args.merge_rounding == "split"
+    merged = {id(adapted_linear(x).weight) for x in layers.values()} if splits else set()
+    added = {id(p) for layer in layers.values() for p in own_parameters(layer).values()}
+    modules = {id(p): name for name, x in model.named_modules() for p in x.parameters(False)}
+    weights = []
+    for name, p in model.named_parameters():
+        part: Part = "base"
+        if id(p) in added:
+            part = "carry" if name.endswith((".C", ".D")) else "adapters"
+        weights.append(
+            Weight(
+                name=name,
+                module=modules[id(p)],
+                shape=tuple(p.shape),
+                itemsize=p.dtype.itemsize,
+                stored=train.dtype.itemsize if p.is_floating_point() else p.dtype.itemsize,
+                trained=p.requires_grad,
+                part=part,
+                merged=id(p) in merged,
+            )
+        )
+    head = model.get_output_embeddings()
+    kinds, reached = set(model._no_split_modules or ()), reached_by_text(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    return Traced(
+        weights=weights,
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        trace=trace_micro_batch(model, train.per_device_train_batch_size, options.data.max_length),
+        blocks=[n for n, x in model.named_modules() if type(x).__name__ in kinds and x in reached],
+        head=names.get(id(head), ""),
+        layers=len(layers),
+        factors=sum(w.numel for w in weights if w.trained and w.part == "adapters"),
+    )
+
+
+def _make(options: Options, base: BaseModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    name = options.model.model_name_or_path
+    config = AutoConfig.from_pretrained(name, trust_remote_code=options.model.trust_remote_code)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or base.fourbit:
+        return load_model(options.model, base, dtype, weights=False)
+    with init_empty_weights():  # an encoder, with the head that GLUE's tasks take
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    if options.method.target_modules == [ALL_LINEAR]:  # but for that head
+        linear = {n.split(".")[-1] for n, x in model.named_modules() if type(x) is nn.Linear}
+        options.method.target_modules = sorted(linear - {"classifier"})
+    return model
+
+
+def _dense(layer: FourBitLinear, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for W in place of its values, which the codes of a traced layer do not have."""
+    return codes.new_empty(layer.out_features, layer.in_features, dtype=dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A plan has no use for what loading and adapting say."""
+    logger = logging.getLogger("scalora_dist")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

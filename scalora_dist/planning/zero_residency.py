@@ -1,0 +1,179 @@
+"""What ZeRO keeps on one rank, and what stage 3 gathers when (read and measured with 0.19.8)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
+from scalora_dist.planning.trace import Event
+
+
+class ZeroResidency(Residency):
+    """ZeRO stage 0 to 3, with or without offload to the CPU."""
+
+    def __init__(self, config: dict[str, Any], world: int) -> None:
+        """
+        Args:
+            config: a DeepSpeed config without "auto".
+        """
+        super().__init__(world)
+        zero = config.get("zero_optimization", {})
+        self.stage = int(zero.get("stage", 0))
+        self.bucket = int(zero.get("reduce_bucket_size", 5e8))
+        self.overlaps = bool(zero.get("overlap_comm", self.stage == 3))
+        self.contiguous = bool(zero.get("contiguous_gradients", True))
+        self.persists = int(zero.get("stage3_param_persistence_threshold", 1e5))
+        self.prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
+        self.most_live = int(zero.get("stage3_max_live_parameters", 1e9))
+        self.reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
+        self.secondary = min(int(zero.get("zero_hpz_partition_size", 1)), world)
+        self.weights_on_host = offloads(zero, "offload_param") and self.stage == 3
+        self.states_on_host = offloads(zero, "offload_optimizer")
+
+    def share(self, weight: Weight) -> int:
+        return -(-weight.numel // self.world) if self.stage == 3 else weight.numel
+
+    def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
+        trained = [weight for weight in weights if weight.trained]
+        numel = sum(weight.numel for weight in trained)
+        low = sum(weight.nbytes for weight in trained)  # as they are computed with
+        part = self.world if self.stage else 1
+        device: dict[str, float] = self.kept_parts(weights)
+        host: dict[str, float] = {}
+        if self.weights_on_host:
+            host, device = device, {}
+        masters = 4 * numel / part
+        if self.stage == 0:
+            masters = 0 if low == 4 * numel else 4 * numel
+        adapters = low / self.world if self.stage == 3 else low
+        device["adapters"] = device.get("adapters", 0) + adapters
+        states = {"masters": masters, "moments": 8 * numel / part}
+        # Stage 1 adds up whole gradients; so does stage 2 between the micro-batches of a step.
+        gradients = low / self.world if self.stage == 3 else low
+        if self.states_on_host:
+            host |= states | {"gradients": 4 * numel / part}
+        else:
+            device |= states
+        device["gradients"] = gradients
+        if self.stage and self.contiguous:
+            itemsize = low / numel
+            buckets = 2 if self.overlaps and self.stage < 3 else 1
+            device["engine buffers"] = buckets * self.bucket * itemsize
+        if self.stage == 3:
+            device["gathered and kept"] = sum(w.nbytes for w in weights if self._persistent(w))
+            if self.secondary > 1:
+                kept = sum(w.nbytes for w in weights) / self.secondary
+                device["secondary shards"] = kept
+        return Held(device, host, during_step=0.0 if self.states_on_host else 4 * numel / part)
+
+    def _persistent(self, weight: Weight) -> bool:
+        return weight.numel <= self.persists
+
+    def gathers(self, weights: Sequence[Weight], events: Sequence[Event]) -> list[float]:
+        if self.stage < 3:
+            return super().gathers(weights, events)
+        return [bytes_ for bytes_, _ in self._coordinate(weights, events)]
+
+    def wire(
+        self, weights: Sequence[Weight], events: Sequence[Event], micro_batches: int
+    ) -> list[Message]:
+        trained = [weight for weight in weights if weight.trained]
+        gradients = others(self.world) * sum(weight.nbytes for weight in trained)
+        if self.stage == 0:
+            return [Message("gradients", 2 * gradients, self.world)]
+        if self.stage < 3:
+            return [
+                Message("gradients", 2 * gradients, self.world),
+                Message("updated weights", gradients, self.world),
+            ]
+        fetches = [fetched for _, fetched in self._coordinate(weights, events)]
+        far, near = micro_batches * sum(fetches), 0.0
+        if self.secondary > 1:  # a node has copies from a step's first forward on
+            once = zip(events, fetches, strict=True)
+            whole, far = far, sum(fetched for event, fetched in once if not event.backward)
+            near = whole - far
+        kept = sum(weight.nbytes for weight in trained if self._persistent(weight))
+        messages = [
+            Message("gathered weights", others(self.world) * far, self.world),
+            Message("gradients", micro_batches * gradients, self.world),
+            Message("updated weights", others(self.world) * kept, self.world),
+        ]
+        if near:
+            received = others(self.secondary) * near
+            messages.append(Message("weights from near by", received, self.secondary))
+        return messages
+
+    def _coordinate(
+        self, weights: Sequence[Weight], events: Sequence[Event]
+    ) -> list[tuple[float, float]]:
+        """Bytes of gathered weights during each event, and those fetched at it.
+
+        As DeepSpeed's coordinator does it once it has seen a step: a weight that is used again
+        within ``stage3_max_reuse_distance`` elements is kept, others are freed when their module
+        ends, and the next ``stage3_prefetch_bucket_size`` elements are fetched ahead. What gradient
+        checkpointing has fetched to compute a block again goes when the module ends that asked for
+        it, although the block's own backward is still to come.
+        """
+        owned: dict[str, list[Weight]] = defaultdict(list)
+        for weight in weights:
+            if not self._persistent(weight):
+                owned[weight.module].append(weight)
+        order = [event.module for event in events if event.enters and owned[event.module]]
+        uses = [(step, weight) for step, name in enumerate(order) for weight in owned[name]]
+        step, queued = 0, 0
+        live: dict[str, Weight] = {}
+        asking: dict[str, list[Weight]] = {}  # modules in their backward, and what they recomputed
+        found = []
+        for event in events:
+            fetched: list[Weight] = []
+            mine = owned[event.module]
+            if mine and event.enters:
+                fetched += [weight for weight in mine if weight.name not in live]
+                while queued < len(uses) and uses[queued][0] <= step:
+                    queued += 1
+                elements = sum(weight.numel for weight in live.values())
+                room, ahead = min(self.prefetch, self.most_live - elements), 0
+                while queued < len(uses) and ahead < room:
+                    weight = uses[queued][1]
+                    if weight.name not in live and weight not in fetched:
+                        fetched.append(weight)
+                        ahead += weight.numel
+                    queued += 1
+                step += 1
+                live |= {weight.name: weight for weight in fetched}
+            elif mine:
+                # Nor is one freed that the prefetch has passed by in the queue.
+                soon = self._used_soon(order[step:], owned)
+                soon |= {weight.name for when, weight in uses[:queued] if when >= step}
+                for weight in mine:
+                    if weight.name not in soon:
+                        live.pop(weight.name, None)
+            if event.backward and not event.recomputed:
+                if event.enters:
+                    asking[event.module] = []
+                else:
+                    for weight in asking.pop(event.module, []):
+                        live.pop(weight.name, None)
+            elif event.recomputed and event.enters and asking:
+                next(reversed(asking.values())).extend(w for w in mine if not w.trained)
+            bytes_ = float(sum(weight.nbytes for weight in live.values()))
+            found.append((bytes_, float(sum(weight.nbytes for weight in fetched))))
+        return found
+
+    def _used_soon(self, order: Sequence[str], owned: dict[str, list[Weight]]) -> set[str]:
+        names: set[str] = set()
+        passed = 0
+        for module in order:
+            if passed >= self.reuse:
+                break
+            for weight in owned[module]:
+                names.add(weight.name)
+                passed += weight.numel
+        return names
+
+
+def offloads(zero: dict[str, Any], part: str) -> bool:
+    """Whether a ``zero_optimization`` section keeps ``part`` on the CPU."""
+    return (zero.get(part) or {}).get("device") == "cpu"

@@ -1,1 +1,0 @@
-"""How a method starts: what is computed over the sharded weights or gradients before training."""

@@ -1,0 +1,67 @@
+"""From a base model to one that an engine trains: loaded, adapted, sharded."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from scalora_dist.config.options import Options
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.methods.method import AddContext, Method
+from scalora_dist.model_io.import_adapter import SavedAdapter
+from scalora_dist.modeling.load import BaseModelSpec, load_model
+from scalora_dist.training.optimizer import make_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def check_same_attention(base: BaseModelSpec, world: World) -> None:
+    """
+    Raises:
+        UserError: on every rank, where nodes would load the model with different attention.
+    """
+    if not world.agree(zlib.crc32(str(base.attention).encode())):
+        raise UserError(
+            "flash-attn is installed on some nodes only: install it on all, or set "
+            "--attn_implementation sdpa"
+        )
+
+
+def build_model(
+    options: Options,
+    base: BaseModelSpec,
+    method: Method,
+    engine: Engine,
+    saved_adapter: SavedAdapter | None,
+) -> PreTrainedModel:
+    """Load the model, add the method's layers, and give it to ``engine``; a collective.
+
+    Afterwards each rank draws other random numbers (dropout).
+
+    Raises:
+        UserError: layers that the method cannot adapt, or that ``saved_adapter`` does not fit.
+    """
+    world = engine.world
+    reads_weights = world.is_main or not engine.loads_on_rank_0
+    device = world.device if engine.keeps_whole_weights else None
+
+    def load() -> PreTrainedModel:
+        return load_model(options.model, base, engine.dtype, weights=reads_weights, device=device)
+
+    with engine.loading():
+        model = world.node_first(load) if engine.loads_on_rank_0 else load()
+        context = AddContext(options.method, options.train.seed, engine.dtype, engine.shape_of)
+        layers = method.add(model, context)
+    if saved_adapter:
+        saved_adapter.check(layers)
+    torch.manual_seed(options.train.seed + world.rank)
+    if options.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine.attach(model, layers, partial(make_optimizer, method, options))
+    return model

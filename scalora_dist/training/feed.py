@@ -1,0 +1,99 @@
+"""What a run trains on: the tokenizer, the examples, and which of them each step takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from scalora_dist.config.options import Options
+from scalora_dist.data.batches import GlobalBatches, RankBatches
+from scalora_dist.data.collate import Collator
+from scalora_dist.data.prepare import prepare_data
+from scalora_dist.distributed.world import World
+from scalora_dist.errors import UserError
+from scalora_dist.methods.init.samples import SamplePass
+from scalora_dist.modeling.load import load_tokenizer
+from scalora_dist.modeling.loss import TargetLoss
+
+logger = logging.getLogger(__name__)
+
+
+class DataFeed:
+    """
+    Attributes:
+        tokenizer: the base model's.
+        data: tokenized examples, to train on and to evaluate on.
+        batches: the examples of each step's global batch.
+        collate: makes a padded batch of examples.
+        steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, options: Options, world: World) -> None:
+        """Prepare the data, once per node.
+
+        Raises:
+            UserError: on every rank, for every mistake in the data or its options.
+        """
+        self.options = options
+        self.world = world
+        train = options.train
+        self.tokenizer = load_tokenizer(options.model)
+        self.data = world.node_first(lambda: prepare_data(options.data, self.tokenizer, train.seed))
+        self._check()
+        assert train.train_batch_size is not None  # decided by settle_batch
+        self.batches = GlobalBatches(
+            self.data.train["target_tokens"], train.train_batch_size, train.seed
+        )
+        self.steps = train.max_steps
+        if self.steps <= 0:
+            examples = len(self.data.train) * train.num_train_epochs
+            self.steps = math.ceil(examples / self.batches.global_batch_size)
+        self.collate = Collator(self.tokenizer)
+
+    def micro_batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's micro-batches from a step on, counted from 0; draws a random number."""
+        sampler = RankBatches(
+            self.batches,
+            micro_batch_size=self.options.train.per_device_train_batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+            start_step=first_step,
+        )
+        return iter(DataLoader(self.data.train, batch_sampler=sampler, collate_fn=self.collate))
+
+    def samples(self, loss: TargetLoss, model: PreTrainedModel) -> SamplePass:
+        """The few examples that a method's initialization may look at."""
+        examples = len(self.data.train)
+        # LoRA-SB's share of the data (section 3), which it found enough.
+        count = self.options.method.start_samples or max(25, math.ceil(0.001 * examples))
+        return SamplePass(
+            partial(loss, model),
+            self.data.train,
+            self.collate,
+            self.world,
+            count=count,
+            seed=self.options.train.seed,
+        )
+
+    def _check(self) -> None:
+        """Warn of examples that were cut or dropped; make sure that all nodes prepared the same."""
+        data = self.data
+        # Each rank reads its own batches and counts the global targets by itself.
+        check = zlib.crc32(np.asarray(data.train["target_tokens"], dtype=np.int64).tobytes())
+        check = zlib.crc32(json.dumps([data.train[0], data.train[-1]]).encode(), check)
+        if not self.world.agree(check):
+            raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
+        if data.truncated:
+            length = self.options.data.max_length
+            logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, length)
+        if data.dropped:
+            logger.warning("%d example(s) without a target token: dropped", data.dropped)

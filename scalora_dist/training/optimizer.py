@@ -1,0 +1,67 @@
+"""AdamW and its schedule, alike on every engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from scalora_dist.config.options import Options
+from scalora_dist.methods.method import Method
+from scalora_dist.methods.relora import warmed_up_again
+
+logger = logging.getLogger(__name__)
+
+
+def make_optimizer(
+    method: Method, options: Options, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW, a group for each multiple of the learning rate that the method asks for.
+
+    The smallest multiple comes first: metrics report that group's rate.
+    """
+    train = options.train
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rates.setdefault(method.rate(name, options.method), []).append(parameter)
+    if train.weight_decay and method.merges:
+        logger.warning(
+            "weight_decay on A and B pulls towards W − s·A Bᵀ of the moment, not the start"
+        )
+    return torch.optim.AdamW(
+        [
+            {"params": group, "lr": rate * train.learning_rate}
+            for rate, group in sorted(rates.items())
+        ],
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, method: Method, options: Options, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """transformers' schedule over ``steps``, warmed up again after a method's restarts."""
+    train = options.train
+    schedule = get_scheduler(
+        train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(steps * train.warmup_ratio),
+        num_training_steps=steps,
+    )
+    if method.restart:
+        every, warmup = options.method.relora_interval, options.method.relora_warmup_steps
+        if every >= steps:
+            logger.warning("--relora_interval %d: no restart in %d steps", every, steps)
+        if warmup >= every:
+            logger.warning("--relora_warmup_steps never end within --relora_interval %d", every)
+        schedule.lr_lambdas = [
+            warmed_up_again(rate, interval=every, warmup_steps=warmup)
+            for rate in schedule.lr_lambdas
+        ]
+    return schedule

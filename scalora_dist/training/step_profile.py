@@ -1,0 +1,278 @@
+"""What the steps of a run spend their time and memory on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from scalora_dist.config.options import Options
+from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.errors import UserError
+from scalora_dist.methods.method import AddContext
+from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.modeling.load import outline
+from scalora_dist.profiling.clock import Clock, Stopwatch
+from scalora_dist.profiling.communication import communication
+from scalora_dist.profiling.flops import Flops, count_flops
+from scalora_dist.profiling.gpus import find_gpu
+from scalora_dist.profiling.memory import restart_peak
+from scalora_dist.profiling.table import render_profile
+from scalora_dist.training.run_log import write_json
+from scalora_dist.training.state_bytes import gradient_bytes, state_bytes
+
+logger = logging.getLogger(__name__)
+Numbers: TypeAlias = Mapping[str, Mapping[str, float]]
+OverRanks: TypeAlias = dict[str, dict[str, float]]
+
+
+class Profile(Clock):
+    """What the training loop tells of its steps; this one does not listen."""
+
+    def start(self, step: int) -> None:
+        """Step ``step`` begins, counted from 1."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
+        """The forward of a micro-batch begins, of input_ids and labels (examples, length)."""
+        self.begin("forward")
+
+    def finish(self, tokens: int) -> dict[str, Any]:
+        """The step is over; what its line of metrics.jsonl is to say besides.
+
+        Args:
+            tokens: of all ranks' micro-batches, padding left out.
+        """
+        return {}
+
+    def close(self) -> None:
+        """The run is over: write and show what it was like."""
+
+
+def make_profile(options: Options, runner: MethodRunner, steps: int) -> Profile:
+    """The profile that the options ask for, called on every rank.
+
+    Args:
+        steps: how many the whole run has.
+
+    Raises:
+        UserError: a window that the run does not reach.
+    """
+    if not options.profile.profile:
+        return Profile()
+    window = options.profile.profile_window
+    if window and window[1] > steps:
+        raise UserError(
+            f"--profile_window {window[0]} {window[1]}: the run ends after step {steps}; "
+            "name steps before that"
+        )
+    return StepProfile(options, runner, steps)
+
+
+class StepProfile(Profile):
+    """Measures every step, and traces those of a window.
+
+    The device is waited for at the end of each part, so that what it does there counts there. What
+    the measuring takes between parts is counted nowhere; torch.profiler, which sees the
+    collectives, makes the parts themselves a little longer.
+    """
+
+    def __init__(self, options: Options, runner: MethodRunner, steps: int) -> None:
+        self.runner = runner
+        self.engine = runner.engine
+        self.world = runner.engine.world
+        self.steps = steps
+        self.device = self.world.device
+        self.window = options.profile.profile_window
+        assert options.train.output_dir is not None
+        self.folder = Path(options.train.output_dir) / "profile"
+        self.flops = flops_of(options, runner)
+        self.peak_tflops = peak_of(options, self.device)
+        self.seen: list[dict[str, Any]] = []  # of the steps of this run
+        self.gradients: int | None = None  # bytes
+        self.recording = False  # what is allocated
+        # Kineto announces every profile that begins or ends, unless it is told not to by then.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+    def start(self, step: int) -> None:
+        if self.window is None:
+            self.window = [min(step + 2, self.steps), min(step + 3, self.steps)]
+        if not self.seen and step > self.window[1]:
+            logger.warning("--profile_window is over: the run goes on from step %d", step)
+        self.step, self.traced = step, self.window[0] <= step <= self.window[1]
+        self.work = 0.0
+        self.peaks: dict[str, int] = {}
+        if self.device.type == "cuda" and self.traced and not self.recording:
+            torch.cuda.memory._record_memory_history()
+            self.recording = True
+        self.profiler = profile(activities=self._activities())
+        self.profiler.start()
+        restart_peak(self.device)
+        self.watch = Stopwatch(self.device)
+        self.started = time.time_ns()
+        self.ranges = [record_function(f"step {step}")]
+        self.ranges[0].__enter__()
+        self.begin("rest")
+
+    def _activities(self) -> list[ProfilerActivity]:
+        """Kernels suffice to see a GPU's collectives; CPU operators cost more to record."""
+        gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+        return gpu if gpu and not self.traced else [ProfilerActivity.CPU, *gpu]
+
+    def begin(self, part: str) -> None:
+        self._end()
+        if part == "optimizer" and self.gradients is None:
+            self.gradients = gradient_bytes(self.engine)  # there now, and whole
+        self.watch.begin(part)
+        self.ranges.append(record_function(part))
+        self.ranges[-1].__enter__()
+
+    def _end(self) -> None:
+        part = self.watch.part
+        self.watch.end()
+        if part is None:
+            return
+        self.ranges.pop().__exit__(None, None, None)
+        peak = restart_peak(self.device)
+        if peak is not None:
+            self.peaks[part] = max(peak, self.peaks.get(part, 0))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
+        if self.flops:
+            targets = int((batch["labels"][:, 1:] != IGNORE).sum())
+            examples, length = batch["input_ids"].shape
+            self.work += self.flops.step(examples, length, targets)
+        super().forward(batch)
+
+    def finish(self, tokens: int) -> dict[str, Any]:
+        self._end()
+        self.ranges.pop().__exit__(None, None, None)
+        ended = time.time_ns()
+        self.profiler.stop()
+        assert self.profiler.profiler and self.profiler.profiler.kineto_results
+        events = self.profiler.profiler.kineto_results.events()
+        collectives, alone = communication(events, self.started, ended, self.device)
+        if self.traced:
+            self._write_trace()
+        del self.profiler, events
+        kept = state_bytes(self.engine, self.runner.low_halves) | {"gradients": self.gradients or 0}
+        mean, most = self._over_ranks(
+            {
+                "parts": self.watch.seconds,
+                "whole": {"seconds": sum(self.watch.seconds.values()), "flops": self.work},
+                "communication": {"seconds": collectives, "exposed": alone},
+                "memory": kept,
+                "peak": self.peaks,
+            }
+        )
+        seconds = most["whole"]["seconds"]
+        found: dict[str, Any] = {
+            "step": seconds,
+            "parts": mean["parts"],
+            "slowest": most["parts"],
+            "communication": mean["communication"] | {"slowest": most["communication"]["seconds"]},
+            "tokens_per_second": tokens / seconds,
+        }
+        if self.flops:
+            found["tflops"] = mean["whole"]["flops"] / seconds / 1e12
+            if self.peak_tflops:
+                found["mfu"] = found["tflops"] / self.peak_tflops
+        found |= {"memory": most["memory"], "peak": most["peak"]}
+        self.seen.append(found)
+        return {"profile": found}
+
+    def _over_ranks(self, numbers: Numbers) -> tuple[OverRanks, OverRanks]:
+        """The mean and the largest of each number over all ranks: one all-gather.
+
+        Args:
+            numbers: {group: {name: number}}, the same names in the same order on every rank.
+        """
+        row = [value for group in numbers.values() for value in group.values()]
+        rows = self.world.gather_rows(torch.tensor([row], dtype=torch.float64))
+        found = []
+        for values in (rows.mean(0).tolist(), rows.amax(0).tolist()):
+            value = iter(values)
+            found.append({key: {n: next(value) for n in group} for key, group in numbers.items()})
+        return found[0], found[1]
+
+    def _write_trace(self) -> None:
+        """This step for Chrome, and on CUDA at the window's end what was allocated in it."""
+        assert self.window is not None
+        rank = self.world.rank
+        trace = self.folder / f"trace-step{self.step}-rank{rank}.json.gz"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(str(trace))
+            if self.recording and self.step == self.window[1]:
+                torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{rank}.pickle"))
+        except OSError as error:  # a full disk does not end the run
+            logger.warning("%s: %s", trace, error.strerror)
+        if self.recording and self.step == self.window[1]:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def close(self) -> None:
+        if not (self.world.is_main and self.seen):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        timed = self.seen[1:] or self.seen  # the first step also sets up kernels and buffers
+        report = {
+            "steps": len(timed),
+            "ranks": self.world.size,
+            "peak_tflops": self.peak_tflops,
+            "median": medians(timed),
+            "share": shares(timed, "parts"),
+            "communication_share": shares(timed, "communication"),
+            "traces": sorted(str(path) for path in self.folder.glob("trace-*")),
+            "snapshots": sorted(str(path) for path in self.folder.glob("memory-*")),
+        }
+        write_json(self.folder / "profile.json", report)
+        logger.info("\n%s\n", render_profile(report))
+
+
+def flops_of(options: Options, runner: MethodRunner) -> Flops | None:
+    """What a micro-batch of this run takes; None for a model that cannot be counted.
+
+    A carry's columns, which come and go, are left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = outline(options.model, runner.engine.dtype)
+        context = AddContext(options.method, options.train.seed, runner.engine.dtype)
+        runner.method.add(model, context)
+    try:
+        return count_flops(model.to("meta"))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("no FLOP/s: the model's operations cannot be counted (%s)", reason)
+        return None
+
+
+def peak_of(options: Options, device: torch.device) -> float | None:
+    """What the device can do in 1e12 FLOP/s, where it is known: by the options, or in 16 bits."""
+    if options.profile.peak_tflops or device.type != "cuda":
+        return options.profile.peak_tflops
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.tflops if gpu and options.train.dtype != torch.float32 else None
+
+
+def medians(seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each number over the steps that have it, as nested as they are."""
+    names = dict.fromkeys(name for one in seen for name in one)
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [one[name] for one in seen if name in one]
+        found[name] = medians(values) if isinstance(values[0], Mapping) else median(values)
+    return found
+
+
+def shares(seen: Sequence[Mapping[str, Any]], group: str) -> dict[str, float]:
+    """What each of a group's seconds come to over all steps, as a share of all parts' seconds."""
+    whole = sum(sum(one["parts"].values()) for one in seen)
+    names = dict.fromkeys(name for one in seen for name in one[group])
+    return {name: sum(one[group].get(name, 0.0) for one in seen) / whole for name in names}

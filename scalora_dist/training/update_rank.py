@@ -1,0 +1,40 @@
+"""How high the rank of the accumulated update, the merged weight less W_0, has grown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from scalora_dist.core.rank_sketch import numerical_rank
+from scalora_dist.engines.base import Engine
+from scalora_dist.methods.rank_monitor import spread_out
+from scalora_dist.model_io.merged_weights import MergedWeights
+
+
+class UpdateRank:
+    """Remembers this rank's shards of a few layers' initial weights, spread over the model."""
+
+    def __init__(self, engine: Engine, count: int) -> None:
+        self.engine = engine
+        weights = {p.name: p.shard for p in engine.base_shards()}
+        self.initial = {
+            f"{name}.weight": weights[f"{name}.weight"].local.clone()
+            for name in spread_out(list(engine.adapted), count)
+        }
+
+    @torch.no_grad()
+    def measure(self, low_halves: Mapping[str, Tensor]) -> list[int]:
+        """The numerical rank of each remembered layer's update, on every rank.
+
+        One layer is whole at a time; the ranks take turns with the SVDs.
+        """
+        world = self.engine.world
+        merged = MergedWeights(self.engine, low_halves)
+        ranks = []
+        for turn, (name, local) in enumerate(self.initial.items()):
+            before = merged.dense(name, merged.base[name].shard.like(local))
+            after = merged.full_tensor(name, on_rank=turn % world.size)
+            ranks.append(0 if after is None else numerical_rank(after.sub_(before)))
+        return [int(rank) for rank in world.sum(*ranks)]
