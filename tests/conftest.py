@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import Ranks
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
     options.train.settle_batch(world.size)
     base = read_base_model(options.model, options.train.dtype, world.device)
     trainer = Trainer(options, world, base, engine_factory(options, world, base))
-    batches, checkpoints = trainer._micro_batches(), trainer.checkpoints
+    batches, checkpoints = trainer.micro_batches(0), trainer.checkpoints
     steps = 0
 
     def timed(work: Callable[[], object]) -> float:
@@ -56,7 +56,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
 
     def step() -> None:
         nonlocal steps
-        trainer._step(steps, batches)
+        trainer.take_step(steps, batches)
         steps += 1
 
     def wait() -> None:
@@ -79,7 +79,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
         seconds["step_beside"].append(timed(step))
         wait()
         seconds["write"].append(timed(save_and_wait))
-    trainer.watch.close()
+    trainer.watchdog.close()
     figures: dict[str, Any] = {name: median(values) for name, values in seconds.items()}
     folder = checkpoint_folder(checkpoints.output_dir, steps)
     parts = trainer.state.parts().values()

@@ -16,6 +16,7 @@ with increments of zero, which leave W as it was; that both give the same W is c
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -35,15 +36,20 @@ import torch.distributed as dist
 
 from scalora_dist.config.data import DataArguments
 from scalora_dist.config.fields import option
-from scalora_dist.config.options import options as config
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.config.options import LaunchArguments, Options
+from scalora_dist.config.parser import Parser
+from scalora_dist.config.training import TrainArguments
 from scalora_dist.core.flat_shard import global_norm
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.ds_config import load_ds_config
-from scalora_dist.engines.layer_shards import LayerShards, gradient_shards
+from scalora_dist.engines.layer_shards import gradient_shards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import find_method, resolve_merge_options
 from scalora_dist.methods.runner import merge_target
 from scalora_dist.methods.scalora import Rescaler
@@ -99,7 +105,7 @@ class Bench:
 
     def __init__(
         self,
-        options: config.Options,
+        options: Options,
         world: World,
         base: BaseModelSpec,
         ds: dict[str, Any],
@@ -117,7 +123,9 @@ class Bench:
             raise UserError(f"--method {method.method} rescales nothing: leave it out")
         scalora = find_method(method)
         resolve_merge_options(method, scalora, quantized=base.fourbit is not None)
-        self.modules = scalora.add(model, method, train.seed, self.engine.dtype)
+        self.modules = scalora.add(
+            model, AddContext(method, train.seed, self.engine.dtype, self.engine.shape_of)
+        )
         self.engine.attach(
             model,
             self.modules,
@@ -162,31 +170,31 @@ class Bench:
         return self.world.max(self.clock() - started)[0]
 
     def lora_step(self) -> None:
-        def measure(layers: list[LayerShards]) -> bool:
-            return global_norm(gradient_shards(layers), self.world.device) < float("inf")
-
-        self._step(measure)
+        self._backward()
+        gradients = gradient_shards(self.engine.layer_shards())
+        self._step(applied=math.isfinite(global_norm(gradients, self.world.device)))
 
     def scalora_step(self, counted: AbstractContextManager[Any] | None = None) -> None:
         """A step whose rescale happens inside ``counted`` and leaves its ``seconds``."""
+        self._backward()
+        layers = self.engine.layer_shards()
+        started, parts = self.meet(), Stopwatch(self.world.device)
+        with counted or nullcontext():
+            report = self.rescaler(layers, parts)
+        parts.end()
+        self.seconds = {"rescale": self.clock() - started, **parts.seconds}
+        self._step(applied=report.applied)
 
-        def rescale(layers: list[LayerShards]) -> bool:
-            started, parts = self.meet(), Stopwatch(self.world.device)
-            with counted or nullcontext():
-                report = self.rescaler(layers, parts)
-            parts.end()
-            self.seconds = {"rescale": self.clock() - started, **parts.seconds}
-            return report.applied
-
-        self._step(rescale)
-
-    def _step(self, transform: Callable[[list[LayerShards]], bool]) -> None:
+    def _backward(self) -> None:
         batch = {"input_ids": self.tokens, "labels": self.tokens}
         loss = self.loss(self.engine.module, batch).loss
         self.engine.backward(loss / (self.world.size * self.tokens[:, 1:].numel()), last=True)
         self.world.sum(float(loss.detach()))
-        if not self.engine.step(transform):
+
+    def _step(self, *, applied: bool) -> None:
+        if not applied:
             raise RuntimeError("gradients are not finite: a skipped step's time means nothing")
+        self.engine.step()
 
     @torch.no_grad()
     def local_merge(self, scales: Scales) -> None:
@@ -278,13 +286,13 @@ def render(found: dict[str, Any]) -> str:
 
 
 def run(argv: list[str]) -> None:
-    groups = [config.ModelArguments, config.MethodArguments, BenchArguments]
-    parser = config.Parser(groups, allow_abbrev=False, description=__doc__.partition("\n")[0])
+    groups = [ModelArguments, MethodArguments, BenchArguments]
+    parser = Parser(groups, allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.parse_args(argv)  # says what it does not know
     model, method, args = parser.parse_args_into_dataclasses(argv)
     batch = args.per_device_train_batch_size
-    train = config.TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
-    options = config.Options(model, DataArguments(), method, train, config.LaunchArguments())
+    train = TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
+    options = Options(model, DataArguments(), method, train, LaunchArguments())
     world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
     base = read_base_model(model, train.dtype, world.device)
     width = base.hidden_size

@@ -75,11 +75,11 @@ def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) 
     base = read_base_model(options.model, options.train.dtype, world.device)
     trainer = Trainer(options, world, base, engine_factory(options, world, base))
     if way == REQUANTIZED:
-        assert trainer.method.merger is not None
+        assert trainer.runner.merger is not None
         modules = {n: x for n, x in trainer.engine.adapted.items() if isinstance(x, FourBitLinear)}
-        target = trainer.method.merger.target = Requantized(modules)
+        target = trainer.runner.merger.target = Requantized(modules)
     summary = trainer.run()
-    found = {"losses": [record["loss"] for record in trainer.records], "summary": summary}
+    found = {"losses": [record["loss"] for record in trainer.progress.records], "summary": summary}
     if way == REQUANTIZED:
         for name, values in (("kept", target.kept), ("noise", target.noise)):
             found[name] = float(torch.tensor(values).median())

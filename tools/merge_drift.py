@@ -139,7 +139,7 @@ class Watcher:
     """Merges what a trainer merges into copies of a few of its layers, and measures them."""
 
     def __init__(self, trainer: Trainer, blocks: int, merges: Sequence[int]) -> None:
-        rescaler = trainer.method.transform
+        rescaler = trainer.runner.transform
         assert isinstance(rescaler, Rescaler)
         shards = {layer.name: layer.W for layer in trainer.engine.layer_shards(gradients=False)}
         self.layers = {

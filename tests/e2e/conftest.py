@@ -5,27 +5,26 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-import runs
-import small
+from tests.support import tiny_models
 
 
 @pytest.fixture(scope="session")
 def tiny_model(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random Llama with the demo model's tokenizer."""
     folder: Path = tmp_path_factory.mktemp("tiny")
-    runs.save_tiny_llama(folder, AutoTokenizer.from_pretrained(demo_model))
+    tiny_models.save_tiny_llama(folder, AutoTokenizer.from_pretrained(demo_model))
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose rows divide by nothing."""
-    return small.save_task(tmp_path_factory.mktemp("odd"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("odd"))
 
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that bitsandbytes' own layers can compute with, too."""
-    from adapter_work import save_even_task  # which imports PEFT
+    from tests.support.workers.adapter import save_even_task  # which imports PEFT
 
     return save_even_task(tmp_path_factory.mktemp("even"))

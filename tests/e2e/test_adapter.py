@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import adapter_work as work
-import runs
-import small
-from adapter_work import CARRY, RANK, differ, options, size
-from ranks import Ranks
 from scalora_dist.model_io.base_weights import find_key
+from tests.support import runs, tiny_runs
+from tests.support.ranks import Ranks
+from tests.support.workers import adapter as work
+from tests.support.workers.adapter import CARRY, RANK, differ, options, size
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -218,7 +217,7 @@ def test_adapter_rank_where_it_means_nothing_is_refused(
     ranks: GetRanks, odd: Path, tmp_path: Path, others: dict[str, Any]
 ) -> None:
     case = options(odd, tmp_path / "run", **{"adapter_rank": 3} | others)
-    ((message, status, _),) = ranks(1).run(small.refusal, case)
+    ((message, status, _),) = ranks(1).run(tiny_runs.refusal, case)
     assert status == 2 and "\n" not in message and message.startswith("--adapter_rank")
     assert not (tmp_path / "run").exists()
 
@@ -232,7 +231,7 @@ def test_a_base_that_cannot_be_read_again_is_refused_before_training(
     torch.save(tensors, task / "pytorch_model.bin")
     (task / "model.safetensors").unlink()
     case = options(task, tmp_path / "run", engine, adapter_rank=3)
-    message, status, _ = ranks(size(engine)).run(small.refusal, case)[0]
+    message, status, _ = ranks(size(engine)).run(tiny_runs.refusal, case)[0]
     assert status == 2 and "\n" not in message
     assert "it has no safetensors files: save the model" in message
     assert not (tmp_path / "run").exists()

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import adapter_work as work
-import runs
-import small
-from adapter_work import CARRY, RANK, differ, options, size
-from ranks import Ranks
-from refusals import one_sentence
 from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
+from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import find_method, resolve_merge_options
 from scalora_dist.model_io.import_adapter import SavedAdapter
+from tests.support import runs, tiny_runs
+from tests.support.ranks import Ranks
+from tests.support.refusals import one_sentence
+from tests.support.workers import adapter as work
+from tests.support.workers.adapter import CARRY, RANK, differ, options, size
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -99,12 +99,12 @@ def test_a_carry_goes_on(
     # 8 columns of 16 are used: two more merges fit.
     assert next(x["step"] for x in records) == 3
     # What a checkpoint holds is not started from anew, and the adapter may be gone.
-    expected = small.lines(tmp_path / "b")
+    expected = tiny_runs.lines(tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-4")
     shutil.rmtree(tmp_path / "b" / "adapter")
     shutil.rmtree(tmp_path / "a")
     group.run(runs.run, case | {"resume_from_checkpoint": "latest"})
-    assert small.lines(tmp_path / "b") == expected
+    assert tiny_runs.lines(tmp_path / "b") == expected
     assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -118,7 +118,7 @@ def read(case: dict[str, Any]) -> None:
     resolve_merge_options(parsed.method, method, quantized=False)
     saved = SavedAdapter(parsed)
     model = work.base(Path(str(parsed.model.model_name_or_path)))
-    saved.check(method.add(model, parsed.method, 0, torch.float32))
+    saved.check(method.add(model, AddContext(parsed.method, 0, torch.float32)))
 
 
 Spoil = Callable[[Path], None]

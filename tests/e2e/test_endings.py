@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import runs
-import small
-from ranks import Ranks
 from scalora_dist.checkpoint.manifest import checkpoints, is_sound, read_state, step_of
 from scalora_dist.distributed.world import World
 from scalora_dist.training.run_log import RunLog
 from scalora_dist.training.saving import PREEMPTED as PREEMPTED_MARK
 from scalora_dist.training.trainer import Trainer
+from tests.support import launched, runs, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 
@@ -34,7 +33,7 @@ LONG = {"max_steps": 40, "save_steps": 0, "eval_steps": 16}
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("task"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
 def sound(folder: Path) -> list[int]:
@@ -52,9 +51,9 @@ def sound(folder: Path) -> list[int]:
 def test_a_signal_ends_one_process_with_75(
     ranks: GetRanks, task: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    case = small.options(task, tmp_path / "run", "local", **LONG)
-    with small.Launched("local", case, tmp_path / "log") as run:
-        assert run.wait_for(lambda: small.last_step(tmp_path / "run") >= 3), run.text()
+    case = tiny_runs.options(task, tmp_path / "run", "local", **LONG)
+    with launched.Launched("local", case, tmp_path / "log") as run:
+        assert run.wait_for(lambda: launched.last_step(tmp_path / "run") >= 3), run.text()
         run.process.send_signal(number)
         assert run.wait() == PREEMPTED, run.text()
     check_preempted(ranks(1), case, run.text(), number)
@@ -80,9 +79,9 @@ def test_a_signal_ends_ranks_after_a_save(
     whom: str,
 ) -> None:
     """Through its launcher, all ranks, or only the last rank; what the launcher makes of it."""
-    case = small.options(task, tmp_path / "run", engine, **LONG)
-    with small.Launched(engine, case, tmp_path / "log") as run:
-        assert run.wait_for(lambda: small.last_step(tmp_path / "run") >= 3), run.text()
+    case = tiny_runs.options(task, tmp_path / "run", engine, **LONG)
+    with launched.Launched(engine, case, tmp_path / "log") as run:
+        assert run.wait_for(lambda: launched.last_step(tmp_path / "run") >= 3), run.text()
         targets = {"launcher": [run.launcher()], "ranks": run.ranks(), "one rank": run.ranks()[-1:]}
         for process in targets[whom]:
             process.send_signal(number)
@@ -95,7 +94,7 @@ def test_a_signal_ends_ranks_after_a_save(
 def check_preempted(ranks: Ranks, case: dict[str, Any], text: str, number: signal.Signals) -> None:
     """The step was finished and saved, one sentence says so, and the run goes on as if never."""
     folder = case["output_dir"]
-    step = small.last_step(folder)
+    step = launched.last_step(folder)
     assert 3 <= step < case["max_steps"]
     assert sound(folder) == [step]
     sentences = [line for line in text.splitlines() if "stopped by" in line]
@@ -103,12 +102,12 @@ def check_preempted(ranks: Ranks, case: dict[str, Any], text: str, number: signa
     assert "Traceback" not in text.partition("stopped by")[0]
     assert (folder / PREEMPTED_MARK).read_text() == f"{step}\n"
     time.sleep(1.1)  # TensorBoard takes its files in the order of the seconds in their names
-    answers = ranks.run(small.train, {**case, "resume_from_checkpoint": "latest"})
+    answers = ranks.run(tiny_runs.train, {**case, "resume_from_checkpoint": "latest"})
     assert [first for first, *_ in answers] == [step] * ranks.size
     assert not (folder / PREEMPTED_MARK).exists()
     whole = {**case, "output_dir": folder.with_name("uninterrupted")}
-    ranks.run(small.train, whole)
-    assert small.lines(folder) == small.lines(whole["output_dir"])
+    ranks.run(tiny_runs.train, whole)
+    assert tiny_runs.lines(folder) == tiny_runs.lines(whole["output_dir"])
     assert drawn(folder) == drawn(whole["output_dir"]) == list(range(1, case["max_steps"] + 1))
 
 
@@ -156,7 +155,7 @@ FULL = {"max_steps": 9, "save_steps": 2, "save_total_limit": 3, "eval_steps": 4}
 def full_disk_case(task: Path, disk: Path, engine: str, on_failure: str) -> dict[str, Any]:
     if engine == "local":
         (disk / "ballast").write_bytes(bytes(ALONE_BYTES))
-    return small.options(task, disk / "run", engine, on_save_failure=on_failure, **FULL)
+    return tiny_runs.options(task, disk / "run", engine, on_save_failure=on_failure, **FULL)
 
 
 def check_disk(folder: Path, warned: str) -> None:
@@ -176,12 +175,12 @@ def test_a_full_disk_does_not_end_the_run(
 ) -> None:
     """All lines are there, although the disk was full while some were written."""
     case = full_disk_case(task, disk, engine, "continue")
-    answers = ranks(size).run(small.train, case)
+    answers = ranks(size).run(tiny_runs.train, case)
     for _, _, warned in answers:
         check_disk(disk / "run", "\n".join(warned))
     elsewhere = {**case, "output_dir": tmp_path / "elsewhere"}
-    ranks(size).run(small.train, elsewhere)
-    assert small.lines(disk / "run") == small.lines(tmp_path / "elsewhere")
+    ranks(size).run(tiny_runs.train, elsewhere)
+    assert tiny_runs.lines(disk / "run") == tiny_runs.lines(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(("size", "engine"), [(2, "fsdp"), (2, "zero3")])
@@ -189,12 +188,12 @@ def test_a_full_disk_ends_the_run_where_asked(
     ranks: GetRanks, task: Path, disk: Path, size: int, engine: str
 ) -> None:
     case = full_disk_case(task, disk, engine, "stop")
-    for sentence, status, warned in ranks(size).run(small.refusal, case):
+    for sentence, status, warned in ranks(size).run(tiny_runs.refusal, case):
         assert status == 2
         assert "checkpoint-4 could not be written" in sentence and "\n" not in sentence
         assert "free some space" in sentence
         check_disk(disk / "run", "\n".join(warned))
-    assert 4 <= small.last_step(disk / "run") <= 6
+    assert 4 <= launched.last_step(disk / "run") <= 6
 
 
 @pytest.mark.heavy
@@ -203,7 +202,7 @@ def test_the_status_after_a_full_disk(
     task: Path, disk: Path, tmp_path: Path, on_failure: str, status: int
 ) -> None:
     case = full_disk_case(task, disk, "local", on_failure)
-    with small.Launched("local", case, tmp_path / "log") as run:
+    with launched.Launched("local", case, tmp_path / "log") as run:
         assert run.wait() == status, run.text()
     check_disk(disk / "run", run.text())
     assert run.text().count("error: ") == (on_failure == "stop")
@@ -219,7 +218,7 @@ def test_lines_wait_for_space(disk: Path, caplog: pytest.LogCaptureFixture) -> N
                 while ballast.write(bytes(4096)):
                     pass
         if step == 700:
-            assert small.last_step(disk) < 600
+            assert launched.last_step(disk) < 600
             (disk / "ballast").unlink()
         log.step({"step": step, "loss": step / 7, "tokens": 1, "seconds": 1.0})
     log.sync()
@@ -235,14 +234,14 @@ POISONED = 6  # the first step whose loss is NaN
 
 
 class Poisoned(Trainer):
-    def _step(self, step: int, *args: Any) -> Any:
+    def take_step(self, step: int, *args: Any) -> Any:
         if step + 1 == POISONED:
             self.model.lm_head.register_forward_hook(lambda *call: call[2] * math.nan)
-        return super()._step(step, *args)
+        return super().take_step(step, *args)
 
 
 def poisoned(world: World, case: dict[str, Any]) -> tuple[str, int, list[str]]:
-    return small.refusal(world, case, Poisoned)
+    return tiny_runs.refusal(world, case, Poisoned)
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -263,7 +262,7 @@ def test_a_loss_that_stays_nan_ends_the_run(
 ) -> None:
     """The last good checkpoint is named, is still there, and goes on with another rate."""
     folder = tmp_path / "run"
-    case = small.options(
+    case = tiny_runs.options(
         task,
         folder,
         engine,
@@ -279,12 +278,12 @@ def test_a_loss_that_stays_nan_ends_the_run(
         assert f"the last good checkpoint is {folder / f'checkpoint-{POISONED - 1}'}:" in sentence
         assert len([line for line in warned if "skipped" in line]) == 4
     assert sound(folder) == [POISONED - 1, POISONED - 2]
-    steps = [line for line in small.lines(folder) if "loss" in line]
+    steps = [line for line in tiny_runs.lines(folder) if "loss" in line]
     assert [line["step"] for line in steps if "skipped_step" in line] == [6, 7, 8, 9]
     assert all(line["rescale"]["skipped"] == 14 for line in steps if "skipped_step" in line)
     assert [line["loss"] is None for line in steps] == [False] * 5 + [True] * 4
     healthy = {**case, "output_dir": tmp_path / "healthy", "max_steps": POISONED - 1}
-    ranks(size).run(small.train, healthy)
+    ranks(size).run(tiny_runs.train, healthy)
     good = folder / f"checkpoint-{POISONED - 1}"
     expected = tensors(tmp_path / "healthy" / good.name)
     found = tensors(good)
@@ -297,10 +296,10 @@ def asked_while_poisoned(world: World, case: dict[str, Any]) -> None:
     from scalora_dist.errors import Preempted
 
     class Asked(Poisoned):
-        def _step(self, step: int, *args: Any) -> Any:
+        def take_step(self, step: int, *args: Any) -> Any:
             if step + 1 == POISONED + 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super()._step(step, *args)
+            return super().take_step(step, *args)
 
     with pytest.raises(Preempted):
         runs.make(world, case, Asked).run()
@@ -313,7 +312,7 @@ def test_skipped_steps_change_nothing(
     ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str
 ) -> None:
     """Weights, factors and moments after two skipped steps are those before them."""
-    case = small.options(task, tmp_path / "run", engine, max_steps=20, save_steps=POISONED - 1)
+    case = tiny_runs.options(task, tmp_path / "run", engine, max_steps=20, save_steps=POISONED - 1)
     ranks(size).run(asked_while_poisoned, case)
     assert sound(tmp_path / "run") == [POISONED + 1, POISONED - 1]
     before, after = (tensors(tmp_path / "run" / f"checkpoint-{n}") for n in (5, 7))
@@ -330,28 +329,28 @@ def test_skipped_steps_change_nothing(
 @pytest.mark.heavy
 def test_a_damaged_checkpoint_in_a_whole_run(task: Path, tmp_path: Path) -> None:
     """Named: status 2. latest: the one before, with a warning, and the same run in the end."""
-    case = small.options(task, tmp_path / "run", "local", max_steps=7, save_steps=2)
-    with small.Launched("local", case, tmp_path / "log") as run:
+    case = tiny_runs.options(task, tmp_path / "run", "local", max_steps=7, save_steps=2)
+    with launched.Launched("local", case, tmp_path / "log") as run:
         assert run.wait() == 0, run.text()
-    expected = small.lines(tmp_path / "run")
+    expected = tiny_runs.lines(tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint-6"
     file = newest / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     named = {**case, "resume_from_checkpoint": newest}
-    with small.Launched("local", named, tmp_path / "named") as run:
+    with launched.Launched("local", named, tmp_path / "named") as run:
         assert run.wait() == 2, run.text()
     errors = [line for line in run.text().splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and file.name in errors[0] and "Traceback" not in run.text()
-    assert small.lines(tmp_path / "run") == expected
+    assert tiny_runs.lines(tmp_path / "run") == expected
     latest = {**case, "resume_from_checkpoint": "latest"}
-    with small.Launched("local", latest, tmp_path / "latest") as run:
+    with launched.Launched("local", latest, tmp_path / "latest") as run:
         assert run.wait() == 0, run.text()
     assert f"{newest} cannot be used: {file.name} has " in run.text()
     assert f"going on from {newest.with_name('checkpoint-4')}" in run.text()
-    assert small.lines(tmp_path / "run") == expected
+    assert tiny_runs.lines(tmp_path / "run") == expected
     assert sound(tmp_path / "run") == [6, 4, 2]  # the damaged one is replaced
     for checkpoint in checkpoints(tmp_path / "run"):
         (checkpoint / "state.json").unlink()
-    with small.Launched("local", latest, tmp_path / "none") as run:
+    with launched.Launched("local", latest, tmp_path / "none") as run:
         assert run.wait() == 2, run.text()
     assert "none of the 3 checkpoints" in run.text() and "Traceback" not in run.text()

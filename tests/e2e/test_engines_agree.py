@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-import runs
-from ranks import Ranks
+from tests.support import runs, tiny_models
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 Rules = list[dict[str, tuple[str, float]]]
@@ -60,10 +60,10 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def get(architecture: str) -> Path:
         if architecture not in made:
             folder = made[architecture] = tmp_path_factory.mktemp(architecture)
-            runs.save_odd_model(folder, architecture)
+            tiny_models.save_odd_model(folder, architecture)
             # With few letters gradients are alike; A after Adam's first step, the sign of one, then
             # has columns that are exactly parallel, and rounding decides whether H is singular.
-            runs.save_texts(folder, string.ascii_letters, longest=32, count=60)
+            tiny_models.save_texts(folder, string.ascii_letters, longest=32, count=60)
         return made[architecture]
 
     return get

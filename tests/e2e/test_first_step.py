@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import first_step_reference as dense
-import first_step_work as work
-import runs
-from first_step_reference import REFERENCES, Layer, Own
-from first_step_work import Found
-from ranks import Ranks
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.layers.adapted_linear import SquareLinear
 from scalora_dist.methods.registry import METHODS, lora_alpha_scaling
+from tests.support import first_step_reference as dense
+from tests.support import runs, tiny_models
+from tests.support.first_step_reference import REFERENCES, Layer, Own
+from tests.support.ranks import Ranks
+from tests.support.workers import first_step as work
+from tests.support.workers.first_step import Found
 
 GetRanks = Callable[[int], Ranks]
 
@@ -75,8 +75,8 @@ LOSS = 1e-6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    runs.save_odd_model(path, "llama")
-    runs.save_texts(path, string.ascii_letters, longest=32, count=40)
+    tiny_models.save_odd_model(path, "llama")
+    tiny_models.save_texts(path, string.ascii_letters, longest=32, count=40)
     return path
 
 

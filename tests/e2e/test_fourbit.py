@@ -15,11 +15,10 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-import fourbit_work as work
-import runs
-import small
-from ranks import Ranks
 from scalora_dist.methods.registry import METHODS
+from tests.support import runs, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
+from tests.support.workers import fourbit as work
 
 pytest.importorskip("bitsandbytes")
 GetRanks = Callable[[int], Ranks]
@@ -37,7 +36,7 @@ DAILY = {
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("task"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.mark.parametrize(
@@ -54,21 +53,21 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     """The model it leaves is dense, and computes what was evaluated last."""
     folder, group = tmp_path / "run", ranks(1 if engine == "local" else 2)
     case = work.options(task, folder, engine, method, save_model=True)
-    group.run(small.train, case)
-    losses, held_out = runs.losses(folder), small.evaluations(folder)
+    group.run(tiny_runs.train, case)
+    losses, held_out = runs.losses(folder), tiny_runs.evaluations(folder)
     print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
     assert np.isfinite(losses).all()
     assert held_out[-1] < held_out[0] - (0.05 if method == "lora-sb" else 0.3)
     assert "quantization_config" not in json.loads((folder / "model/config.json").read_text())
-    exported = small.loss_on_held_out(case, folder / "model")
+    exported = tiny_runs.loss_on_held_out(case, folder / "model")
     assert exported == pytest.approx(held_out[-1], rel=1e-5)
 
-    expected = small.left(folder)
+    expected = tiny_runs.left(folder)
     shutil.rmtree(folder / f"checkpoint-{work.STEPS}")
     shutil.rmtree(folder / "model")
-    answers = group.run(small.train, case | {"resume_from_checkpoint": "latest"})
+    answers = group.run(tiny_runs.train, case | {"resume_from_checkpoint": "latest"})
     assert all(first == work.SAVED for first, *_ in answers)
-    assert small.left(folder) == expected
+    assert tiny_runs.left(folder) == expected
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def in_one_process(
     folders = {}
     for bf16 in (False, True):
         folders[bf16] = tmp_path_factory.mktemp("alone") / "run"
-        ranks(1).run(small.train, work.options(task, folders[bf16], "local", bf16=bf16))
+        ranks(1).run(tiny_runs.train, work.options(task, folders[bf16], "local", bf16=bf16))
     return folders
 
 
@@ -108,7 +107,7 @@ def test_engines_agree(
 ) -> None:
     """And so the checkpoint of one goes on in another."""
     case = work.options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
-    ranks(size).run(small.train, case)
+    ranks(size).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
     kept = [line["carry"]["rank_max"] for line in runs.metrics(tmp_path / "run") if "carry" in line]
@@ -116,7 +115,7 @@ def test_engines_agree(
 
     checkpoint = tmp_path / "run" / f"checkpoint-{work.SAVED}"
     there = work.options(task, tmp_path / "there", "local", resume_from_checkpoint=checkpoint)
-    assert ranks(1).run(small.train, there)[0][0] == work.SAVED
+    assert ranks(1).run(tiny_runs.train, there)[0][0] == work.SAVED
     assert runs.losses(tmp_path / "there") == pytest.approx(alone, rel=1e-5)
 
 
@@ -127,7 +126,7 @@ def test_in_bf16(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
 ) -> None:
     case = work.options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
-    ranks(2).run(small.train, case)
+    ranks(2).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[True])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
@@ -139,7 +138,7 @@ def test_where_fsdp_computes_in_another_dtype(
     config = runs.REPOSITORY / "launch/fsdp/mixed.yaml"
     others = {"fsdp_config": config, "gradient_checkpointing": True}
     case = work.options(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
-    ranks(2).run(small.train, case)
+    ranks(2).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
@@ -149,9 +148,9 @@ def test_where_fsdp_computes_in_another_dtype(
 def test_in_fp16(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
 ) -> None:
-    fp16 = small.fp16_options(engine, tmp_path, initial_scale_power=5)
+    fp16 = tiny_runs.fp16_options(engine, tmp_path, initial_scale_power=5)
     case = work.options(task, tmp_path / "run", engine, per_device_train_batch_size=1, **fp16)
-    ranks(2).run(small.train_fp16, case)
+    ranks(2).run(tiny_runs.train_fp16, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
 
@@ -184,7 +183,7 @@ def test_a_carry_with_room_is_a_merge_into_w(ranks: GetRanks, task: Path, tmp_pa
         given = {"load_in_4bit": False, "carry_rank": None, "carry_room": None, **others}
         given |= {"merge_target": target, "max_steps": 50, "learning_rate": 1e-3, "save_steps": 0}
         given |= {"per_device_train_batch_size": 6, "eval_size": 0}
-        ranks(2).run(small.train, work.options(task, folders[target], "zero3", **given))
+        ranks(2).run(tiny_runs.train, work.options(task, folders[target], "zero3", **given))
     by_weight, by_carry = (runs.losses(folders[target]) for target in ("weight", "carry"))
     assert by_carry == pytest.approx(by_weight, rel=1e-5)
     assert by_carry[-1] < by_carry[0] - 1
@@ -192,7 +191,7 @@ def test_a_carry_with_room_is_a_merge_into_w(ranks: GetRanks, task: Path, tmp_pa
     assert len(reports) >= 5 and reports[-1]["lost_max"] < 1e-5
 
 
-@pytest.mark.parametrize(("engine", "size"), small.CUT_UP)
+@pytest.mark.parametrize(("engine", "size"), tiny_runs.CUT_UP)
 def test_bytes_of_a_rank(ranks: GetRanks, tmp_path: Path, engine: str, size: int) -> None:
     task = work.save_even_model(tmp_path / "task")
     case = work.options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
@@ -223,8 +222,8 @@ def test_a_model_with_biases_in_bf16(ranks: GetRanks, tmp_path: Path, engine: st
     """Whose files and config, read by different ranks, must tell of the same dtypes."""
     task = work.save_even_model(tmp_path / "task", attention_bias=True)
     few = {"max_steps": 2, "save_steps": 0, "bf16": True, "bnb_4bit_quant_storage": "bfloat16"}
-    ranks(2).run(small.train, work.options(task, tmp_path / "run", engine, **few))
-    ranks(1).run(small.train, work.options(task, tmp_path / "alone", "local", **few))
+    ranks(2).run(tiny_runs.train, work.options(task, tmp_path / "run", engine, **few))
+    ranks(1).run(tiny_runs.train, work.options(task, tmp_path / "alone", "local", **few))
     alone = runs.losses(tmp_path / "alone")
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-2)
 
@@ -238,10 +237,10 @@ def test_nothing_of_bitsandbytes_stays(ranks: GetRanks, task: Path, tmp_path: Pa
 def test_storage_changes_nothing(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """A run goes on with another, and with rows of any length."""
     case = work.options(task, tmp_path / "a", "local")
-    ranks(1).run(small.train, case)
+    ranks(1).run(tiny_runs.train, case)
     there = {"output_dir": tmp_path / "b", "bnb_4bit_quant_storage": "float32"}
     there["resume_from_checkpoint"] = tmp_path / "a" / f"checkpoint-{work.SAVED}"
-    ranks(1).run(small.train, case | there)
+    ranks(1).run(tiny_runs.train, case | there)
     assert runs.losses(tmp_path / "b") == runs.losses(tmp_path / "a")
 
 
@@ -275,14 +274,14 @@ def test_a_base_that_is_quantized_already(
         ("there", tmp_path / "quantized", {"load_in_4bit": False}),
     ):
         few = {"max_steps": 2, "save_steps": 0, "dataset": task / "texts.jsonl"}
-        group.run(small.train, work.options(base, tmp_path / name, engine, **few, **others))
+        group.run(tiny_runs.train, work.options(base, tmp_path / name, engine, **few, **others))
     here, there = (runs.losses(tmp_path / name) for name in ("here", "there"))
     assert there == pytest.approx(here, rel=1e-5)
 
 
 def test_a_checkpoint_holds_no_base(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """Adapters, carry, optimizer; a run that merges into W saves all adapted weights instead."""
-    ranks(1).run(small.train, work.options(task, tmp_path / "run", "local", max_steps=4))
+    ranks(1).run(tiny_runs.train, work.options(task, tmp_path / "run", "local", max_steps=4))
     from safetensors import safe_open
 
     (file,) = (tmp_path / "run/checkpoint-4").glob("*.safetensors")
@@ -294,13 +293,13 @@ def test_a_checkpoint_holds_no_base(ranks: GetRanks, task: Path, tmp_path: Path)
 def test_a_warning_when_much_is_lost(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     tight = {"carry_rank": 4, "carry_limit": 0.01, "save_steps": 0}
     ((_, summary, heard),) = ranks(1).run(
-        small.train, work.options(task, tmp_path / "a", "local", **tight)
+        tiny_runs.train, work.options(task, tmp_path / "a", "local", **tight)
     )
     (warning,) = [text for text in heard if "carry" in text]
     assert "--carry_rank above 4" in warning and summary["carry"]["lost_max"] > 0.01
     wide = tight | {"carry_limit": 1e3}
     ((_, _, heard),) = ranks(1).run(
-        small.train, work.options(task, tmp_path / "b", "local", **wide)
+        tiny_runs.train, work.options(task, tmp_path / "b", "local", **wide)
     )
     assert not [text for text in heard if "carry" in text]
     (report, *_) = [line["carry"] for line in runs.metrics(tmp_path / "b") if "carry" in line]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import small
-from fourbit_work import options, save_even_model
-from ranks import Ranks
+from tests.support import tiny_models, tiny_runs
+from tests.support.ranks import Ranks
+from tests.support.workers.fourbit import options, save_even_model
 
 pytest.importorskip("bitsandbytes")
 GetRanks = Callable[[int], Ranks]
@@ -20,11 +20,11 @@ GetRanks = Callable[[int], Ranks]
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("task"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
 def refused(ranks: GetRanks, case: dict[str, Any]) -> str:
-    ((sentence, status, _),) = ranks(1).run(small.refusal, case)
+    ((sentence, status, _),) = ranks(1).run(tiny_runs.refusal, case)
     assert status == 2 and sentence and "\n" not in sentence
     assert not Path(case["output_dir"]).exists()
     return sentence
@@ -92,7 +92,7 @@ def test_a_base_without_4_bit_products(ranks: GetRanks, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_base(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """The same model, dense or in other 4 bits, is another base."""
     case = options(task, tmp_path / "run", "local", max_steps=4)
-    ranks(1).run(small.train, case)
+    ranks(1).run(tiny_runs.train, case)
     there = {
         "output_dir": tmp_path / "there",
         "resume_from_checkpoint": tmp_path / "run/checkpoint-4",
@@ -102,5 +102,5 @@ def test_a_checkpoint_of_another_base(ranks: GetRanks, task: Path, tmp_path: Pat
         ({"load_in_4bit": False}, "4bit"),
     ):
         dense = {"merge_target": "carry"} if "load_in_4bit" in others else {}
-        ((sentence, status, _),) = ranks(1).run(small.refusal, case | there | others | dense)
+        ((sentence, status, _),) = ranks(1).run(tiny_runs.refusal, case | there | others | dense)
         assert status == 2 and word in sentence

@@ -16,10 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-import adapter_work as work
-import runs
-import small
-from ranks import Ranks
+from tests.support import tiny_models, tiny_runs
+from tests.support.ranks import Ranks
+from tests.support.workers import adapter as work
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -33,7 +32,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random one with an eye, whose linear layers are called as the language model's are."""
     folder: Path = tmp_path_factory.mktemp("seeing")
     torch.manual_seed(0)
-    text = runs.ODD_SIZES | {
+    text = tiny_models.ODD_SIZES | {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 5,
         "query_pre_attn_scalar": 6,
@@ -51,11 +50,11 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     assert "vocab_size" not in json.loads((folder / "config.json").read_text())
-    tokenizer = runs.byte_tokenizer()
+    tokenizer = tiny_models.byte_tokenizer()
     tokenizer.save_pretrained(folder)
     for name in OTHER_FILES:
         (folder / name).write_text('{"processor_class": "Gemma3Processor"}')
-    runs.save_texts(folder, "abc ", longest=24, count=41)
+    tiny_models.save_texts(folder, "abc ", longest=24, count=41)
     return folder
 
 
@@ -112,5 +111,5 @@ def test_its_language_model_is_trained_and_all_of_it_left(
 
 def test_an_eye_is_not_adapted_by_name(ranks: GetRanks, seeing: Path, tmp_path: Path) -> None:
     case = work.options(seeing, tmp_path / "run", target_modules="fc1")
-    ((sentence, status, _),) = ranks(1).run(small.refusal, case)
+    ((sentence, status, _),) = ranks(1).run(tiny_runs.refusal, case)
     assert status == 2 and "no part of the language model" in sentence

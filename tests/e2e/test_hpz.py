@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-import runs
-import small
-from ranks import Ranks
 from scalora_dist.distributed.world import World
 from scalora_dist.training.trainer import Trainer
+from tests.support import runs, tiny_runs
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -93,7 +92,7 @@ def test_losses_are_those_without(
     for name, size in (("plain", 1), ("hpz", NODE)):
         path = ds_config(tmp_path, name, zero_hpz_partition_size=size, **zero)
         folders[name] = tmp_path / name
-        case = small.options(odd, folders[name], "zero3", **TASK | others) | {"ds_config": path}
+        case = tiny_runs.options(odd, folders[name], "zero3", **TASK | others) | {"ds_config": path}
         seen[name] = ranks(SIZE).run(train, case, timeout=200)
     assert all(found == set() for rank in seen["plain"] for found in rank)
     assert all(found == {NODE} for rank in seen["hpz"] for found in rank)
@@ -105,7 +104,7 @@ def test_losses_are_those_without(
 
 
 def check_same(folders: dict[str, Path]) -> None:
-    for of in (runs.losses, small.evaluations):
+    for of in (runs.losses, tiny_runs.evaluations):
         plain, hpz = (of(folders[name]) for name in ("plain", "hpz"))
         assert len(plain) > 2 and hpz == pytest.approx(plain, rel=1e-6)
         # Enough has changed for a stale copy to show.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import runs
+from tests.support import runs
 
 TASK = {"dataset": "reasoning_gym:chain_sum", "dataset_size": 32, "eval_size": 8, "max_steps": 2}
 

@@ -11,13 +11,12 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import BloomConfig, LlamaConfig
 
-import runs
-import small
-from ranks import Ranks
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import load as models
 from scalora_dist.modeling.load import FLASH, load_model, pick_attention, read_base_model
+from tests.support import runs, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -35,13 +34,13 @@ def bytes_while_loading(world: World, case: dict[str, Any]) -> tuple[int, int]:
     return peak, sum(4 * parameter.shape.numel() for parameter in made.engine.base_shards())
 
 
-@pytest.mark.parametrize(("engine", "size"), small.CUT_UP)
+@pytest.mark.parametrize(("engine", "size"), tiny_runs.CUT_UP)
 def test_no_rank_but_the_first_ever_holds_a_whole_model(
     ranks: GetRanks, tmp_path: Path, engine: str, size: int
 ) -> None:
     """Its share and a few matrices. (What rank 0 reads are pages of the files, mapped.)"""
-    task = small.save_task(tmp_path / "task", **SIZES)
-    case = small.options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
+    task = tiny_models.save_task(tmp_path / "task", **SIZES)
+    case = tiny_runs.options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
     for peak, whole in ranks(size).run(bytes_while_loading, case)[1:]:
         assert whole / size < peak < whole * (1 / size + 0.15)
 
@@ -94,7 +93,7 @@ def test_flash_attention_is_taken_where_it_can_be(
 @pytest.mark.parametrize(
     ("config", "attention", "fits"),
     [
-        (LlamaConfig(**runs.ODD_SIZES), "sdpa", True),
+        (LlamaConfig(**tiny_models.ODD_SIZES), "sdpa", True),
         (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), "eager", True),
         (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), "sdpa", False),
         (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), FLASH, False),
@@ -121,7 +120,7 @@ def test_implementations_of_attention_train_alike(
         folder = tmp_path / str(asked)
         others = {"attn_implementation": asked, "max_steps": 3, "lora_dropout": 0.0}
         others |= {"per_device_train_batch_size": 12, "eval_size": 0, "learning_rate": 1e-2}
-        case = small.options(odd, folder, "local", **others)
+        case = tiny_runs.options(odd, folder, "local", **others)
         assert ranks(1).run(attention_and_run, case) == [chosen]
         losses[asked] = runs.losses(folder)
     assert losses[None] == losses["sdpa"]

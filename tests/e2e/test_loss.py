@@ -22,13 +22,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-import runs
-import small
 from scalora_dist.data.tokenize import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import loss
 from scalora_dist.modeling.loss import LossHead, TargetLoss, Targets, target_losses
 from scalora_dist.profiling.live import LiveBytes
+from tests.support import runs, tiny_runs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -97,7 +96,7 @@ def test_a_model_that_changes_its_logits_is_found_out_without_targets_too() -> N
     model, batch = model_of("softcapped"), batch_of()
     batch["labels"].fill_(IGNORE)
     chunked = TargetLoss(model)
-    with small.warnings_of() as heard:
+    with tiny_runs.warnings_of() as heard:
         found = chunked(model, batch)
     assert float(found.loss) == 0 and chunked.head is None
     assert len(heard) == 1 and "kept whole" in heard[0]
@@ -156,7 +155,9 @@ def losses(world: World, options: dict[str, Any], chunk: int) -> list[float]:
 def test_engines_train_alike_in_chunks(ranks: Any, even: Path, tmp_path: Path, engine: str) -> None:
     case = {"max_steps": 3, "lora_dropout": 0.0, "gradient_checkpointing": True}
     both = [
-        ranks(2).run(losses, small.options(even, tmp_path / str(chunk), engine, **case), chunk)[0]
+        ranks(2).run(losses, tiny_runs.options(even, tmp_path / str(chunk), engine, **case), chunk)[
+            0
+        ]
         for chunk in (2**26, 64)
     ]
     assert len(both[0]) == 3 and both[0] == pytest.approx(both[1], rel=1e-6)

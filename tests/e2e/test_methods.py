@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runs
-import small
-from counting import train
-from ranks import Ranks
 from scalora_dist.methods.registry import METHODS
+from tests.support import runs, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
+from tests.support.workers.counting import train
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
@@ -32,12 +31,12 @@ SETTINGS = {
     # Of 2 · rank directions, and the narrowest layer has six.
     "lora-ga": {"rank": 3},
 }
-STARTS = [name for name, method in METHODS.items() if method.start]
+STARTS = [name for name, method in METHODS.items() if method.initialize]
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("task"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
 def options(task: Path, folder: Path, engine: str, method: str, **others: Any) -> dict[str, Any]:
@@ -54,13 +53,13 @@ def options(task: Path, folder: Path, engine: str, method: str, **others: Any) -
         "per_device_train_batch_size": 3,
     }
     given |= SETTINGS.get(method, {}) | others | unread
-    return small.options(task, folder, engine, **given)
+    return tiny_runs.options(task, folder, engine, **given)
 
 
 @pytest.fixture(scope="module")
 def untrained(task: Path) -> float:
     """The loss on what is held out before training."""
-    return small.loss_on_held_out(options(task, task, "local", "lora"), task)
+    return tiny_runs.loss_on_held_out(options(task, task, "local", "lora"), task)
 
 
 # Each kind of method on both engines every day, the others on one of them; not those that differ
@@ -90,27 +89,27 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     ran = [(0, int(method in STARTS))] * 2
     assert two.run(train, case) == ran
     check_learned(case, method)
-    first, *_, last = small.evaluations(folder)
-    assert small.loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
+    first, *_, last = tiny_runs.evaluations(folder)
+    assert tiny_runs.loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
     # What a start adds it takes from W, or it is small; but LoRA-SB's is a step.
     if method == "lora-sb":
         assert first < untrained - 0.1
     else:
         assert first == pytest.approx(untrained, rel=1e-5)
 
-    expected = small.left(folder)
+    expected = tiny_runs.left(folder)
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
     shutil.rmtree(folder / "model")
     assert two.run(train, case | {"resume_from_checkpoint": "latest"}) == [(SAVED, 0)] * 2
-    assert small.left(folder) == expected
+    assert tiny_runs.left(folder) == expected
 
 
 def check_learned(case: dict[str, Any], method: str) -> None:
     """The last losses are below the first, on the batches and on what was held out."""
-    losses, held_out = runs.losses(case["output_dir"]), small.evaluations(case["output_dir"])
+    losses, held_out = runs.losses(case["output_dir"]), tiny_runs.evaluations(case["output_dir"])
     print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
     assert np.isfinite(losses).all() and len(losses) == case["max_steps"]
-    records = [line for line in small.lines(case["output_dir"]) if "loss" in line]
+    records = [line for line in tiny_runs.lines(case["output_dir"]) if "loss" in line]
     assert not any("skipped_step" in record for record in records)
     restarts = [record["step"] for record in records if "restart" in record]
     interval = SETTINGS["relora"]["relora_interval"]
@@ -143,8 +142,8 @@ def test_a_method_goes_on_in_one_process(
     ours, theirs = (np.array(runs.losses(tmp_path / run)) for run in "ba")
     assert (ours[:SAVED] == theirs[:SAVED]).all()
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert small.evaluations(tmp_path / "b") == pytest.approx(
-        small.evaluations(tmp_path / "a"), rel=1e-5
+    assert tiny_runs.evaluations(tmp_path / "b") == pytest.approx(
+        tiny_runs.evaluations(tmp_path / "a"), rel=1e-5
     )
 
 
@@ -196,9 +195,9 @@ def test_a_method_learns_in_fp16(
 ) -> None:
     """Every method but LoRA-Pro, which refuses it."""
     # A loss scale that overflows on no first step.
-    fp16 = small.fp16_options(engine, tmp_path, initial_scale_power=5)
+    fp16 = tiny_runs.fp16_options(engine, tmp_path, initial_scale_power=5)
     case = options(task, tmp_path / "run", engine, method, save_steps=0, **fp16)
-    ranks(2).run(small.train_fp16, case)
+    ranks(2).run(tiny_runs.train_fp16, case)
     check_learned(case, method)
 
 
@@ -240,9 +239,9 @@ def test_a_method_learns_in_bf16(
     case = options(task, tmp_path / "run", engine, method, max_steps=3, save_steps=0)
     case |= {"bf16": True, "save_model": True, "per_device_train_batch_size": 6}
     ranks(1 if engine == "local" else 2).run(train, case)
-    losses, held_out = runs.losses(tmp_path / "run"), small.evaluations(tmp_path / "run")
+    losses, held_out = runs.losses(tmp_path / "run"), tiny_runs.evaluations(tmp_path / "run")
     print(method, [round(loss, 3) for loss in losses], [round(loss, 3) for loss in held_out])
     assert np.isfinite(losses).all() and len(losses) == 3
     assert held_out[-1] < held_out[0] - 0.02
-    exported = small.loss_on_held_out(case, tmp_path / "run" / "model")
+    exported = tiny_runs.loss_on_held_out(case, tmp_path / "run" / "model")
     assert exported == pytest.approx(held_out[-1], rel=1e-2)

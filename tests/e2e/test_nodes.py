@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-import nodes
-import runs
-import small
-from nodes import Node
 from scalora_dist.checkpoint.manifest import checkpoints
 from scalora_dist.training.saving import PREEMPTED
+from tests.support import launched, nodes, runs, tiny_runs
+from tests.support.nodes import Node
 
 HANG_SECONDS = 8
 LAUNCHERS = {"fsdp": "torchrun", "zero3": "deepspeed"}
@@ -42,12 +40,12 @@ def test_two_nodes_train_as_one_until_one_dies(
 ) -> None:
     """The losses of one node, and whose death it was; a pulled cable closes no connections."""
     steps = {"max_steps": 3, "save_steps": 0, "lr_scheduler_type": "constant"}
-    alone = small.options(odd, tmp_path / "alone", engine, **steps)
+    alone = tiny_runs.options(odd, tmp_path / "alone", engine, **steps)
     endless = {"output_dir": tmp_path / "run", "max_steps": 100_000, "hang_timeout": HANG_SECONDS}
     for node in pair:
         node.start({**alone, **endless}, LAUNCHER=LAUNCHERS[engine])
-    ranks(2).run(small.train, alone)
-    nodes.until(lambda: small.last_step(tmp_path / "run") >= 3, pair)
+    ranks(2).run(tiny_runs.train, alone)
+    nodes.until(lambda: launched.last_step(tmp_path / "run") >= 3, pair)
     getattr(pair[dead], how)()
     died = time.monotonic()
     other = pair[1 - dead]
@@ -67,15 +65,15 @@ def test_a_whole_run_on_two_nodes(
     ranks: Any, odd: Path, tmp_path: Path, pair: list[Node], engine: str, ranks_of_each: int
 ) -> None:
     """With evaluations, a checkpoint and a model, to the last digit, and over the cable."""
-    case = small.options(odd, tmp_path / "nodes", engine, max_steps=3, save_steps=2)
+    case = tiny_runs.options(odd, tmp_path / "nodes", engine, max_steps=3, save_steps=2)
     case["save_model"] = True
     for node in pair:
         node.start(case, LAUNCHER=LAUNCHERS[engine], NPROC_PER_NODE=ranks_of_each)
     for node in pair:
         assert node.wait() == 0, node.text()
-    ranks(2 * ranks_of_each).run(small.train, {**case, "output_dir": tmp_path / "alone"})
-    assert small.lines(tmp_path / "nodes") == small.lines(tmp_path / "alone")
-    assert small.digests(tmp_path / "nodes") == small.digests(tmp_path / "alone")
+    ranks(2 * ranks_of_each).run(tiny_runs.train, {**case, "output_dir": tmp_path / "alone"})
+    assert tiny_runs.lines(tmp_path / "nodes") == tiny_runs.lines(tmp_path / "alone")
+    assert tiny_runs.digests(tmp_path / "nodes") == tiny_runs.digests(tmp_path / "alone")
     assert [folder.name for folder in checkpoints(tmp_path / "nodes")] == ["checkpoint-2"]
     for node in pair:
         assert node.tokenized() == 1
@@ -92,10 +90,10 @@ def test_a_whole_run_on_two_nodes(
 def test_a_signal_to_one_node_saves_and_ends_both(
     odd: Path, tmp_path: Path, pair: list[Node], engine: str, number: signal.Signals
 ) -> None:
-    case = small.options(odd, tmp_path / "run", engine, max_steps=100_000, save_steps=0)
+    case = tiny_runs.options(odd, tmp_path / "run", engine, max_steps=100_000, save_steps=0)
     for node in pair:
         node.start(case, LAUNCHER=LAUNCHERS[engine])
-    nodes.until(lambda: small.last_step(tmp_path / "run") >= 3, pair)
+    nodes.until(lambda: launched.last_step(tmp_path / "run") >= 3, pair)
     assert pair[1].process
     pair[1].process.send_signal(number)
     expected = [{"fsdp": 1, "zero3": 75}[engine], 75]  # torchrun does not pass the ranks' 75 on

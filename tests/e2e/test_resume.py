@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runs
-import small
-from ranks import Ranks
+from tests.support import runs, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 
@@ -23,14 +22,14 @@ ENGINES = [(2, "zero1"), (2, "zero2"), (2, "zero3"), (2, "fsdp"), (1, "local")]
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("task"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
 def check_goes_on(ranks: Ranks, work: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
     """Run, delete the newest checkpoint, resume: nothing differs. The lines of the first run."""
     folder = case["output_dir"]
     ranks.run(work, case)
-    expected = small.left(folder)
+    expected = tiny_runs.left(folder)
     assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == [
         "checkpoint-3",
         "checkpoint-6",
@@ -39,7 +38,7 @@ def check_goes_on(ranks: Ranks, work: Any, case: dict[str, Any]) -> list[dict[st
     shutil.rmtree(folder / "model")
     answers = ranks.run(work, {**case, "resume_from_checkpoint": "latest"})
     assert [first for first, _, _ in answers] == [3] * ranks.size
-    assert small.left(folder) == expected
+    assert tiny_runs.left(folder) == expected
     assert (folder / "checkpoint-6").is_dir()
     assert not list(folder.glob("*.partial"))
     return expected[0]
@@ -62,7 +61,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str, dtype: str
 ) -> None:
     """Metrics to the last digit, the update's rank, and the model, with dropout and merges."""
-    case = small.options(
+    case = tiny_runs.options(
         task,
         tmp_path / "run",
         engine,
@@ -74,7 +73,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         save_model=True,
         bf16=True if dtype == "bf16" else None,
     )
-    lines = check_goes_on(ranks(size), small.train, case)
+    lines = check_goes_on(ranks(size), tiny_runs.train, case)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     # Otherwise nothing was merged, and the equality would say little.
@@ -86,16 +85,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_the_loss_scale_goes_on(ranks: GetRanks, task: Path, tmp_path: Path, stage: str) -> None:
     """fp16: the scale grows every second good step, also over the checkpoint at step 3."""
     settings = {"loss_scale_window": 2, "initial_scale_power": 5, "hysteresis": 1}
-    case = small.options(
+    case = tiny_runs.options(
         task,
         tmp_path / "run",
         stage,
         max_steps=STEPS,
         save_steps=3,
         save_model=True,
-        **small.fp16_options(stage, tmp_path, **settings),
+        **tiny_runs.fp16_options(stage, tmp_path, **settings),
     )
-    lines = check_goes_on(ranks(2), small.train_fp16, case)
+    lines = check_goes_on(ranks(2), tiny_runs.train_fp16, case)
     scales = [line["loss_scale"] for line in lines if "loss" in line]
     # What the checkpoint holds is another scale than the first, and half-way to the next.
     assert scales[0] < scales[3] == scales[4] < scales[5], scales
@@ -103,15 +102,15 @@ def test_the_loss_scale_goes_on(ranks: GetRanks, task: Path, tmp_path: Path, sta
 
 def test_a_run_goes_on_elsewhere(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
     """A checkpoint named by its path: the other folder gets the lines before it too."""
-    case = small.options(task, tmp_path / "a", "local", max_steps=5, save_steps=2, eval_steps=2)
-    ranks(1).run(small.train, case)
+    case = tiny_runs.options(task, tmp_path / "a", "local", max_steps=5, save_steps=2, eval_steps=2)
+    ranks(1).run(tiny_runs.train, case)
     there = {
         **case,
         "output_dir": tmp_path / "b",
         "resume_from_checkpoint": tmp_path / "a" / "checkpoint-2",
     }
-    assert ranks(1).run(small.train, there)[0][0] == 2
-    assert small.lines(tmp_path / "b") == small.lines(tmp_path / "a")
+    assert ranks(1).run(tiny_runs.train, there)[0][0] == 2
+    assert tiny_runs.lines(tmp_path / "b") == tiny_runs.lines(tmp_path / "a")
 
 
 RESHARDED = [
@@ -141,7 +140,7 @@ def saved(ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory)
     def get(size: int, engine: str) -> Path:
         if (size, engine) not in made:
             folder = made[size, engine] = tmp_path_factory.mktemp("saved") / "run"
-            ranks(size).run(small.train, steady(task, folder, engine))
+            ranks(size).run(tiny_runs.train, steady(task, folder, engine))
         return made[size, engine]
 
     return get
@@ -149,7 +148,7 @@ def saved(ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def steady(task: Path, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
     """No dropout, which other ranks draw otherwise."""
-    return small.options(
+    return tiny_runs.options(
         task,
         folder,
         engine,
@@ -168,7 +167,7 @@ def test_other_ranks_and_engines_go_on(
 ) -> None:
     folder, (size, engine) = saved(*before), after
     case = steady(task, tmp_path, engine, resume_from_checkpoint=folder / "checkpoint-4")
-    answers = ranks(size).run(small.train, case)
+    answers = ranks(size).run(tiny_runs.train, case)
     assert [first for first, _, _ in answers] == [4] * size
     ours, theirs = np.array(runs.losses(tmp_path)), np.array(runs.losses(folder))
     assert (ours[:4] == theirs[:4]).all()
@@ -176,7 +175,7 @@ def test_other_ranks_and_engines_go_on(
     print(f"{before} → {after}: {difference:.1e}")
     assert len(ours) == len(theirs) == 8 and difference < 1e-5
     evaluated = [
-        [line["eval_loss"] for line in small.lines(run) if "eval_loss" in line]
+        [line["eval_loss"] for line in tiny_runs.lines(run) if "eval_loss" in line]
         for run in (tmp_path, folder)
     ]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
@@ -199,7 +198,7 @@ def test_another_run_is_refused(
     checkpoint = saved(2, "fsdp") / "checkpoint-4"
     others = {"resume_from_checkpoint": checkpoint, option: REFUSED[option]}
     case = steady(task, tmp_path / "run", "local", **others)
-    sentence, status, _ = ranks(1).run(small.refusal, case)[0]
+    sentence, status, _ = ranks(1).run(tiny_runs.refusal, case)[0]
     assert status == 2
     assert f"set --{option} " in sentence and "\n" not in sentence
     assert not (tmp_path / "run").exists()
@@ -213,7 +212,9 @@ def test_other_data_is_refused(
         "resume_from_checkpoint": saved(2, "fsdp") / "checkpoint-4",
         "dataset": tmp_path / "texts.jsonl",
     }
-    sentence, *_ = ranks(1).run(small.refusal, steady(task, tmp_path / "run", "local", **others))[0]
+    sentence, *_ = ranks(1).run(
+        tiny_runs.refusal, steady(task, tmp_path / "run", "local", **others)
+    )[0]
     assert f"set --dataset {task / 'texts.jsonl'}" in sentence
 
 
@@ -233,7 +234,7 @@ def test_another_base_model_is_refused(
         "model_name_or_path": model,
     }
     case = steady(task, tmp_path / "run", "zero3", **others)
-    for sentence, status, _ in ranks(2).run(small.refusal, case):
+    for sentence, status, _ in ranks(2).run(tiny_runs.refusal, case):
         assert status == 2
         assert "--model_name_or_path" in sentence and "\n" not in sentence
 
@@ -246,7 +247,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(
         "per_device_train_batch_size": 5,
     }
     case = steady(task, tmp_path / "run", "zero3", **others)
-    sentence, status, _ = ranks(2).run(small.refusal, case)[0]
+    sentence, status, _ = ranks(2).run(tiny_runs.refusal, case)[0]
     assert status == 2
     assert "--train_batch_size 12" in sentence and "2 rank(s)" in sentence and "\n" not in sentence
 
@@ -259,9 +260,9 @@ def test_another_learning_rate_is_taken_with_a_warning(
         "learning_rate": 5e-4,
     }
     case = steady(task, tmp_path, "local", **others)
-    _, _, warned = ranks(1).run(small.train, case)[0]
+    _, _, warned = ranks(1).run(tiny_runs.train, case)[0]
     assert [line for line in warned if "--learning_rate" in line]
-    rates = [line["learning_rate"] for line in small.lines(tmp_path) if "loss" in line]
+    rates = [line["learning_rate"] for line in tiny_runs.lines(tmp_path) if "loss" in line]
     linear = [1 - step / 8 for step in range(8)]
     expected = [1e-3 * part for part in linear[:4]] + [5e-4 * part for part in linear[4:]]
     assert rates == pytest.approx(expected, rel=1e-12)
@@ -271,11 +272,11 @@ def test_an_older_checkpoint_among_newer_ones_is_refused(
     ranks: GetRanks, task: Path, saved: ResumedFrom
 ) -> None:
     folder = saved(2, "fsdp")
-    before = small.lines(folder)
+    before = tiny_runs.lines(folder)
     case = steady(
         task, folder, "local", resume_from_checkpoint=folder / "checkpoint-4", max_steps=9
     )
-    sentence, status, _ = ranks(1).run(small.refusal, case)[0]
+    sentence, status, _ = ranks(1).run(tiny_runs.refusal, case)[0]
     assert status == 2
     assert "checkpoint-8" in sentence
-    assert small.lines(folder) == before
+    assert tiny_runs.lines(folder) == before

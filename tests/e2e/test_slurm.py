@@ -13,8 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-import runs
-import small
+from tests.support import launched, runs, tiny_runs
 
 # As Slurm does: the command on every node, each knowing which it is; the largest status.
 SRUN = """#!/usr/bin/env bash
@@ -52,7 +51,7 @@ def test_a_preempted_job_comes_back_and_goes_on(
         (commands / name).chmod(0o755)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 3\n")
-    case = small.options(odd, tmp_path / "run", engine, max_steps=60, save_steps=0, seed=3)
+    case = tiny_runs.options(odd, tmp_path / "run", engine, max_steps=60, save_steps=0, seed=3)
     given = {
         "RECIPE": recipe,
         "OUTPUT_DIR": case["output_dir"],
@@ -82,7 +81,7 @@ def test_a_preempted_job_comes_back_and_goes_on(
 
     first = submit(tmp_path / "first")
     deadline = time.monotonic() + 200
-    while small.last_step(tmp_path / "run") < 3:
+    while launched.last_step(tmp_path / "run") < 3:
         assert first.poll() is None and time.monotonic() < deadline, (
             tmp_path / "first"
         ).read_text()
@@ -91,12 +90,12 @@ def test_a_preempted_job_comes_back_and_goes_on(
     for process in step_processes:
         process.send_signal(signal.SIGUSR1)
     assert first.wait(120) == 75, (tmp_path / "first").read_text()
-    step = small.last_step(tmp_path / "run")
+    step = launched.last_step(tmp_path / "run")
     assert 3 <= step < 60
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
     time.sleep(1.1)  # TensorBoard takes its files in the order of the seconds in their names
     assert submit(tmp_path / "second").wait(300) == 0, (tmp_path / "second").read_text()
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
     assert f"checkpoint-{step}" in (tmp_path / "second").read_text()
-    ranks(2).run(small.train, {**case, "output_dir": tmp_path / "alone"})
-    assert small.lines(tmp_path / "run") == small.lines(tmp_path / "alone")
+    ranks(2).run(tiny_runs.train, {**case, "output_dir": tmp_path / "alone"})
+    assert tiny_runs.lines(tmp_path / "run") == tiny_runs.lines(tmp_path / "alone")

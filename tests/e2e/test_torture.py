@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import small
-from ranks import Ranks
 from scalora_dist.checkpoint.manifest import LEFTOVER, checkpoints, is_sound, step_of
+from tests.support import launched, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("task"))
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
 class Kill(NamedTuple):
@@ -54,9 +54,9 @@ def attempt(
         file = folder / "metrics.jsonl"
         # The file of the attempt before stands until this one has gone back to its checkpoint.
         fresh = file.exists() and file.stat().st_mtime_ns > begun
-        return fresh and small.last_step(folder) >= target
+        return fresh and launched.last_step(folder) >= target
 
-    with small.Launched(engine, case, log) as run:
+    with launched.Launched(engine, case, log) as run:
         if not run.wait_for(reached):
             assert run.process.returncode == 0, run.text()
             return None
@@ -72,7 +72,7 @@ def attempt(
         if before:
             assert f"going on from {folder / f'checkpoint-{before}'}\n" in run.text()
     victim = "all" if whom is None else f"rank {whom}"
-    return Kill(victim, small.last_step(folder), bool(leftovers(folder)))
+    return Kill(victim, launched.last_step(folder), bool(leftovers(folder)))
 
 
 def newest(folder: Path) -> int:
@@ -88,7 +88,7 @@ def torture(
     """Kill a run so many times; in the end it is the run that was left alone."""
     folder, chance = tmp_path / "run", random.Random(seed)
     save_steps = chance.choice([1, 2])
-    case = small.options(
+    case = tiny_runs.options(
         task,
         folder,
         engine,
@@ -98,7 +98,7 @@ def torture(
         eval_steps=7,
         resume_from_checkpoint="latest",
     )
-    ranks.run(small.train, {**case, "output_dir": tmp_path / "alone"})
+    ranks.run(tiny_runs.train, {**case, "output_dir": tmp_path / "alone"})
     done: list[Kill] = []
     victims = [None, *range(ranks.size)] * kills
     while len(done) < kills:
@@ -108,9 +108,9 @@ def torture(
         print(f"{engine}: {kill}, newest checkpoint {newest(folder)}", flush=True)
         # The line of a step comes before its save, which the next save waits for.
         assert kill.step - 2 * save_steps <= newest(folder) <= kill.step
-    with small.Launched(engine, case, tmp_path / "log") as run:
+    with launched.Launched(engine, case, tmp_path / "log") as run:
         assert run.wait() == 0, run.text()
-    assert small.lines(folder) == small.lines(tmp_path / "alone")
+    assert tiny_runs.lines(folder) == tiny_runs.lines(tmp_path / "alone")
     assert not leftovers(folder)
     print(f"{engine}: {len(done)} kills, {sum(kill.saving for kill in done)} of them in a save")
     return done

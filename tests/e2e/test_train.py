@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runs
-from ranks import Ranks
+from tests.support import runs, tiny_models
+from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
 
@@ -142,7 +142,7 @@ def test_persistent_buffers_are_part_of_the_model(
     ranks: GetRanks, demo_model: str, tmp_path: Path, engine: str
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
-    expected = runs.save_tiny_deepseek(model, AutoTokenizer.from_pretrained(demo_model))
+    expected = tiny_models.save_tiny_deepseek(model, AutoTokenizer.from_pretrained(demo_model))
     case = options(str(model), out, engine, max_steps=1, target_modules="o_proj")
     ranks(2).run(runs.run, {**case, "eval_size": 0})
     state = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from refusals import one_sentence
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError
+from tests.support.refusals import one_sentence
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 FOR_12B = {"zero3_12b", "zero3_12b_offload"}  # bf16, with sizes of their own

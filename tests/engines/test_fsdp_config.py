@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from refusals import one_sentence
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.engines.fsdp_config import FSDPConfig, load_fsdp_config
 from scalora_dist.errors import UserError
+from tests.support.refusals import one_sentence
 
 EVERYTHING = {
     "mesh_shape": [2, 2],

@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 from transformers import Gemma2Config
 
-import runs
-import small
-from check_work import measured, planned
 from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
@@ -24,6 +21,8 @@ from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
 from scalora_dist.profiling.gpus import GPUS, find_gpu
+from tests.support import runs, tiny_models, tiny_runs
+from tests.support.workers.check_plan import measured, planned
 
 ROOT = Path(__file__).parents[2]
 # Large enough for tensors that are no parameters or activations (labels, counts) not to matter.
@@ -59,7 +58,7 @@ QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing")
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_task(tmp_path_factory.mktemp("planned"), **SIZES)
+    return tiny_models.save_task(tmp_path_factory.mktemp("planned"), **SIZES)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_a_plan_is_within_a_tenth_of_what_tensors_take(
 ) -> None:
     size, others = SETUPS[setup]
     engine = setup.split(",")[0]
-    options = small.options(
+    options = tiny_runs.options(
         task,
         tmp_path / "run",
         engine,
@@ -215,7 +214,7 @@ def test_the_papers_models_are_planned(model: str) -> None:
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(task: Path, tmp_path: Path) -> None:
     """For the ranks of the launcher's environment."""
-    case = small.options(task, tmp_path / "run", "zero3", dry_run=True)
+    case = tiny_runs.options(task, tmp_path / "run", "zero3", dry_run=True)
     done = subprocess.run(
         [sys.executable, "launch/train.py", *runs.words(case)],
         cwd=ROOT,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import profile_work
-from profile_work import LATE
+from tests.support.workers import profile as profile_work
+from tests.support.workers.profile import LATE
 
 
 def test_waiting_for_a_late_rank_is_communication(ranks: Any) -> None:

@@ -10,6 +10,7 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
+from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.modeling.load import outline
 from scalora_dist.profiling.flops import _count, count_flops
@@ -36,7 +37,7 @@ def model(tmp_path: Path) -> PreTrainedModel:
 
 def adapt(model: PreTrainedModel, method: str) -> PreTrainedModel:
     args = MethodArguments(method=method, rank=RANK)
-    METHODS[method].add(model, args, 0, torch.bfloat16)
+    METHODS[method].add(model, AddContext(args, 0, torch.bfloat16))
     return model.to("meta")
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-import runs
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear
+from tests.support import runs, tiny_models
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("bitsandbytes")
@@ -51,8 +51,8 @@ def test_what_arrives_of_a_requantized_merge() -> None:
 @pytest.mark.heavy
 def test_a_run_on_a_tiny_model(tmp_path: Path) -> None:
     task = tmp_path / "task"
-    runs.save_odd_model(task, "llama")
-    runs.save_texts(task, "abc ", longest=24, count=41)
+    tiny_models.save_odd_model(task, "llama")
+    tiny_models.save_texts(task, "abc ", longest=24, count=41)
     folder = tmp_path / "out"
     words = runs.words(
         {

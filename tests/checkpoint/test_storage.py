@@ -1,0 +1,296 @@
+"""A checkpoint is there whole or not at all, and damage is seen before anything is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scalora_dist.checkpoint import manifest
+from scalora_dist.checkpoint.manifest import (
+    FileRecord,
+    checkpoints,
+    clear_leftovers,
+    faults,
+    prune,
+    publish,
+    read_manifest,
+    remove,
+    step_of,
+    write_synced,
+)
+from tests.support.ranks import Ranks
+from tests.support.workers import checkpoint as work
+
+GetRanks = Callable[[int], Ranks]
+RANK_FILE = "rank-00000.safetensors"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def written(partial: Path, **contents: bytes) -> dict[str, FileRecord]:
+    partial.mkdir(parents=True)
+    contents["state.json"] = b"{}"
+    return {name: write_synced(partial / name, data) for name, data in contents.items()}
+
+
+# Files.
+
+
+def test_a_published_checkpoint_is_sound(tmp_path: Path) -> None:
+    files = written(tmp_path / "checkpoint-7.partial", a=b"12345", b=b"")
+    publish(tmp_path / "checkpoint-7.partial", tmp_path / "checkpoint-7", files)
+    assert names(tmp_path) == ["checkpoint-7"]
+    read = read_manifest(tmp_path / "checkpoint-7")
+    assert read == files
+    assert faults(tmp_path / "checkpoint-7", files, list(files)) == []
+
+
+@pytest.mark.parametrize("harm", ["short", "missing"])
+def test_nothing_is_published_that_is_not_all_there(tmp_path: Path, harm: str) -> None:
+    """Nor is the checkpoint of that name, from an earlier run, touched."""
+    old = written(tmp_path / "old.partial", a=b"old")
+    publish(tmp_path / "old.partial", tmp_path / "checkpoint-7", old)
+    files = written(tmp_path / "checkpoint-7.partial", a=b"12345", b=b"123")
+    if harm == "short":
+        (tmp_path / "checkpoint-7.partial" / "b").write_bytes(b"12")
+    else:
+        (tmp_path / "checkpoint-7.partial" / "b").unlink()
+    with pytest.raises(OSError, match="b"):
+        publish(tmp_path / "checkpoint-7.partial", tmp_path / "checkpoint-7", files)
+    assert read_manifest(tmp_path / "checkpoint-7") == old
+    assert (tmp_path / "checkpoint-7" / "a").read_bytes() == b"old"
+
+
+def test_a_checkpoint_appears_with_its_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the power goes before the rename, there is no checkpoint."""
+    files = written(tmp_path / "checkpoint-7.partial", a=b"12345")
+
+    def out_of_power(folder: Path) -> None:
+        assert (tmp_path / "checkpoint-7.partial" / manifest.MANIFEST).exists()
+        assert checkpoints(tmp_path) == []
+        raise OSError("out of power")
+
+    monkeypatch.setattr(manifest, "_sync_folder", out_of_power)
+    with pytest.raises(OSError, match="out of power"):
+        publish(tmp_path / "checkpoint-7.partial", tmp_path / "checkpoint-7", files)
+    assert checkpoints(tmp_path) == []
+
+
+def make(folder: Path, *steps: int) -> None:
+    for step in steps:
+        files = written(folder / f"checkpoint-{step}.partial", a=b"1")
+        publish(folder / f"checkpoint-{step}.partial", folder / f"checkpoint-{step}", files)
+
+
+def test_checkpoints_are_found_by_number_not_by_name(tmp_path: Path) -> None:
+    make(tmp_path, 9, 10, 100)
+    for other in ("checkpoint-", "checkpoint-11.partial", "checkpoint-12.old", "checkpoint-x"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "checkpoint-13").write_text("a file")
+    assert [step_of(folder) for folder in checkpoints(tmp_path)] == [100, 10, 9]
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    make(tmp_path, 8, 9, 10, 100)
+    prune(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100"]
+    prune(tmp_path, 0)
+    assert names(tmp_path) == []
+
+
+def test_prune_does_not_count_what_a_run_went_back_behind(tmp_path: Path) -> None:
+    """Otherwise a damaged newest one would push out every sound one."""
+    make(tmp_path, 2, 3, 4, 6, 8)
+    prune(tmp_path, 2, newest=tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_leftovers_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    mine = ("checkpoint-4.partial.mine", "my-checkpoint-4.partial", "checkpoint-best.old")
+    for name in ("checkpoint-4.partial", "checkpoint-2.old", *mine):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(["checkpoint-3", *mine])
+
+
+def test_a_deletion_cut_short_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 3)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed
+    remove(tmp_path / "checkpoint-3")
+    assert names(tmp_path) == ["checkpoint-3.old"]
+    assert checkpoints(tmp_path) == []
+    monkeypatch.undo()
+    remove(tmp_path / "checkpoint-3")  # not there any more: nothing to do
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def rewrite_manifest(folder: Path, name: str, record: object) -> dict[str, FileRecord] | str:
+    """List one file, as ``record``, and the state; what is read of that."""
+    files = json.loads((folder / manifest.MANIFEST).read_text())["files"]
+    listed = {name: record, "state.json": files["state.json"]}
+    (folder / manifest.MANIFEST).write_text(json.dumps({"files": listed}))
+    return read_manifest(folder)
+
+
+def test_a_name_in_a_manifest_does_not_lead_out(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    (tmp_path / "secret").write_text("x")
+    record = {"bytes": 1, "sha256": manifest.sha256(tmp_path / "secret")}
+    for name in ("../secret", str(tmp_path / "secret")):
+        files = rewrite_manifest(tmp_path / "checkpoint-3", name, record)
+        assert not isinstance(files, str)
+        assert faults(tmp_path / "checkpoint-3", files, list(files)) == ["secret is missing"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', '{"files": {"a": ', "\xff"])
+def test_a_damaged_manifest_is_told(tmp_path: Path, content: str) -> None:
+    make(tmp_path, 3)
+    (tmp_path / "checkpoint-3" / manifest.MANIFEST).write_bytes(content.encode("latin1"))
+    assert read_manifest(tmp_path / "checkpoint-3") == "manifest.json is damaged"
+
+
+@pytest.mark.parametrize("record", [{}, {"bytes": 1}, {"bytes": "1", "sha256": ""}, [], None])
+def test_a_damaged_record_is_a_fault(tmp_path: Path, record: object) -> None:
+    make(tmp_path, 3)
+    files = rewrite_manifest(tmp_path / "checkpoint-3", "a", record)
+    found = [files] if isinstance(files, str) else faults(tmp_path / "checkpoint-3", files, ["a"])
+    assert len(found) == 1
+
+
+def test_what_is_not_listed_was_not_checked(tmp_path: Path) -> None:
+    """Tensors are read from every file in the folder."""
+    make(tmp_path, 3)
+    (tmp_path / "checkpoint-3" / "rank-00007.safetensors").write_bytes(b"1")
+    told = read_manifest(tmp_path / "checkpoint-3")
+    assert isinstance(told, str) and "does not list rank-00007.safetensors" in told
+
+
+# On real ranks.
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_two_ranks_save_any_number_reads(ranks: GetRanks, tmp_path: Path, size: int) -> None:
+    """Three saves, two kept; what is saved is the moment of the call."""
+    assert ranks(2).run(work.save, tmp_path, [2, 4, 6], 2) == [[None] * 3] * 2
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    assert names(tmp_path / "checkpoint-6") == sorted(
+        [RANK_FILE, "rank-00001.safetensors", "state.json", "manifest.json"]
+    )
+    assert manifest.read_state(tmp_path / "checkpoint-6") == {"step": 6, "rank": 0}
+    for step in (4, 6):
+        assert ranks(size).run(work.load, tmp_path, step) == [True] * size
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int((len(data) - 1) * where)] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+HARMS = {
+    "truncated": (truncate, RANK_FILE),
+    "truncated to nothing": (lambda path: path.write_bytes(b""), RANK_FILE),
+    "a bit of a tensor": (lambda path: flip(path, 0.9), "rank-00001.safetensors"),
+    "a bit of the header": (lambda path: flip(path, 0.01), RANK_FILE),
+    "a bit of the state": (flip, "state.json"),
+    "state truncated": (truncate, "state.json"),
+    "missing": (Path.unlink, "rank-00001.safetensors"),
+    "state missing": (Path.unlink, "state.json"),
+    "manifest missing": (Path.unlink, "manifest.json"),
+    "manifest truncated": (truncate, "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    ranks: GetRanks, tmp_path: Path, harm: str, size: int
+) -> None:
+    ranks(2).run(work.save, tmp_path, [2, 4])
+    do, name = HARMS[harm]
+    do(tmp_path / "checkpoint-4" / name)
+    for found, warned in ranks(size).run(work.find, tmp_path, "latest"):
+        assert found == "checkpoint-2"
+        assert len(warned) == 1
+        assert str(tmp_path / "checkpoint-4") in warned[0] and name in warned[0]
+    named = str(tmp_path / "checkpoint-4")
+    for refusal, _ in ranks(size).run(work.find, tmp_path, named):
+        assert f"{named} cannot be used" in refusal
+        assert name in refusal and "latest" in refusal and "\n" not in refusal
+
+
+def test_every_single_bit_of_a_manifest_counts(ranks: GetRanks, tmp_path: Path) -> None:
+    """A bit flipped anywhere in manifest.json either shows or changes nothing it says."""
+    ranks(2).run(work.save, tmp_path, [2])
+    folder = tmp_path / "checkpoint-2"
+    sound, before = (folder / "manifest.json").read_bytes(), read_manifest(folder)
+    assert not isinstance(before, str)
+    missed = []
+    for position in range(len(sound)):
+        for bit in range(8):
+            flipped = bytearray(sound)
+            flipped[position] ^= 1 << bit
+            (folder / "manifest.json").write_bytes(flipped)
+            files = read_manifest(folder)
+            if isinstance(files, str) or files == before:
+                continue
+            if not faults(folder, files, list(files)):
+                missed.append((position, bit, bytes(flipped[position - 9 : position + 9])))
+    assert not missed
+
+
+def test_without_a_sound_one_latest_is_refused(ranks: GetRanks, tmp_path: Path) -> None:
+    ranks(2).run(work.save, tmp_path, [2, 4])
+    for step in (2, 4):
+        truncate(tmp_path / f"checkpoint-{step}" / RANK_FILE)
+    for refusal, warned in ranks(2).run(work.find, tmp_path, "latest"):
+        assert "none of the 2 checkpoints" in refusal and "--output_dir" in refusal
+        assert "\n" not in refusal
+        assert len(warned) == 2
+
+
+def test_without_any_checkpoint_latest_starts_at_the_beginning(
+    ranks: GetRanks, tmp_path: Path
+) -> None:
+    assert ranks(2).run(work.find, tmp_path / "none", "latest") == [("", []), ("", [])]
+
+
+@pytest.mark.parametrize("wanted", ["elsewhere", "checkpoint-4.partial", "."])
+def test_what_is_no_checkpoint_is_refused(ranks: GetRanks, tmp_path: Path, wanted: str) -> None:
+    refusal, _ = ranks(1).run(work.find, tmp_path, str(tmp_path / wanted))[0]
+    assert "name a folder checkpoint-<step>" in refusal
+
+
+@pytest.mark.parametrize("layout", ["whole", "rows", "mesh"])
+@pytest.mark.parametrize("shape", [(37, 5), (6, 35), (3, 1), (1, 1), (8, 4)])
+def test_every_element_is_written_once(
+    ranks: GetRanks, layout: str, shape: tuple[int, int]
+) -> None:
+    """Whole on 4 ranks, cut into rows, or cut into rows by each row of a 2 × 2 mesh."""
+    rows, cols = shape
+    everyone = ranks(4).run(work.shares, rows, cols, layout)[0]
+    assert {numel for *_, numel in everyone} == {rows * cols}
+    covered = sorted(
+        (offset + i, value) for offset, values, _ in everyone for i, value in enumerate(values)
+    )
+    assert covered == [(i, float(i)) for i in range(rows * cols)]
+    if layout != "rows" and rows * cols >= 64:  # the copies' holders share the work
+        sizes = [len(values) for _, values, _ in everyone]
+        assert max(sizes) <= -(-rows * cols // 4) + cols

@@ -1,0 +1,124 @@
+"""Runs as a user starts them: a command, its ranks' processes, and signals to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support import runs
+
+BIN = Path(sys.executable).parent
+
+
+LAUNCHERS = {
+    "local": [sys.executable],
+    "fsdp": [str(BIN / "torchrun"), "--nproc_per_node", "2"],
+    "zero3": [str(BIN / "deepspeed"), "--num_gpus", "2"],
+}
+
+
+class Launched:
+    """One started command with everything it started; ``with`` leaves none of it behind."""
+
+    def __init__(self, engine: str, case: dict[str, Any], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        launcher = LAUNCHERS[engine] + ["--master_port", port] * (engine != "local")
+        command = [*launcher, "launch/train.py", *runs.words(case)]
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=runs.REPOSITORY,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ
+                | {
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "DS_ACCELERATOR": "cpu",
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    # By these the processes are found, and nobody else's.
+                    "SMALL_RUN": str(log),
+                },
+            )
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill(self.everyone())
+        self.process.wait(60)
+
+    def everyone(self) -> list[psutil.Process]:
+        """The launcher, if it lives, before all others; orphans too."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SMALL_RUN") == str(self.log):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.pid != self.process.pid)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks' processes in rank order; the launcher itself, where there is none."""
+        ranks = {}
+        for process in self.everyone():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if "launch/train.py" in command and process.pid != self.process.pid:
+                    rank = process.environ().get("RANK")
+                    if rank is not None and Path(command[0]).name.startswith("python"):
+                        ranks[int(rank)] = process
+        return [ranks[rank] for rank in sorted(ranks)] or [psutil.Process(self.process.pid)]
+
+    def launcher(self) -> psutil.Process:
+        """What started the ranks: the command, or the process of this node under `deepspeed`.
+
+        `deepspeed` itself dies of a SIGTERM without a word to anybody, and the ranks train on.
+        """
+        return self.ranks()[0].parent()
+
+    @staticmethod
+    def kill(processes: list[psutil.Process]) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+
+    def wait_for(self, condition: Callable[[], object], pause: float = 0.005) -> bool:
+        """Until ``condition`` holds; False where the command ended before."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(pause)
+        return True
+
+    def wait(self) -> int:
+        return self.process.wait(300)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def last_step(folder: Path) -> int:
+    """The last step whose line is whole; 0 before the first."""
+    try:
+        text = (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return 0
+    whole = [json.loads(line) for line in text.split(b"\n")[:-1]]
+    return max((line["step"] for line in whole if "loss" in line), default=0)

@@ -1,0 +1,141 @@
+"""Tiny random models with tokenizers and texts, saved as a user's files would be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+
+def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Two layers whose row lengths divide by nothing, tied embeddings, random weights."""
+    import torch
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=28,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte: with the demo model's 49152, the LM head would be all of a tiny model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+# Rows that neither 2, 3 nor 4 divides (35, 37, and a vocabulary of 259), fewer rows than 4 ranks
+# can share (6), and weights large enough for attention to matter.
+ODD_SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 35,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+
+
+def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
+    """A tiny random "llama" or "gemma3" whose rows divide by nothing, with a byte tokenizer.
+
+    Args:
+        sizes: others than ``ODD_SIZES``.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    if architecture == "gemma3":
+        config = Gemma3TextConfig(
+            **ODD_SIZES | sizes,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=5,
+            query_pre_attn_scalar=6,
+            tie_word_embeddings=True,
+        )
+        model = Gemma3ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**ODD_SIZES | sizes, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
+    """texts.jsonl: random texts of these letters, from 8 letters to fewer than ``longest``."""
+    generator, choices = np.random.default_rng(0), np.array(list(letters))
+    with open(folder / "texts.jsonl", "w") as file:
+        for length in generator.integers(8, longest, count):
+            file.write(json.dumps({"text": "".join(generator.choice(choices, length))}) + "\n")
+
+
+def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A tiny random DeepSeek-V3, and its persistent buffers, {name: tensor}."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for buffer in buffers.values():
+        torch.nn.init.normal_(buffer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return buffers
+
+
+def save_task(folder: Path, **sizes: Any) -> Path:
+    """A tiny model with texts beside it; ``sizes`` as for ``save_odd_model``."""
+    save_odd_model(folder, "llama", **sizes)
+    save_texts(folder, "abc ", longest=24, count=41)
+    return folder

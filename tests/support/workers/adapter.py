@@ -1,0 +1,137 @@
+"""Runs that write adapters or start from them, and how others load what they left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from scalora_dist.distributed.world import World
+from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.training import trainer
+from tests.support import runs, tiny_models, tiny_runs
+
+IDS = [[3 + (7 * i + i * i) % 250 for i in range(20)], [3 + 11 * i % 250 for i in range(20)]]
+
+RANK = tiny_runs.TASK["rank"]
+# A carry that is compressed several times in a few steps.
+CARRY = {"load_in_4bit": True, "carry_rank": 6, "carry_room": 4}
+
+
+def save_even_task(folder: Path) -> Path:
+    """A tiny model and texts, in multiples of what bitsandbytes' own layer can do on a CPU."""
+    return tiny_models.save_task(
+        folder,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.1,
+    )
+
+
+def options(task: Path, folder: Path, engine: str = "local", **others: Any) -> dict[str, Any]:
+    folder.parent.mkdir(exist_ok=True)
+    given: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_steps": 4,
+        "save_steps": 0,
+        "per_device_train_batch_size": 6,
+    }
+    return tiny_runs.options(task, folder, engine, **given | others)
+
+
+def size(engine: str) -> int:
+    return 1 if engine == "local" else 2
+
+
+def differ(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.abs(a - b).max())
+
+
+def train(world: World, case: dict[str, Any]) -> NDArray[np.float32]:
+    """Train; the logits of what was trained, by the engine's own module."""
+    made = runs.make(world, case)
+    made.run()
+    module = made.engine.module
+    module.eval()
+    with torch.no_grad():
+        ids = torch.tensor(IDS, device=world.device)
+        return module(input_ids=ids, use_cache=False).logits.float().cpu().numpy()
+
+
+def train_and_merge(world: World, case: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Train; {layer: its merged W with the halves that 16 bits lose}."""
+    made = runs.make(world, case)
+    made.run()
+    merged = MergedWeights(made.engine, made.runner.low_halves)
+    wholes = {name: merged.full_tensor(f"{name}.weight", on_rank=0) for name in made.engine.adapted}
+    return {name: whole.numpy() for name, whole in wholes.items() if whole is not None}
+
+
+def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, int, list[str]]:
+    """How a run ends that has loaded something else than its base's files hold."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").data.mul_(2)
+        return model
+
+    load_model, trainer.load_model = trainer.load_model, load
+    try:
+        return tiny_runs.refusal(world, case)
+    finally:
+        trainer.load_model = load_model
+
+
+def logits(model: torch.nn.Module) -> NDArray[np.float32]:
+    """In training mode, there being no dropout: else bitsandbytes computes in bf16 on a CPU."""
+    with torch.no_grad():
+        return model.train()(input_ids=torch.tensor(IDS)).logits.float().numpy()
+
+
+def base(task: Path, *, fourbit: bool = False) -> Any:
+    """The base in fp32, as a user of transformers loads it."""
+    given: dict[str, Any] = {"dtype": torch.float32}
+    if fourbit:
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    return AutoModelForCausalLM.from_pretrained(task, **given)
+
+
+def by_peft(task: Path, run: Path, *, fourbit: bool = False) -> NDArray[np.float32]:
+    """The logits of the base with a run's adapter, by PEFT."""
+    return logits(PeftModel.from_pretrained(base(task, fourbit=fourbit), str(run / "adapter")))
+
+
+def config(run: Path) -> dict[str, Any]:
+    return json.loads((run / "adapter" / "adapter_config.json").read_text())
+
+
+def products(run: Path) -> dict[str, Tensor]:
+    """{layer: lora_B lora_A} float64 of a run's adapter."""
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    layers = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors}
+    found = {}
+    for layer in layers:
+        a, b = (tensors[f"base_model.model.{layer}.lora_{x}.weight"].double() for x in "BA")
+        found[layer] = a @ b
+    return found
+
+
+def held_out(run: Path) -> list[float]:
+    return [line["eval_loss"] for line in tiny_runs.lines(run) if "eval_loss" in line]

@@ -1,0 +1,33 @@
+"""Training runs that count how often their method's start ran."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from scalora_dist.distributed.world import World
+from scalora_dist.methods.init.initialization import Initialization
+from scalora_dist.training.trainer import Trainer
+from tests.support import runs
+
+
+def train(world: World, case: dict[str, Any]) -> tuple[int, int]:
+    """Train; (the step it began at, how often the method's start ran)."""
+    starts = 0
+
+    class Counting(Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            method = self.runner.method
+            if (start := method.initialize) is not None:
+
+                def count(given: Initialization) -> None:
+                    nonlocal starts
+                    starts += 1
+                    start(given)
+
+                self.runner.method = dataclasses.replace(method, initialize=count)
+
+    trainer = runs.make(world, case, Counting)
+    trainer.run()
+    return trainer.progress.first_step, starts

@@ -1,0 +1,127 @@
+"""What the ranks do in test_first_step.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.methods.lora_pro import LoraPro
+from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.training.trainer import Trainer
+from tests.support import runs
+
+Batch = dict[str, np.ndarray]
+
+
+class Found(NamedTuple):
+    """What a run has seen; all of it whole, so that any rank can tell.
+
+    Attributes:
+        added: {layer: {parameter: its value}} of what the method added, at the start.
+        weights: {parameter of the loaded model: its value, merged}, at the start and after steps.
+        batches, samples: the global batch of each step; the samples of the start.
+    """
+
+    added: dict[str, dict[str, np.ndarray]]
+    weights: list[dict[str, np.ndarray]]
+    losses: list[float]
+    batches: list[Batch]
+    samples: Batch
+    parameters: int
+
+
+def steps(world: World, options: dict[str, Any]) -> Found:
+    """A run as ``Trainer.run`` would do it, but for what it looks at between the steps."""
+    trainer = runs.make(world, options)
+    micro_batches = trainer.start()
+    trainer.engine.module.train()
+    added = whole_added(trainer)
+    weights, losses = [whole_weights(trainer)], []
+    for step in range(trainer.feed.steps):
+        record, _ = trainer.take_step(step, micro_batches)
+        assert "skipped_step" not in record
+        losses.append(record["loss"])
+        weights.append(whole_weights(trainer))
+    trainer.watchdog.close()
+    count = trainer.options.method.start_samples or 1
+    generator = np.random.default_rng(trainer.options.train.seed)
+    chosen = generator.permutation(len(trainer.feed.data.train))[:count]
+    return Found(
+        added,
+        weights,
+        losses,
+        [
+            together(trainer, trainer.feed.batches.indices(step))
+            for step in range(trainer.feed.steps)
+        ],
+        together(trainer, chosen.tolist()),
+        trainer.runner.parameters,
+    )
+
+
+def together(trainer: Trainer, indices: list[int]) -> Batch:
+    batch = trainer.feed.collate([trainer.feed.data.train[i] for i in indices])
+    return {name: tensor.numpy() for name, tensor in batch.items()}
+
+
+def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    merged = MergedWeights(trainer.engine, trainer.runner.low_halves)
+    return {
+        name: merged.full_tensor(name, on_rank=trainer.world.rank).numpy().copy()
+        for name in merged.base
+    }
+
+
+@torch.no_grad()
+def whole_added(trainer: Trainer) -> dict[str, dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for parameter in trainer.engine.added_shards():
+        (whole,) = Layout.of([parameter.shard]).gather([parameter.shard], range(1))
+        layer = next(n for n in trainer.engine.adapted if parameter.name.startswith(f"{n}."))
+        key = parameter.name.removeprefix(f"{layer}.")
+        found.setdefault(layer, {})[key] = whole.view(parameter.shape).numpy().copy()
+    return found
+
+
+@torch.no_grad()
+def lora_pro(
+    world: World, layers: list[tuple[Tensor, Tensor, Tensor, Tensor]], scaling: float
+) -> list[tuple[Tensor, Tensor]]:
+    """dA and dB whole, from (A, B, ∇A, ∇B) whole, each cut into equal flat ranges."""
+
+    class Cut:
+        """As much of an engine as LoraPro asks for."""
+
+        def __init__(self) -> None:
+            self.world, self.dtype = world, torch.float32
+
+        def layer_shards(self, *, gradients: bool) -> list[LayerShards]:
+            return shards
+
+    def cut(whole: Tensor) -> FlatShard:
+        share = -(-whole.numel() // world.size)
+        start = min(world.rank * share, whole.numel())
+        local = whole.flatten()[start : start + share].clone()
+        return FlatShard(local, start, tuple(whole.shape), dist.group.WORLD)
+
+    shards = []
+    for i, given in enumerate(layers):
+        A, B, grad_A, grad_B = (cut(whole) for whole in given)
+        shards.append(LayerShards(str(i), scaling, A, A, B, grad_A, grad_B, (), ()))
+    report = LoraPro(Cut())(shards, Clock())  # type: ignore[arg-type]
+    assert report.applied
+    found = []
+    for layer in shards:
+        pair = [layer.grad_A, layer.grad_B]
+        found.append(tuple(Layout.of(pair).gather(pair, range(2))))
+    total = sum(float(part.double().square().sum()) for pair in found for part in pair)
+    assert abs(report.grad_norm / total**0.5 - 1) < 1e-4
+    return found

@@ -1,0 +1,163 @@
+"""Runs on 4-bit bases, and what ranks find out about them, for tests/e2e/test_fourbit*.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora_dist.distributed.world import World
+from scalora_dist.layers.adapted_linear import LowRankLinear
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.methods.carry import Carry
+from scalora_dist.methods.registry import METHODS
+from scalora_dist.methods.transform import Report
+from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.training import trainer as module
+from tests.support import runs, tiny_models, tiny_runs
+
+STEPS, SAVED = 8, 4
+RATES = {"lora-sb": 1e-3, "lora-alpha": 1e-3}
+# Carries that are compressed before the checkpoint and after it.
+CARRY = {"carry_rank": 8, "carry_room": 4}
+
+
+def options(
+    task: Path, folder: Path, engine: str, method: str = "scalora", **others: Any
+) -> dict[str, Any]:
+    read = ("rank", "lora_alpha", "lora_dropout")
+    given: dict[str, Any] = {
+        "method": method,
+        "load_in_4bit": True,
+        "learning_rate": RATES.get(method, 1e-2),
+        "lr_scheduler_type": "constant",
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        "per_device_train_batch_size": 3,
+        "lora_dropout": 0.0,  # other ranks draw other dropout
+    }
+    if method == "relora":
+        given |= {"relora_interval": 2, "relora_warmup_steps": 1}
+    if METHODS[method].merges:
+        given |= CARRY
+    unread = {name: None for name in read if name not in METHODS[method].options}
+    return tiny_runs.options(task, folder, engine, **(given | others | unread))
+
+
+def save_even_model(folder: Path, **others: Any) -> Path:
+    """A tiny Llama of blocks of 64, with a byte tokenizer and texts."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.02}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    return tiny_models.save_task(folder, **sizes | others)
+
+
+def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, float]]]:
+    """Train; per rescale and layer, on rank 0, what it did to what the layer computes.
+
+    "weight": the relative change of W and all that is added to it, (m, n) float64. "allowed": the
+    same as far as the carry says that it lost it. On one process also "output": the relative change
+    of the layer's output.
+    """
+    trainer = runs.make(world, case)
+    transform, merger = trainer.runner.transform, trainer.runner.merger
+    assert transform is not None and merger is not None
+    carry = merger.target
+    assert isinstance(carry, Carry)
+    seen: list[dict[str, dict[str, float]]] = []
+
+    def look() -> dict[str, tuple[Tensor, Tensor, float]]:
+        merged = MergedWeights(trainer.engine, trainer.runner.low_halves)
+        found = {}
+        for name, layer in trainer.engine.adapted.items():
+            assert isinstance(layer, LowRankLinear)
+            weight = merged.full_tensor(f"{name}.weight", on_rank=0)
+            output = torch.zeros(1)
+            if world.size == 1:
+                x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(0))
+                output = layer(x)
+            if weight is not None:
+                found[name] = weight.double(), output, layer.scaling * carry.lost[name]
+        return found
+
+    class Watched(type(transform)):  # type: ignore[misc]
+        def __call__(self, layers: Any, clock: Any) -> Report:
+            with torch.no_grad():
+                before = look()
+                report = super().__call__(layers, clock)
+                after = look()
+            step = {}
+            for name, (weight, output, lost) in before.items():
+                weight2, output2, lost2 = after[name]
+                size = float(weight.norm())
+                step[name] = {
+                    "weight": float((weight2 - weight).norm()) / size,
+                    "allowed": (lost2 - lost) / size,
+                    "output": float((output2 - output).norm() / output.norm().clamp_min(1e-9)),
+                }
+            seen.append(step)
+            return report
+
+    transform.__class__ = Watched
+    trainer.run()
+    return seen
+
+
+def held(world: World, case: dict[str, Any]) -> dict[str, int]:
+    """What this rank holds of a model, before it trains: bytes, and elements of all ranks.
+
+    Under ZeRO-3 also what it keeps gathered of small parameters, as "persistent".
+    """
+    trainer = runs.make(world, case)
+    engine = trainer.engine
+    layers = dict(engine.model.named_modules())
+    found = dict.fromkeys(
+        ("quantized", "other", "codes", "sizes", "dense", "carry", "adapters", "persistent"), 0
+    )
+    for name, shape, shard in engine.base_shards():
+        layer = layers.get(name.rpartition(".")[0])
+        if isinstance(layer, FourBitLinear) and name.endswith(".weight"):
+            found["quantized"] += layer.out_features * layer.in_features
+            found["codes"] += shard.local.nbytes
+            found["sizes"] += layer.sizes.nbytes
+        else:
+            found["other"] += shape.numel()
+            found["dense"] += shard.local.nbytes
+    for name, _, shard in engine.added_shards():
+        kind = "carry" if name.endswith((".C", ".D")) else "adapters"
+        found[kind] += shard.local.nbytes
+    found["carry"] += sum(low.nbytes for low in trainer.runner.low_halves.values())
+    zero = getattr(getattr(engine, "engine", None), "optimizer", None)
+    for parameter in getattr(zero, "persistent_parameters", []):
+        found["persistent"] += parameter.data.nbytes
+    trainer._close()
+    return found
+
+
+def attributes(world: World, case: dict[str, Any]) -> set[str]:
+    """What 4-bit layers have that no linear layer has, besides parameters and buffers."""
+    trainer = runs.make(world, case)
+    trainer._close()
+    plain = vars(torch.nn.Linear(1, 1)).keys()
+    return {name for x in trainer.engine.adapted.values() for name in vars(x).keys() - plain}
+
+
+def on_meta(world: World, case: dict[str, Any]) -> list[str]:
+    """Parameters that this rank had no numbers of when the engine was given the model."""
+    names: list[str] = []
+
+    load = module.load_model
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        names.extend(name for name, p in model.named_parameters() if p.is_meta)
+        return model
+
+    module.load_model = note
+    try:
+        made = runs.make(world, case)
+    finally:
+        module.load_model = load
+    made._close()
+    return names

@@ -1,0 +1,209 @@
+"""What the ranks do in tests/starts/test_gradients.py."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from scalora_dist.distributed.world import World
+from scalora_dist.errors import UserError
+from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.training.trainer import Trainer
+from tests.support import runs
+
+Rows = dict[str, tuple[int, tuple[int, int], np.ndarray]]  # name: (offset, shape, flat range)
+
+
+class Found(NamedTuple):
+    """What one rank has seen."""
+
+    rows: Rows
+    batches: list[dict[str, np.ndarray]]  # of one pass
+    forwards: int
+    blocks: int  # forwards of the first block, with those for gradient checkpointing
+    left: list[str]  # what a pass should not have left behind
+    sent: int  # elements of the largest whole gradient
+    whole: int  # how many of those were alive at once
+    passes: list[list[str]]  # the layers that came after each pass
+
+
+class Messages:
+    """Inside it, the sizes and lifetimes of what goes through ``dist.reduce_scatter_tensor``."""
+
+    def __init__(self) -> None:
+        self.sent = self.whole = 0
+        self.wholes: list[Any] = []
+
+    def __enter__(self) -> Messages:
+        self.patch = pytest.MonkeyPatch()
+        self.plain = dist.reduce_scatter_tensor
+        self.patch.setattr(dist, "reduce_scatter_tensor", self.reduce_scatter)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.patch.undo()
+
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> None:
+        self.wholes.append(weakref.ref(whole))
+        alive = [tensor for ref in self.wholes if (tensor := ref()) is not None]
+        alive = [tensor for tensor in alive if tensor.untyped_storage().nbytes()]
+        self.sent, self.whole = max(self.sent, whole.numel()), max(self.whole, len(alive))
+        self.plain(part, whole)
+
+
+def losses(trainer: Trainer, micro_batches: int) -> Iterator[Tensor]:
+    """The first step's loss, micro-batch by micro-batch, as the trainer normalises it."""
+    targets = trainer.feed.batches.target_tokens(0)
+    for batch in itertools.islice(trainer.micro_batches(0), micro_batches):
+        yield trainer.loss(trainer.model, batch).loss / targets
+
+
+def gradients(
+    world: World, options: dict[str, Any], budgets: list[int], loss_scale: float
+) -> list[Found]:
+    """What is found with each budget, one after the other on the same engine."""
+    trainer = runs.make(world, options)
+    trainer.engine.module.train()
+    forwards: list[int] = []
+    blocks: list[int] = []
+    trainer.model.register_forward_hook(lambda *_: forwards.append(1))
+    trainer.model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: blocks.append(1))
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):  # whoever runs in training mode is found out
+            module.attention_dropout = 0.5
+    hooks = count_hooks(trainer.model)
+    micro_batches = trainer.options.train.gradient_accumulation_steps
+    found = []
+    for budget in budgets:
+        rows: Rows = {}
+        passes: dict[int, list[str]] = {}  # by the forwards until then
+        forwards.clear()
+        blocks.clear()
+        with Messages() as messages:
+            for name, shard in weight_gradients(
+                trainer.model,
+                trainer.engine.adapted,
+                lambda: losses(trainer, micro_batches),
+                world,
+                release=trainer.engine.release,
+                budget_bytes=budget,
+                loss_scale=loss_scale,
+            ):
+                assert shard.group is dist.group.WORLD and shard.local.dtype == torch.float32
+                rows[name] = (shard.offset, shard.shape, shard.local.numpy().copy())
+                passes.setdefault(len(forwards), []).append(name)
+                assert count_hooks(trainer.model) == hooks
+                assert not left_behind(trainer)
+                del shard
+        found.append(
+            Found(
+                rows=rows,
+                batches=[
+                    {key: tensor.numpy() for key, tensor in batch.items()}
+                    for batch in itertools.islice(trainer.micro_batches(0), micro_batches)
+                ],
+                forwards=len(forwards),
+                blocks=len(blocks),
+                left=left_behind(trainer),
+                sent=messages.sent,
+                whole=messages.whole,
+                passes=list(passes.values()),
+            )
+        )
+    return found
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def left_behind(trainer: Trainer) -> list[str]:
+    """Modules in evaluation mode; parameters that have a gradient or are gathered."""
+    left = [name for name, module in trainer.model.named_modules() if not module.training]
+    sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    for name, p in trainer.model.named_parameters():
+        gathered = hasattr(p, "ds_id") and p.numel() > 0 and not p.ds_persist
+        if p.grad is not None or gathered or (sharded and not isinstance(p, DTensor)):
+            left.append(name)
+    return left
+
+
+def train(world: World, options: dict[str, Any], budget: int | None) -> None:
+    """Train; with a budget, after a look at the gradients of the weights."""
+
+    class Looking(Trainer):
+        def _train(self) -> Any:
+            if budget is not None:
+                for _, shard in weight_gradients(
+                    self.model,
+                    self.engine.adapted,
+                    lambda: losses(self, 2),
+                    world,
+                    release=self.engine.release,
+                    budget_bytes=budget,
+                ):
+                    assert shard.local.abs().sum() > 0
+            return super()._train()
+
+    runs.make(world, options, Looking).run()
+
+
+class Linears(nn.Sequential):
+    """Two frozen layers of bfloat16, of which the last has fewer rows than there are ranks."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 7), nn.Linear(7, 1))
+        torch.manual_seed(0)
+        for p in self.parameters():
+            nn.init.normal_(p)
+        self.requires_grad_(False).to(torch.bfloat16)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return dict(self.named_children())
+
+
+def inputs(rank: int, tokens: int = 1000) -> Tensor:
+    return torch.randn(tokens, 5, generator=torch.Generator().manual_seed(rank)).bfloat16()
+
+
+def sixteen_bit(world: World) -> Rows:
+    """∇W of the sum of ``Linears`` over this rank's inputs, all ranks' in the end."""
+    model = Linears()
+    shards = weight_gradients(
+        model,
+        model.layers(),
+        lambda: [model(inputs(world.rank)).float().sum()],
+        world,
+        release=lambda: None,
+        budget_bytes=2**20,
+    )
+    return {name: (s.offset, s.shape, s.local.numpy()) for name, s in shards}
+
+
+def other_ways(world: World) -> str:
+    """Ranks whose samples go through different layers; the hooks and modes that are left."""
+    model = Linears()
+    model[0].eval()  # and the rest in training mode
+
+    def one_loss() -> Iterator[Tensor]:
+        yield model[0](inputs(world.rank)).sum() if world.rank else model(inputs(0)).sum()
+
+    try:
+        everything = weight_gradients(
+            model, model.layers(), one_loss, world, release=lambda: None, budget_bytes=2**20
+        )
+        list(everything)
+    except UserError as error:
+        assert count_hooks(model) == 0
+        assert [module.training for module in model.modules()] == [True, False, True]
+        return str(error)
+    return ""
