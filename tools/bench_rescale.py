@@ -119,8 +119,8 @@ class Bench:
         with self.engine.loading():
             weights = world.is_main or not self.engine.loads_on_rank_0
             model = load_model(options.model, base, self.engine.dtype, weights=weights)
-        if method.method != "scalora":
-            raise UserError(f"--method {method.method} rescales nothing: leave it out")
+        if method.name != "scalora":
+            raise UserError(f"--method {method.name} rescales nothing: leave it out")
         scalora = find_method(method)
         resolve_merge_options(method, scalora, quantized=base.fourbit is not None)
         self.modules = scalora.add(

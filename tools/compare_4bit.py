@@ -46,7 +46,8 @@ class Requantized(MergeTarget):
     """W itself: dequantized, added to and quantized again. Shown for what it does."""
 
     def __init__(self, modules: dict[str, FourBitLinear]) -> None:
-        self.modules, self.low_halves = modules, {}
+        self.modules = modules
+        self.low_halves = {}
         # Of each merge: the part of it by which W moved, and the size of what W moved otherwise.
         self.kept: list[float] = []
         self.noise: list[float] = []

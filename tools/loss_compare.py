@@ -350,6 +350,20 @@ def record(revision: str, chosen: list[SetUp], keep: Path | None = None) -> dict
     return found
 
 
+def write_trajectories(folder: Path, results: Mapping[str, Any]) -> None:
+    """``results`` as one file per engine, one line of text per line of metrics.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engines = {set_up.name: set_up.engine for set_up in set_ups()}
+    for engine in sorted({engines[name] for name in results}):
+        texts = []
+        for name, result in results.items():
+            if engines[name] == engine:
+                lines = ",\n".join(json.dumps(line) for line in result["lines"])
+                rest = json.dumps(result["summary"])
+                texts.append(f'"{name}": {{"summary": {rest}, "lines": [\n{lines}]}}')
+        (folder / f"{engine}.json").write_text("{" + ",\n".join(texts) + "}\n")
+
+
 @dataclass
 class Difference:
     """How two results of one set-up differ.
@@ -408,6 +422,7 @@ def main() -> int:
     parser.add_argument("after", nargs="?", help="likewise; without it, BEFORE is only recorded")
     parser.add_argument("--only", default="", help="set-ups whose name contains this")
     parser.add_argument("--save", type=Path, help="write the results of the last side to this file")
+    parser.add_argument("--trajectories", type=Path, help="write a file per engine to this folder")
     parser.add_argument("--keep", type=Path, help="keep the last side's output folders here")
     args = parser.parse_args()
     chosen = [set_up for set_up in set_ups() if args.only in set_up.name]
@@ -415,6 +430,8 @@ def main() -> int:
     after = record(args.after, chosen, args.keep) if args.after else before
     if args.save:
         args.save.write_text(json.dumps(after, indent=1) + "\n")
+    if args.trajectories:
+        write_trajectories(args.trajectories, after)
     failed = [name for name, result in after.items() if "error" in result]
     if not args.after:
         print(f"{len(after)} set-ups recorded, {len(failed)} of them failed {' '.join(failed)}")

@@ -110,8 +110,10 @@ class Layer:
             "bf16, split": Stored(weight, torch.bfloat16, split=True),
             "bf16, nearest": Stored(weight, torch.bfloat16),
         }
-        self.start, self.reference = weight.double(), weight.double()
-        self.inputs, self.merges = weight[:0], 0
+        self.start = weight.double()
+        self.reference = weight.double()
+        self.inputs = weight[:0]
+        self.merges = 0
 
     def keep_inputs(self, module: nn.Module, x: tuple[Tensor]) -> None:
         self.inputs = x[0].detach().flatten(0, -2)[:INPUTS].clone()
@@ -148,7 +150,8 @@ class Watcher:
         }
         for name, layer in self.layers.items():
             trainer.model.get_submodule(name).register_forward_pre_hook(layer.keep_inputs)
-        self.at, self.rows = merges, list[dict[str, Any]]()
+        self.at = merges
+        self.rows = list[dict[str, Any]]()
         self.merge, rescaler.merge = rescaler.merge, self  # type: ignore
 
     def __call__(self, shards: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
@@ -211,8 +214,8 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
         given |= {"per_device_train_batch_size": 1, "eval_size": 0, "update_rank_layers": 0}
         given |= {"save_steps": 0, "save_model": False}
         options = parse_options([*(f"--{name}={value}" for name, value in given.items()), *argv])
-        if options.method.method != "scalora":
-            raise UserError(f"--method {options.method.method} rescales nothing: leave it out")
+        if options.method.name != "scalora":
+            raise UserError(f"--method {options.method.name} rescales nothing: leave it out")
         if options.launch.ds_config or options.launch.fsdp:
             raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
         world = World.join(timeout=timedelta(minutes=30))

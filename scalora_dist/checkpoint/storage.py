@@ -59,7 +59,9 @@ class Checkpoints:
         Args:
             keep: how many to keep; older ones are deleted when a new one is complete.
         """
-        self.output_dir, self.world, self.keep = output_dir, world, keep
+        self.output_dir = output_dir
+        self.world = world
+        self.keep = keep
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self._writing: Future[Any] | None = None
         self._target = output_dir
@@ -175,7 +177,9 @@ class _Writer(StorageWriter):
     """One safetensors file per rank, then state.json and the manifest, then the folder's name."""
 
     def __init__(self, folder: Path, keep: int, state: dict[str, Any]) -> None:
-        self.folder, self.keep, self.state = folder, keep, state
+        self.folder = folder
+        self.keep = keep
+        self.state = state
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """The folder is given once."""
@@ -237,7 +241,9 @@ class _Hashed:
     """A file that remembers how much went through it, and the checksum of that."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
 
     def write(self, data: Any) -> None:
         self.file.write(data)

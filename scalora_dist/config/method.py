@@ -87,6 +87,11 @@ class MethodArguments:
         self.bounds  # noqa: B018 - raises where the option cannot be read
 
     @property
+    def name(self) -> str:
+        """Of the method, as the registry has it."""
+        return self.method
+
+    @property
     def interval(self) -> int | None:
         """``scaling_interval`` as a number of steps; None: auto."""
         if self.scaling_interval == "auto":

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard, Layout
 
 # A singular value counts from this share of the largest on.
@@ -241,7 +242,9 @@ def _sides(
         first, rows = factor.padded_rows()
         whole = random.standard_normal((height, probes))
         probe = torch.from_numpy(whole[first : first + len(rows)].astype(np.float32))
-        start, end = (-(-at // rank) for at in (factor.offset, factor.offset + len(factor.local)))
+        start, end = (
+            ceil_div(at, rank) for at in (factor.offset, factor.offset + len(factor.local))
+        )
         sketch = torch.zeros((end - start) * columns, device=device)
         slots = ((split >= first) & (split < first + len(rows))).nonzero()[:, 0]
         return _Side(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard, Layout, Piece
 
 OVERSAMPLING = 8  # columns of a block beyond the rank
@@ -114,12 +115,13 @@ class _Image:
     """
 
     def __init__(self, matrix: FlatShard, device: torch.device) -> None:
-        self.matrix, self.device = matrix, device
+        self.matrix = matrix
+        self.device = device
         self.working = torch.promote_types(matrix.local.dtype, torch.float32)
         n = matrix.shape[1]
         end = matrix.offset + matrix.local.numel()
         self.first = matrix.offset // n
-        touched = -(-end // n) - self.first if matrix.local.numel() else 0
+        touched = ceil_div(end, n) - self.first if matrix.local.numel() else 0
         split = Layout.of([matrix], device).split[0].to(matrix.local.device)
         self.split = split
         # Which of the split rows this rank has a part of, and where they lie in ``own``.

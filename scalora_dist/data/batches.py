@@ -8,6 +8,8 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
+from scalora_dist.core.arithmetic import ceil_div
+
 
 @lru_cache(maxsize=2)  # a step may lie across two epochs
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -98,5 +100,5 @@ def eval_batches(
     stride = batch_size * world
     return [
         [i if i < num_examples else None for i in range(first, first + batch_size)]
-        for first in range(rank * batch_size, -(-num_examples // stride) * stride, stride)
+        for first in range(rank * batch_size, ceil_div(num_examples, stride) * stride, stride)
     ]

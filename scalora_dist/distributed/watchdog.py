@@ -86,13 +86,16 @@ class Watchdog:
         Args:
             timeout: seconds that a main thread may stay in one phase.
         """
-        self.world, self.timeout = world, timeout
+        self.world = world
+        self.timeout = timeout
         self._beat = self._heard = 0  # heartbeats so far; the one of the last exchange
         self._mine = Row()
         self._said = False
-        self._rows, self._moved = [Row()] * world.size, [0] * world.size  # and at which beat
+        self._rows = [Row()] * world.size
+        self._moved = [0] * world.size  # and at which beat
         self._main = threading.get_ident()
-        self._closing, self._stop = threading.Event(), threading.Event()
+        self._closing = threading.Event()
+        self._stop = threading.Event()
         self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
         if world.size == 1:

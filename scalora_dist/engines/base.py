@@ -14,7 +14,6 @@ from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, NamedShard, TrainedShard
 from scalora_dist.layers.adapted_linear import LowRankLinear, adapted_linear, own_parameters
-from scalora_dist.layers.carry_linear import CarryLinear
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of m and v in torch's AdamW
 
@@ -144,8 +143,9 @@ class Engine(ABC):
     def _layer(self, name: str, layer: LowRankLinear, gradients: bool) -> LayerShards:
         a, b = (self._trained(key, p, gradients) for key, p in (("A", layer.A), ("B", layer.B)))
         carry = None
-        if isinstance(layer, CarryLinear):
-            carry = self.shards.weight(layer.C), self.shards.weight(layer.D)
+        if layer.carried:
+            C, D = layer.carried
+            carry = self.shards.weight(C), self.shards.weight(D)
         return LayerShards(
             name=name,
             scaling=layer.scaling,

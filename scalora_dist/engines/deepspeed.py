@@ -44,7 +44,8 @@ class DeepSpeedEngine(Engine):
             quantized: whether the base is: transformers cannot cut such a one up while loading it,
                 so at stage 3 rank 0 loads it and sends each rank its parts.
         """
-        self.world, self.config = world, config
+        self.world = world
+        self.config = config
         # Built with a C++ compiler on CPUs when the group is joined, and used for inference alone.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
@@ -195,7 +196,8 @@ class _ZeroShards(ParameterShards):
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine.basic_optimizer)
-        self.engine, self.zero = engine, engine.optimizer
+        self.engine = engine
+        self.zero = engine.optimizer
         offload = engine.zero_offload_optimizer()
         self.offloads = offload is not None and str(offload.device) not in ("none", "None")
 

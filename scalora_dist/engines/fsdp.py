@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.broadcast import (
@@ -133,7 +134,7 @@ class DTensorShards(TorchShards):
 
     def shard(self, tensor: Tensor) -> FlatShard:
         rows, cols = as_matrix(tensor.shape)
-        share = -(-rows // self.group.size())  # FSDP cuts as torch.chunk does
+        share = ceil_div(rows, self.group.size())  # FSDP cuts as torch.chunk does
         start = min(self.group.rank() * share, rows)
         return FlatShard(self.local(tensor), start * cols, (rows, cols), self.group)
 

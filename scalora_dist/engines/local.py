@@ -30,7 +30,9 @@ class LocalEngine(Engine):
             dtype: of the frozen weights, float32 or bfloat16.
             max_grad_norm: gradients are clipped to this norm; 0: never.
         """
-        self.world, self.dtype, self.max_grad_norm = world, dtype, max_grad_norm
+        self.world = world
+        self.dtype = dtype
+        self.max_grad_norm = max_grad_norm
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalora_dist.core.arithmetic import ceil_div
+
 L = TypeVar("L", bound="AdaptedLinear")
 LR = TypeVar("LR", bound="LowRankLinear")
 MERGED_COLUMNS = 256  # of W at a time, where ΔW is known by what it does
@@ -78,6 +80,11 @@ class LowRankLinear(AdaptedLinear):
     def rank(self) -> int:
         return self.B.shape[1]
 
+    @property
+    def carried(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """C and D of a carry beside W (``CarryLinear``), or None."""
+        return None
+
     def update(self, x: Tensor) -> Tensor:
         # matmul keeps B itself for the backward; F.linear would keep the view Bᵀ and, with it under
         # ZeRO-3, all of B gathered from this layer's forward to its backward.
@@ -140,13 +147,13 @@ class SquareLinear(AdaptedLinear):
 
     def _through(self, x: Tensor, square: Tensor) -> Tensor:
         side = square.shape[0]
-        pieces = -(-self.in_features // side)
+        pieces = ceil_div(self.in_features, side)
         # x's beginning follows its end, more than once where x is shorter than one piece.
-        around = -(-pieces * side // self.in_features)
+        around = ceil_div(pieces * side, self.in_features)
         filled = x.repeat(*(1 for _ in x.shape[:-1]), around)[..., : pieces * side]
         turned = _rotate(filled.unflatten(-1, (pieces, side)))
         outputs = F.linear(turned, square).flatten(-2)
-        repeats = -(-self.out_features // outputs.shape[-1])
+        repeats = ceil_div(self.out_features, outputs.shape[-1])
         return outputs.repeat(*(1 for _ in x.shape[:-1]), repeats)[..., : self.out_features]
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,10 @@ class CarryLinear(LowRankLinear):
         self.D = nn.Parameter(torch.zeros(n, columns, dtype=dtype), requires_grad=False)
         self.used = 0
 
+    @property
+    def carried(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.C, self.D
+
     def added(self, x: Tensor) -> Tensor:
         # What was merged has no dropout, as if it were in W.
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None

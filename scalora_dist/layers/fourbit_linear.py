@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.errors import UserError
 
@@ -44,7 +45,7 @@ class FourBitLinear(nn.Linear):
     """``y = W x + bias`` with W (m, n) in 4 bits, frozen; the gradient goes to x alone.
 
     Attributes:
-        weight: the codes, two to a byte, (⌈m·n / 2·itemsize⌉, 1) of ``fourbit.storage``; what is
+        weight: the codes, two to a byte, (⌈m·n / (2·itemsize)⌉, 1) of ``fourbit.storage``; what is
             too many are zeros.
         sizes: uint8, the bytes of what goes with the codes: of double quantization an fp32 offset,
             ⌈blocks / 256⌉ fp32 and a byte per block; else an fp32 per block. As bytes, for an
@@ -93,7 +94,7 @@ class FourBitLinear(nn.Linear):
         per_code = 2 * codes.local.element_size()  # elements of W
         start = min(codes.offset * per_code, m * n)
         end = min(start + codes.local.numel() * per_code, m * n)
-        blocks = slice(start // BLOCK, -(-end // BLOCK))
+        blocks = slice(start // BLOCK, ceil_div(end, BLOCK))
         # Ranges need not begin with a block: the codes around are zeros that are cut off again.
         head = start - blocks.start * BLOCK
         padding = (head // 2, -(head // 2 + codes.local.nbytes) % (BLOCK // 2))
@@ -107,7 +108,7 @@ class FourBitLinear(nn.Linear):
         """The largest size in each block of W, (blocks,) float32."""
         if not self.fourbit.double_quant:
             return self.sizes.view(torch.float32)
-        blocks = -(-self.out_features * self.in_features // BLOCK)
+        blocks = ceil_div(self.out_features * self.in_features, BLOCK)
         floats, codes = self.sizes.tensor_split([self.sizes.numel() - blocks])
         offset, nested = floats.view(torch.float32).tensor_split([1])
         dequantize, code = _bnb().dequantize_blockwise, _nested_code(codes)
@@ -179,9 +180,9 @@ def _as_bytes(offset: Tensor, nested: Tensor, codes: Tensor) -> Tensor:
 def _empty(linear: nn.Linear, fourbit: FourBit) -> tuple[Tensor, Tensor]:
     """Codes and sizes of the right shapes, on "meta"."""
     numel = linear.out_features * linear.in_features
-    blocks = -(-numel // BLOCK)
-    nested = 4 + 4 * -(-blocks // NESTED_BLOCK) + blocks
-    codes = torch.empty(-(-numel // 2), dtype=torch.uint8, device="meta")
+    blocks = ceil_div(numel, BLOCK)
+    nested = 4 + 4 * ceil_div(blocks, NESTED_BLOCK) + blocks
+    codes = torch.empty(ceil_div(numel, 2), dtype=torch.uint8, device="meta")
     size = nested if fourbit.double_quant else 4 * blocks
     return codes, torch.empty(size, dtype=torch.uint8, device="meta")
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard, Layout, mixed_rows
 from scalora_dist.core.split_precision import join_halves, split_halves, zero_low_half
 from scalora_dist.distributed.world import World
@@ -65,7 +66,10 @@ class Carry(MergeTarget):
             rank: R, which a full carry is compressed to.
             limit: of the lost share of a layer's update, past which a warning is given.
         """
-        self.modules, self.world, self.rank, self.limit = modules, world, rank, limit
+        self.modules = modules
+        self.world = world
+        self.rank = rank
+        self.limit = limit
         self.layout = Layout.of(_shards(layers), world.device)
         self.low_halves: dict[str, Tensor] = {
             f"{layer.name}.{key}": zero_low_half(shard)
@@ -132,7 +136,7 @@ class Carry(MergeTarget):
     def _solve(self, grams: Tensor) -> list[Compression]:
         """From CᵀC and DᵀD of each layer in turn (2·layers, K, K): each rank solves its share."""
         pairs, K = grams.unflatten(0, (-1, 2)), grams.shape[-1]
-        share = -(-len(pairs) // self.world.size)
+        share = ceil_div(len(pairs), self.world.size)
         mine = pairs[self.world.rank * share : (self.world.rank + 1) * share]
         rows = torch.zeros(share, 2 * K * K + 3, dtype=torch.float64)
         for row, (gram_c, gram_d) in zip(rows, mine, strict=False):
@@ -186,7 +190,10 @@ class Carry(MergeTarget):
             logger.warning(
                 "the carry of %s has lost %.1f %% of its update (carry_limit: %.1f %%): "
                 "set a --carry_rank above %d",
-                *(worst, 100 * self.shares[worst], 100 * self.limit, self.rank),
+                worst,
+                100 * self.shares[worst],
+                100 * self.limit,
+                self.rank,
             )
 
     def report(self) -> dict[str, Any]:

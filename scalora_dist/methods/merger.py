@@ -27,7 +27,8 @@ class Merger:
 
     def __init__(self, layers: Sequence[LayerShards], world: World, target: MergeTarget) -> None:
         """Exchange who holds what (one all-gather); ``layers`` in the order of every later call."""
-        self.world, self.target = world, target
+        self.world = world
+        self.target = target
         self.layout = Layout.of(factor_shards(layers), world.device)
 
     @torch.no_grad()

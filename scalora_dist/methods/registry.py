@@ -35,14 +35,14 @@ def find_method(args: MethodArguments) -> Method:
     Raises:
         UserError: there is no such method, or an option was set that it does not read.
     """
-    if args.method not in METHODS:
-        raise UserError(f"--method {args.method}: choose one of {', '.join(METHODS)}")
-    method = METHODS[args.method]
+    if args.name not in METHODS:
+        raise UserError(f"--method {args.name}: choose one of {', '.join(METHODS)}")
+    method = METHODS[args.name]
     default = MethodArguments()
     for field in fields(args):
         unread = field.name not in ("method", *method.options)
         if unread and getattr(args, field.name) != getattr(default, field.name):
-            raise UserError(f"--method {args.method} does not read --{field.name}: leave it out")
+            raise UserError(f"--method {args.name} does not read --{field.name}: leave it out")
     return method
 
 
@@ -54,7 +54,7 @@ def resolve_merge_options(args: MethodArguments, method: Method, *, quantized: b
     """
     if quantized and method.needs_dense:
         raise UserError(
-            f"--method {args.method} reads or changes W itself, which 4 bits do not hold: choose "
+            f"--method {args.name} reads or changes W itself, which 4 bits do not hold: choose "
             f"one of {', '.join(name for name, x in METHODS.items() if not x.needs_dense)}"
         )
     if not method.merges:

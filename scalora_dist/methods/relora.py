@@ -25,7 +25,10 @@ class Restarts(Restart):
     name = "restart"
 
     def __init__(self, merger: Merger, *, interval: int, prune: float, seed: int) -> None:
-        self.merger, self.interval, self.prune, self.seed = merger, interval, prune, seed
+        self.merger = merger
+        self.interval = interval
+        self.prune = prune
+        self.seed = seed
 
     def due(self, steps_taken: int) -> bool:
         return steps_taken > 0 and steps_taken % self.interval == 0

@@ -92,7 +92,7 @@ class MethodRunner:
         if not layers:
             raise UserError(
                 "--rank_monitor_steps follows factors A and B of ours, and "
-                f"--method {self.options.method.method} has none: leave it out"
+                f"--method {self.options.method.name} has none: leave it out"
             )
         count = train.rank_monitor_layers
         monitor = RankMonitor(layers, count, self.engine.world, seed=train.seed % 2**32)
@@ -116,7 +116,9 @@ class MethodRunner:
         (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
         logger.info(
             "the start of %s took %.1f s; peak memory of a rank so far %.2f GiB",
-            *(args.method, time.perf_counter() - started, peak / 2**30),
+            args.name,
+            time.perf_counter() - started,
+            peak / 2**30,
         )
 
     def before_step(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.scale_solver import Rule, Scales, solve
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
 from scalora_dist.methods.merger import Merger
@@ -47,9 +48,14 @@ class Rescaler(Transform):
             threshold: merge a layer only when one of its scales is further than this from 1, as
                 |ln α| or |ln β|; else the layer stays as it is. 0: always.
         """
-        self.merger, self.world = merger, merger.world
-        self.rule, self.eta_lipschitz, self.bounds = rule, eta_lipschitz, bounds
-        self.interval, self.threshold, self.fp16 = interval, threshold, fp16
+        self.merger = merger
+        self.world = merger.world
+        self.rule = rule
+        self.eta_lipschitz = eta_lipschitz
+        self.bounds = bounds
+        self.interval = interval
+        self.threshold = threshold
+        self.fp16 = fp16
 
     def due(self, steps_taken: int) -> bool:
         return steps_taken % self.interval == 0
@@ -104,7 +110,7 @@ class Rescaler(Transform):
     def solve(self, layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
         """α and β of every layer, the same bit for bit on all ranks: each solves its share."""
         (scaling,) = {layer.scaling for layer in layers}  # one for all of a model
-        share = -(-len(layers) // self.world.size)
+        share = ceil_div(len(layers), self.world.size)
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         rank = gram_a.shape[-1] // 2
         rows = torch.zeros(share, 2 * rank + 1, dtype=torch.float64)

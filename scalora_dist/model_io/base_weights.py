@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
@@ -58,7 +59,7 @@ class BaseWeights:
         cols = shard.shape[1]
         first, start = divmod(shard.offset, cols)
         with safe_open(file, framework="pt") as opened:
-            rows = opened.get_slice(key)[first : -(-(shard.offset + count) // cols)]
+            rows = opened.get_slice(key)[first : ceil_div(shard.offset + count, cols)]
         return rows.to(self.dtype).float().view(-1)[start : start + count]
 
     def _differs(self, name: str, shard: FlatShard) -> bool:

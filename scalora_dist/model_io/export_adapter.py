@@ -43,7 +43,7 @@ def check_adapter_rank(options: Options, *, merges: bool) -> None:
         return
     target = f" with --merge_target {args.merge_target}" if args.merge_target else ""
     raise UserError(
-        f"--adapter_rank is for runs that merge into W: --method {args.method}{target} writes its "
+        f"--adapter_rank is for runs that merge into W: --method {args.name}{target} writes its "
         "own adapter, if it has one; leave it out"
     )
 
@@ -64,9 +64,11 @@ class AdapterExport:
         Raises:
             UserError: on every rank, where W_0 must be read once more and cannot be.
         """
-        self.engine, self.args = engine, options.method
+        self.engine = engine
+        self.args = options.method
         self.model = str(options.model.model_name_or_path)
-        self.rank, self.before = options.train.adapter_rank, None
+        self.rank = options.train.adapter_rank
+        self.before = None
         kinds = (LowRankLinear, CoreLinear)
         self.own = not edits_weights and all(isinstance(x, kinds) for x in engine.adapted.values())
         if self.rank is not None:
@@ -116,7 +118,10 @@ class AdapterExport:
             worst = max(errors, key=lambda name: errors[name])
             logger.info(
                 "the adapter of rank %d misses %.3g of the update on average, at most %.3g (%s)",
-                *(self.rank, sum(errors.values()) / len(errors), errors[worst], worst),
+                self.rank,
+                sum(errors.values()) / len(errors),
+                errors[worst],
+                worst,
             )
 
     def _ranks(self, sizes: Mapping[str, torch.Size]) -> tuple[dict[str, int], dict[str, float]]:

@@ -24,7 +24,9 @@ class MergedWeights:
         Args:
             low_halves: {parameter: int16 remainders of its 16-bit values}.
         """
-        self.engine, self.low_halves, self.device = engine, low_halves, engine.world.device
+        self.engine = engine
+        self.low_halves = low_halves
+        self.device = engine.world.device
         self.base = {p.name: p for p in engine.base_shards()}
         self.added = {p.name: p for p in engine.added_shards()}
         self.fourbit = {

@@ -265,7 +265,8 @@ def _warn_of_dense(model: PreTrainedModel) -> None:
         largest = max(left, key=lambda name: left[name])
         logger.warning(
             "%d numbers stay dense, for they are in no plain linear layer: %s and others like it",
-            *(sum(left.values()), largest),
+            sum(left.values()),
+            largest,
         )
 
 

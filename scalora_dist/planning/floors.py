@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.residency import Message, others
@@ -49,7 +50,7 @@ def floors_of(plan: Plan, where: PlanArguments) -> Floors:
 def _seconds(message: Message, where: PlanArguments) -> tuple[float, float]:
     """Of a message over the links of a node, and between nodes."""
     inside = message.received / GPUS[where.gpu].link
-    nodes = -(-message.ranks // where.gpus_per_node)
+    nodes = ceil_div(message.ranks, where.gpus_per_node)
     if nodes == 1:
         return inside, 0.0
     if not message.alike:

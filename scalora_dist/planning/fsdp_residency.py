@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
 from scalora_dist.planning.trace import Event
@@ -23,7 +24,7 @@ class FSDPResidency(Residency):
 
     def share(self, weight: Weight) -> int:
         rows = weight.shape[0] if weight.shape else 1
-        return -(-rows // self.ranks) * (weight.numel // max(1, rows))
+        return ceil_div(rows, self.ranks) * (weight.numel // max(1, rows))
 
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
         trained = [weight for weight in weights if weight.trained]

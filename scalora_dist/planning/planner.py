@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scalora_dist.config.options import Options
+from scalora_dist.config.shipped import DS_CONFIGS, shipped_ds_config
 from scalora_dist.engines.build import check_engine_choice
 from scalora_dist.errors import UserError
 from scalora_dist.methods.registry import find_method, resolve_merge_options
@@ -21,7 +22,6 @@ from scalora_dist.planning.traced_model import Traced, trace_model
 from scalora_dist.planning.zero_residency import offloads
 from scalora_dist.profiling.gpus import GPUS
 
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 MOST_GPUS = 1024
 
 
@@ -29,7 +29,8 @@ class Planner:
     """Plans of one run; a micro-batch is traced once for all that differ in other things."""
 
     def __init__(self, options: Options, where: PlanArguments) -> None:
-        self.options, self.where = options, where
+        self.options = options
+        self.where = where
         self.traces: dict[tuple[object, ...], Traced] = {}
 
     def plan(self, options: Options, gpus: int) -> Plan:
@@ -160,8 +161,8 @@ CHANGES: list[Callable[[Options, int], str]] = [
 
 
 def _under(options: Options, name: str) -> str:
-    options.launch.ds_config = str(DS_CONFIGS / name)
-    return f"--ds_config ds_configs/{name}"
+    options.launch.ds_config = str(shipped_ds_config(name))
+    return f"--ds_config {DS_CONFIGS}/{name}"
 
 
 def _zero(options: Options) -> dict[str, Any]:

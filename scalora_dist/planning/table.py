@@ -22,7 +22,7 @@ def describe(options: Options, where: PlanArguments) -> str:
     bits = ", base in 4 bits" if options.model.load_in_4bit else ""
     checkpoints = "with" if train.gradient_checkpointing else "without"
     return (
-        f"{where.model}: {method.method}, r = {method.rank}, {dtype}{bits}, {engine.strip()}\n"
+        f"{where.model}: {method.name}, r = {method.rank}, {dtype}{bits}, {engine.strip()}\n"
         f"{where.nodes} node(s) × {where.gpus_per_node} {GPUS[where.gpu].name}; "
         f"{train.gradient_accumulation_steps} × {train.per_device_train_batch_size} examples of "
         f"{options.data.max_length} tokens a GPU and step, {checkpoints} gradient checkpointing"

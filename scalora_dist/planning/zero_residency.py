@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
 from scalora_dist.planning.trace import Event
 
@@ -33,7 +34,7 @@ class ZeroResidency(Residency):
         self.states_on_host = offloads(zero, "offload_optimizer")
 
     def share(self, weight: Weight) -> int:
-        return -(-weight.numel // self.world) if self.stage == 3 else weight.numel
+        return ceil_div(weight.numel, self.world) if self.stage == 3 else weight.numel
 
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
         trained = [weight for weight in weights if weight.trained]

@@ -39,7 +39,9 @@ class RunLog:
             first_step: how many steps were taken before.
             history: the lines that metrics.jsonl begins with.
         """
-        self.is_main, self.folder, self.logging_steps = is_main, folder, logging_steps
+        self.is_main = is_main
+        self.folder = folder
+        self.logging_steps = logging_steps
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", desc="training", disable=not is_main
         )
@@ -122,7 +124,9 @@ class _Lines:
     """A file of lines that remembers what a full disk did not take, and tries again."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.late, self.warned = path, b"", False
+        self.path = path
+        self.late = b""
+        self.warned = False
         # Unbuffered, so that it is known how much of a line was taken.
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 

@@ -44,7 +44,9 @@ class SavePolicy:
     """
 
     def __init__(self, checkpoints: Checkpoints, train: TrainArguments) -> None:
-        self.checkpoints, self.train, self.world = checkpoints, train, checkpoints.world
+        self.checkpoints = checkpoints
+        self.train = train
+        self.world = checkpoints.world
         self.signals = StopSignals()
         self._failure: str | None = None
         self._due = False

@@ -41,7 +41,7 @@ def summarize(
     own = [value for record in timed for value in record.values() if isinstance(value, dict)]
     own_seconds = sum(said.get("seconds", 0.0) for said in own)
     return {
-        "method": options.method.method,
+        "method": options.method.name,
         "scaling_rule": options.method.scaling_rule if rules else None,
         "rank": rank,
         "trained_parameters": parameters,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import re
 import signal
 import socket
@@ -15,15 +14,15 @@ import torch.distributed as dist
 
 from scalora_dist.distributed.watchdog import Watchdog, _name
 from scalora_dist.distributed.world import World
+from tests.support.ranks import forkserver
 from tests.support.workers import watchdog as watch_work
 
 
 class Run:
-    """The processes of one run, which do what ``watch_work`` knows by this name."""
+    """The processes of one run, which do what ``workers.watchdog`` knows by this name."""
 
     def __init__(self, folder: Path, what: str, size: int, timeout: float) -> None:
-        context = mp.get_context("forkserver")  # imports torch once for all of them
-        context.set_forkserver_preload(["scalora_dist.watch"])
+        context = forkserver()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

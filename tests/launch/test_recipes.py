@@ -34,7 +34,7 @@ def test_they_mean_the_same_on_any_number_of_ranks(path: Path, ranks: int) -> No
     assert (train.train_batch_size, train.num_train_epochs) == PAPER[path.stem]
     at_once = ranks * train.per_device_train_batch_size
     assert train.gradient_accumulation_steps * at_once == PAPER[path.stem][0]
-    assert (method.method, method.interval, method.target_modules) == ("scalora", 10, PROJECTIONS)
+    assert (method.name, method.interval, method.target_modules) == ("scalora", 10, PROJECTIONS)
     assert (method.rank, method.lora_alpha, method.lora_dropout) == (8, 16.0, 0.05)
     assert (train.lr_scheduler_type, train.warmup_ratio) == ("cosine", 0.03)
     assert train.bf16 and train.gradient_checkpointing and options.data.max_length == 256

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
@@ -81,9 +82,10 @@ class _Rows:
 
     def __init__(self, layer: nn.Module, world: World) -> None:
         # Not from the weight, whose own shape is empty under ZeRO-3.
-        self.layer, self.world = layer, world
+        self.layer = layer
+        self.world = world
         self.shape = m, n = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-        self.share = -(-m // world.size)
+        self.share = ceil_div(m, world.size)
         self.bytes = 4 * self.share * n
         self.sum: Tensor | None = None  # (share, n) float32, the last ranks' padded
 
@@ -131,7 +133,8 @@ class _Taps:
     """Forward hooks that put a tap on the output of each layer of a group."""
 
     def __init__(self, group: Mapping[str, _Rows], world: World) -> None:
-        self.group, self.world = group, world
+        self.group = group
+        self.world = world
         # Backward walks from the loss to this, through all taps and no further: to no parameter.
         self.end = torch.zeros((), device=world.device, requires_grad=True)
         self.reached: list[str] = []  # by the last forward

@@ -38,7 +38,9 @@ class SamplePass:
             loss: of a batch of token ids, attention mask and labels, summed over its targets.
             count: of the samples, over all ranks; at most all examples are taken.
         """
-        self.loss, self.collate, self.world = loss, collate, world
+        self.loss = loss
+        self.collate = collate
+        self.world = world
         self.examples = PaddedExamples(data)
         chosen = np.random.default_rng(seed).permutation(len(data))[:count]
         self.targets = int(np.asarray(data["target_tokens"])[chosen].sum())

@@ -1,0 +1,91 @@
+"""Losses, gradient norms and rules are those that were recorded: a change of numbers is seen here.
+
+`tests/assets/trajectories/` holds one file per engine, by `tools/loss_compare.py`. A change that is
+to change numbers records them again, and says by how much and why:
+
+    python tools/loss_compare.py . --trajectories tests/assets/trajectories
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import runs, tiny_runs
+from tests.support.ranks import Ranks
+from tools import loss_compare
+from tools.loss_compare import SetUp
+
+TRAJECTORIES = Path(__file__).parents[1] / "assets" / "trajectories"
+# Relative, of a loss or a norm. Another processor or library sums in another order.
+TOLERANCE = {"fp32": 1e-4, "16 bits": 0.03}
+NUMBERS = ("loss", "grad_norm", "grad_norm_before", "learning_rate", "eval_loss")
+RULES = ("skipped", "column", "scalar", "nnls", "kept")
+LAYERS_ASTRAY = 1  # layers of a step that may take another rule: rounding decides a close case
+# One set-up of each class, and every kind of method once. The others are heavy.
+EVERY_DAY = {
+    *("local-scalora", "local-nnls", "local-lora", "local-lora-sb", "local-dora", "local-full"),
+    *("zero1-scalora-bf16", "zero2-scalora-fp16", "zero3-scalora", "zero3-scalora-bf16"),
+    *("zero3-4bit", "zero3-lora-pro", "zero3-saves-resumed", "fsdp-scalora", "fsdp-scalora-bf16"),
+    *("fsdp-auto", "fsdp-carry", "fsdp-relora", "fsdp-lora-xs"),
+}
+SET_UPS = {set_up.name: set_up for set_up in loss_compare.set_ups()}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("inputs")
+    loss_compare.make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(
+    ranks: Callable[[int], Ranks], inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[SetUp], Path]:
+    """``train(set_up)``: the folder of its run, which is made once."""
+    results: Path = tmp_path_factory.mktemp("results")
+
+    def get(set_up: SetUp) -> Path:
+        folder = results / set_up.name
+        if not folder.exists():
+            options: dict[str, Any] = set_up.options(inputs)
+            options |= set_up.engine_options(runs.REPOSITORY / "ds_configs", inputs)
+            options["output_dir"] = folder
+            if set_up.resumes:
+                options["resume_from_checkpoint"] = get(SET_UPS[set_up.resumes]) / "checkpoint-3"
+            work = tiny_runs.train_fp16 if "fp16" in set_up.words else tiny_runs.train
+            ranks(set_up.ranks).run(work, options)
+        return folder
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in EVERY_DAY else pytest.mark.heavy) for x in SET_UPS],
+)
+def test_the_numbers_are_those_recorded(train: Callable[[SetUp], Path], name: str) -> None:
+    set_up = SET_UPS[name]
+    recorded = json.loads((TRAJECTORIES / f"{set_up.engine}.json").read_text())[name]["lines"]
+    lines = loss_compare.read_results(train(set_up))["lines"]
+    tolerance = TOLERANCE["16 bits" if {"bf16", "fp16"} & set(set_up.words) else "fp32"]
+    assert [line["step"] for line in lines] == [line["step"] for line in recorded]
+    for line, before in zip(lines, recorded, strict=True):
+        assert line.keys() == before.keys()
+        for key in line.keys() & set(NUMBERS):
+            # A skipped step has no norm: null.
+            same = before[key] if before[key] is None else pytest.approx(before[key], rel=tolerance)
+            assert line[key] == same, (line, before)
+        rules, then = (x.get("rescale", {}) for x in (line, before))
+        astray = sum(abs(rules.get(rule, 0) - then.get(rule, 0)) for rule in RULES) // 2
+        assert astray <= LAYERS_ASTRAY, (line, before)
+
+
+def test_every_set_up_has_a_trajectory() -> None:
+    recorded = [json.loads(path.read_text()) for path in TRAJECTORIES.glob("*.json")]
+    assert {name for names in recorded for name in names} == set(SET_UPS) >= EVERY_DAY
