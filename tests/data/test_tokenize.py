@@ -159,7 +159,8 @@ def test_text_that_is_not_utf8_is_refused(tokenizer, tmp_path):
 PREPARE = """
 import sys
 from transformers import AutoTokenizer
-from scalora_dist.data import DataArguments, prepare_data
+from scalora_dist.config.data import DataArguments
+from scalora_dist.data.prepare import prepare_data
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 for name in sys.argv[2:]:

@@ -62,23 +62,33 @@ def untrained(task: Path) -> float:
     return tiny_runs.loss_on_held_out(options(task, task, "local", "lora"), task)
 
 
-# Each kind of method on both engines every day, the others on one of them; not those that differ
-# from others in s, a learning rate or whose layers they are.
-BOTH = ("scalora", "relora", "full")
-ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
-
-
-def every_day(method: str, engine: str) -> bool:
-    if method in ALIKE:
-        return False
-    return method in BOTH or engine == ("zero3", "fsdp")[list(METHODS).index(method) % 2]
+# The engines that each method is tested on every day. The other one of the two is heavy.
+EVERY_DAY = {
+    "scalora": ("zero3", "fsdp"),
+    "relora": ("zero3", "fsdp"),
+    "full": ("zero3",),
+    "lora": ("fsdp",),
+    "lora-pro": ("fsdp",),
+    "lora-xs": ("fsdp",),
+    "lora-sb": ("zero3",),
+    "mora": ("fsdp",),
+    "dora": ("zero3",),
+    "hira": ("fsdp",),
+    "pissa": ("zero3",),
+    "lora-ga": ("fsdp",),
+    # They differ from others in s, in a learning rate, or in whose layers they are.
+    "rslora": (),
+    "lora-alpha": (),
+    "lora-plus": (),
+    "peft-lora": (),
+}
 
 
 @pytest.mark.parametrize(
     ("method", "engine"),
     [
-        pytest.param(*case, marks=[] if every_day(*case) else HEAVY)
-        for case in itertools.product(METHODS, ("zero3", "fsdp"))
+        pytest.param(method, engine, marks=[] if engine in EVERY_DAY[method] else HEAVY)
+        for method, engine in itertools.product(METHODS, ("zero3", "fsdp"))
     ],
 )
 def test_a_method_learns_goes_on_and_leaves_its_model(
@@ -203,7 +213,7 @@ def test_a_method_learns_in_fp16(
 
 # Each on one engine; in one process where fp32 masters meet a bfloat16 model. What differs from
 # others in s or a learning rate alone is tried now and then.
-ALIKE_IN_BF16 = (*ALIKE, "lora-ga", "pissa")
+ALIKE_IN_BF16 = ("rslora", "lora-alpha", "lora-plus", "peft-lora", "lora-ga", "pissa")
 BF16 = {
     "scalora": ["zero3", "local"],
     "lora": ["fsdp"],

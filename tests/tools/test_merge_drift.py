@@ -176,9 +176,9 @@ def test_copies_take_what_the_trainer_merges() -> None:
     rescaler = Rescaler(merger, rule="paper", eta_lipschitz=0.5, bounds=None)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.Linear(SHAPE[1], SHAPE[0]) for _ in layers)
-    engine = SimpleNamespace(layers=lambda gradients: layers)
+    engine = SimpleNamespace(layer_shards=lambda gradients: layers)
     trainer = SimpleNamespace(
-        engine=engine, method=SimpleNamespace(transform=rescaler), model=model
+        engine=engine, runner=SimpleNamespace(transform=rescaler), model=model
     )
     watcher = tool.Watcher(trainer, blocks=2, merges=[2])
     assert list(watcher.layers) == ["layers.0", "layers.2"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from scalora_dist.distributed.world import World
 from scalora_dist.model_io.merged_weights import MergedWeights
-from scalora_dist.training import trainer
+from scalora_dist.training import build_model
 from tests.support import runs, tiny_models, tiny_runs
 
 IDS = [[3 + (7 * i + i * i) % 250 for i in range(20)], [3 + 11 * i % 250 for i in range(20)]]
@@ -87,11 +87,11 @@ def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, in
         model.get_parameter("model.layers.1.mlp.up_proj.weight").data.mul_(2)
         return model
 
-    load_model, trainer.load_model = trainer.load_model, load
+    load_model, build_model.load_model = build_model.load_model, load
     try:
         return tiny_runs.refusal(world, case)
     finally:
-        trainer.load_model = load_model
+        build_model.load_model = load_model
 
 
 def logits(model: torch.nn.Module) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.transform import Report
 from scalora_dist.model_io.merged_weights import MergedWeights
-from scalora_dist.training import trainer as module
+from scalora_dist.training import build_model as module
 from tests.support import runs, tiny_models, tiny_runs
 
 STEPS, SAVED = 8, 4
@@ -131,14 +131,14 @@ def held(world: World, case: dict[str, Any]) -> dict[str, int]:
     zero = getattr(getattr(engine, "engine", None), "optimizer", None)
     for parameter in getattr(zero, "persistent_parameters", []):
         found["persistent"] += parameter.data.nbytes
-    trainer._close()
+    trainer.close()
     return found
 
 
 def attributes(world: World, case: dict[str, Any]) -> set[str]:
     """What 4-bit layers have that no linear layer has, besides parameters and buffers."""
     trainer = runs.make(world, case)
-    trainer._close()
+    trainer.close()
     plain = vars(torch.nn.Linear(1, 1)).keys()
     return {name for x in trainer.engine.adapted.values() for name in vars(x).keys() - plain}
 
@@ -159,5 +159,5 @@ def on_meta(world: World, case: dict[str, Any]) -> list[str]:
         made = runs.make(world, case)
     finally:
         module.load_model = load
-    made._close()
+    made.close()
     return names
