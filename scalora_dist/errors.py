@@ -1,4 +1,4 @@
-"""The exceptions that end a run with one sentence, and how a rank leaves after them."""
+"""The exceptions that end a run with a one-sentence message, and the exit of a rank after them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Launchers kill all ranks as soon as one has left, so the others give rank 0 this long to speak.
+# Launchers kill all ranks when one exits. So the others wait this long for rank 0's message.
 PATIENCE_SECONDS = 30
 
 
 class RunExit(Exception):
-    """Ends the run with a sentence and a status."""
+    """Ends the run with a one-sentence message and an exit status."""
 
     status: int
 
 
 class UserError(RunExit):
-    """A mistake the user can mend: one sentence that says what to do."""
+    """A mistake that the user can fix. The message is one sentence that says what to do."""
 
     status = 2
 
 
 class Preempted(RunExit):
-    """Asked to stop: all is saved, and the same command line goes on (EX_TEMPFAIL)."""
+    """The run was asked to stop. All is saved, and the same command line resumes (EX_TEMPFAIL)."""
 
     status = 75
 
 
 @contextmanager
 def exit_with_one_sentence() -> Iterator[None]:
-    """Turn an RunExit into its sentence on rank 0's stderr and its exit status on every rank."""
+    """Turn a RunExit into its message on rank 0's stderr and its exit status on every rank.
+
+    Another rank prints its error too, if it still runs after ``PATIENCE_SECONDS``.
+    """
     try:
         yield
     except Preempted as ending:  # on all ranks at the same step
@@ -44,13 +47,13 @@ def exit_with_one_sentence() -> Iterator[None]:
         who = ""
         if rank:
             time.sleep(PATIENCE_SECONDS)
-            who = f"rank {rank}: "  # still alive, so rank 0 did not see this mistake
+            who = f"rank {rank}: "  # still running, so rank 0 did not see this error
         print(f"error: {who}{error}", file=sys.stderr)
         _leave(error.status)
 
 
 def _leave(status: int) -> None:
-    """Without the interpreter's clean-up, which waits for ranks that may never answer."""
+    """Exit without the interpreter's clean-up, which waits for ranks that may never answer."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

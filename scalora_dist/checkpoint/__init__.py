@@ -1,1 +1,1 @@
-"""A run between two steps, on disk: in one format for all engines and any number of ranks."""
+"""Checkpoints of a run, in one format for all engines and any number of ranks."""

@@ -1,4 +1,4 @@
-"""A checkpoint as files: which ones there are, whether they are whole, how one appears at once."""
+"""The files of a checkpoint: finding, verifying, publishing and deleting checkpoints."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step a checkpoint's folder is called by; None for any other name."""
+    """The step in the name of a checkpoint's folder. None for any other name."""
     match = FOLDER.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Every checkpoint in a folder, sound or not, the newest first."""
+    """All checkpoints in a folder, sound or damaged, the newest first."""
     found = {step_of(path): path for path in output_dir.glob("checkpoint-*") if path.is_dir()}
     return [found[step] for step in sorted(step for step in found if step is not None)][::-1]
 
@@ -48,29 +48,31 @@ def write_synced(path: Path, data: bytes) -> FileRecord:
 
 
 def publish(partial: Path, folder: Path, files: dict[str, FileRecord]) -> None:
-    """Make the files in ``partial``, already on disk, the checkpoint ``folder``: all at once.
+    """Turn ``partial``, whose files are already on disk, into the checkpoint ``folder``.
+
+    The checkpoint appears with all its files at once, by a rename.
 
     Raises:
-        OSError: the disk is full, or a file is not there: nodes do not share the folder.
+        OSError: the disk is full, or a file is missing because nodes do not share the folder.
     """
     for name, record in files.items():
         if (partial / name).stat().st_size != record["bytes"]:
             raise OSError(f"{name} is not all there: do all nodes share {partial.parent}?")
     write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2).encode())
     _sync_folder(partial)
-    old = _aside(folder)  # an earlier one of the same step stays whole until this one is there
+    old = _aside(folder)  # an earlier checkpoint of the same step, deleted only afterwards
     partial.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
     _sync_folder(folder.parent)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: it is gone at once, whenever the deletion is cut short."""
+    """Delete a checkpoint. It is renamed first: an interrupted deletion leaves no partial one."""
     shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
 def _aside(folder: Path) -> Path:
-    """Give ``folder``, where it exists, the name of a leftover; returns that name."""
+    """Rename ``folder``, if it exists, to the name of a leftover. Returns that name."""
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -79,16 +81,17 @@ def _aside(folder: Path) -> Path:
 
 
 def clear_leftovers(output_dir: Path) -> None:
-    """Delete what a run that was killed had begun to write or to delete."""
+    """Delete checkpoints that a killed run had begun to write or to delete."""
     for path in output_dir.glob("checkpoint-*"):
         if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(output_dir: Path, keep: int, newest: Path | None = None) -> None:
-    """Delete all but the newest ``keep`` checkpoints, counted from ``newest`` on.
+    """Delete all but the newest ``keep`` checkpoints, counted from ``newest`` down.
 
-    Those after it are damaged ones, which the run that writes ``newest`` went back behind.
+    Also deletes checkpoints with a higher step than ``newest``: they were damaged, and the run
+    resumed from before them.
     """
     found = checkpoints(output_dir)
     first = found.index(newest) if newest else 0
@@ -97,12 +100,12 @@ def prune(output_dir: Path, keep: int, newest: Path | None = None) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord] | str:
-    """{file: its size and checksum}, or what is wrong with the manifest."""
+    """{file: its size and checksum}, or a text that says what is wrong with the manifest."""
     try:
         files: dict[str, FileRecord] = json.loads((folder / MANIFEST).read_bytes())["files"]
-        # A name from the file must not lead out of the folder.
+        # A name in the manifest must not point outside the folder.
         files = {str(Path(name).name): record for name, record in files.items()}
-        # All tensors' files are read, listed or not: what is not listed was not checked.
+        # Loading reads all tensor files, so one that is not listed would be read unchecked.
         there = {STATE, *(path.name for path in folder.glob("*.safetensors"))}
         if missed := sorted(there - files.keys()):
             return f"{MANIFEST} is damaged (it does not list {', '.join(missed)})"
@@ -114,7 +117,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | str:
 
 
 def faults(folder: Path, files: dict[str, FileRecord], names: Sequence[str]) -> list[str]:
-    """What is wrong with the files ``names``: one clause each."""
+    """What is wrong with the files ``names``: one clause for each damaged file."""
     found = []
     for name in names:
         path, record = folder / name, files[name]
@@ -131,7 +134,7 @@ def faults(folder: Path, files: dict[str, FileRecord], names: Sequence[str]) -> 
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether nothing is wrong with a checkpoint; reads all of it."""
+    """Whether a checkpoint has no faults. Reads all its files."""
     files = read_manifest(folder)
     return not isinstance(files, str) and not faults(folder, files, list(files))
 
@@ -145,7 +148,7 @@ def sha256(path: Path) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What ``state.json`` holds, of a checkpoint without faults."""
+    """The contents of ``state.json`` of a sound checkpoint."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     return state
 

@@ -1,7 +1,7 @@
-"""Flat ranges in the terms of torch.distributed.checkpoint, which reshards them when it loads.
+"""Adapts FlatShards to torch.distributed.checkpoint, which reshards them when it loads.
 
-Every tensor is saved flat, so that two ways to cut it up differ in where 1-D ranges begin and end
-and in nothing else: ZeRO's fragments, FSDP2's rows and a whole tensor are read from each other.
+Every tensor is saved flat, in 1-D. Then two shardings differ only in where the 1-D ranges begin and
+end. So ZeRO's fragments, FSDP2's rows and full tensors can be loaded from each other.
 """
 
 from __future__ import annotations
@@ -29,26 +29,31 @@ from scalora_dist.distributed.world import World
 
 @dataclass(frozen=True)
 class FlatPart:
-    """Elements ``[offset, offset + local.numel())`` of a tensor of ``numel`` elements in all.
+    """Elements ``[offset, offset + local.numel())`` of a flat tensor with ``numel`` elements.
 
-    The two dunder methods are torch's ``_Checkpointable`` protocol.
+    The two dunder methods implement torch's ``_Checkpointable`` protocol.
+
+    Attributes:
+        local: this rank's elements, 1-D, any dtype.
+        offset: index of ``local[0]`` in the flat tensor.
+        numel: number of elements of the full tensor.
     """
 
-    local: Tensor  # 1-D
+    local: Tensor
     offset: int
     numel: int
 
     @classmethod
     def of(cls, shard: FlatShard) -> FlatPart:
-        """All that this rank holds: what to read."""
+        """All elements that this rank holds: the part that it loads."""
         return cls(shard.local, shard.offset, shard.shape[0] * shard.shape[1])
 
     @classmethod
     def share_of(cls, shard: FlatShard, world: World) -> FlatPart:
-        """What this rank writes: of a range that several ranks hold, each writes a slice."""
+        """The part that this rank saves. If several ranks hold a range, each saves a slice."""
         holders = world.size // (dist.get_world_size(shard.group) if shard.group else 1)
         size = shard.local.numel()
-        # The ranks of one group follow each other, so the n-th group holds the n-th copy.
+        # The ranks of one group are consecutive, so the n-th group holds the n-th copy.
         copy = world.rank // (world.size // holders)
         first, end = size * copy // holders, size * (copy + 1) // holders
         whole = cls.of(shard)
@@ -89,7 +94,7 @@ class LoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        # The default would make None of everything that is no tensor.
+        # torch's default replaces everything that is not a tensor by None.
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
@@ -98,7 +103,7 @@ class LoadPlanner(DefaultLoadPlanner):
 
 
 class Stager(AsyncStager):
-    """Copies this rank's parts to the CPU: when it is done, training may go on."""
+    """Copies this rank's parts to the CPU. Training may continue once the copies are done."""
 
     def stage(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         staged = {name: replace(part, local=_copy(part.local)) for name, part in state_dict.items()}
@@ -107,13 +112,13 @@ class Stager(AsyncStager):
         return staged
 
     def synchronize_staging(self) -> None:
-        """Nothing is left to wait for."""
+        """``stage`` has already waited."""
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """There is nothing to free."""
 
 
 def _copy(local: Tensor) -> Tensor:
-    # Pinned memory is several times faster for a GPU, and torch keeps it for the next copy.
+    # A copy from a GPU is several times faster into pinned memory. torch reuses that memory.
     copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
     return copy.copy_(local.detach(), non_blocking=local.is_cuda)

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, where a run goes on from, and whether it may."""
+"""Saves and restores the state of a run, and checks that a run may resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
-# A run with another one of these would not go on from the checkpoint, but from something else.
+# The checkpoint means something else under other values of these options: refuse to resume.
 FIXED_METHOD = (
     "method",
     "rank",
@@ -58,7 +58,7 @@ FIXED_TRAIN = (
     "rank_monitor_steps",
     "rank_monitor_layers",
 )
-# Another one of these changes where or how fast the run goes on, not what it computes.
+# These options change where or how fast the run continues, not what it computes.
 FREE_MODEL = (
     "model_name_or_path",
     "adapter_name_or_path",
@@ -89,7 +89,10 @@ FREE_TRAIN = (
 
 
 class RunState:
-    """The tensors and numbers that make up a run between two steps."""
+    """The tensors and numbers that define a run between two steps.
+
+    Construct it while the weights are as they were loaded: it takes their fingerprint.
+    """
 
     def __init__(
         self,
@@ -106,7 +109,12 @@ class RunState:
         self.base = fingerprint(engine)
 
     def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
-        """Begin a checkpoint of the moment after ``step`` steps."""
+        """Begin to write a checkpoint. Called on every rank.
+
+        Args:
+            step: number of steps so far, skipped ones included.
+            steps_taken: number of steps so far that were not skipped.
+        """
         state = {
             "format": FORMAT,
             "step": step,
@@ -123,16 +131,16 @@ class RunState:
         checkpoints.save(step, self.parts(), state)
 
     def parts(self) -> dict[str, FlatPart]:
-        """What this rank writes."""
+        """{name: the part that this rank saves}."""
         shards = self._shards()
         parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
         return parts | self._random_parts()
 
     def restore(self, checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
-        """Go back to a sound checkpoint; returns its state.json.
+        """Restore the run from a sound checkpoint. Returns its state.json. A collective.
 
         Raises:
-            UserError: it was made on another base model.
+            UserError: the checkpoint was made on another base model.
         """
         state = read_state(folder)
         if state["base"] != self.base:
@@ -149,7 +157,7 @@ class RunState:
         if same_ranks:
             states = {name.rpartition(".")[2]: part.local for name, part in random.items()}
             random_state.restore(states, self.world.device)
-        else:  # other dropout than on as many ranks as before, but not that of the first steps
+        else:  # other dropout than on the same ranks, but not that of the first steps
             seed = f"{self.options.train.seed}:{state['step']}:{self.world.rank}"
             torch.manual_seed(zlib.crc32(seed.encode()))
         self._restore_schedule(state["schedule"])
@@ -158,7 +166,7 @@ class RunState:
         return state
 
     def _shards(self) -> dict[str, FlatShard]:
-        """{name: shard} of all that starts and training change."""
+        """{name: shard} of all tensors that initialization or training changes."""
         shards = {p.name: p.shard for p in self.engine.added_shards()}
         if self.runner.edits_weights:
             loaded = {p.name: p.shard for p in self.engine.base_shards()}
@@ -174,7 +182,7 @@ class RunState:
         return shards
 
     def _random_parts(self) -> dict[str, FlatPart]:
-        """This rank's generators: parts that it writes and reads alone."""
+        """The states of this rank's random generators. Only this rank saves and loads them."""
         states = random_state.capture(self.world.device)
         return {
             f"random.{self.world.rank}.{name}": FlatPart(state, 0, state.numel())
@@ -182,7 +190,7 @@ class RunState:
         }
 
     def _restore_schedule(self, saved: Mapping[str, int]) -> None:
-        """The learning rate of so many steps, by this run's own schedule."""
+        """Set the learning rate for the saved number of steps, by this run's own schedule."""
         steps = saved["last_epoch"]
         schedule = self.scheduler
         rates = [
@@ -197,10 +205,13 @@ class RunState:
 
 
 def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None:
-    """The sound checkpoint that ``--resume_from_checkpoint`` means; None: start at the beginning.
+    """The sound checkpoint that ``--resume_from_checkpoint`` means. None: start at the beginning.
+
+    A collective.
 
     Raises:
-        UserError: on every rank, where there is none, or the one that was named is damaged.
+        UserError: on every rank, if no checkpoint of the run is sound, or if the named one is
+            damaged or not a checkpoint's folder.
     """
     if wanted is None:
         return None
@@ -231,10 +242,12 @@ def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None
 
 
 def check_same_run(folder: Path, options: Options) -> None:
-    """Whether ``options`` go on with the run that ``folder`` was saved by.
+    """Check that a run with ``options`` may resume from the checkpoint ``folder``.
+
+    Warns of other options and library versions that differ.
 
     Raises:
-        UserError: an option differs that decides what the checkpoint means.
+        UserError: the format differs, or an option that decides what the checkpoint means.
     """
     state = read_state(folder)
     if state.get("format") != FORMAT:
@@ -260,17 +273,17 @@ def check_same_run(folder: Path, options: Options) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """{library: its version} of the installed ``LIBRARIES``."""
     return {name: version(name) for name in LIBRARIES if find_spec(name)}
 
 
 def check_no_newer(folder: Path, output_dir: Path, found: Sequence[Path]) -> None:
-    """A run that goes on from an older checkpoint must not write among the newer ones.
+    """Check that a run resumed from ``folder`` does not write among newer checkpoints.
 
-    Damaged ones do not count: the next save deletes them.
+    Damaged checkpoints do not count: the next save deletes them.
 
     Raises:
-        UserError: ``output_dir`` holds ``folder`` and newer ones.
+        UserError: ``output_dir`` holds ``folder`` and newer sound checkpoints.
     """
     step = step_of(folder)
     assert step is not None
@@ -290,9 +303,9 @@ def options_as_json(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def fingerprint(engine: Engine) -> str:
-    """A checksum of the weights as they were loaded, however they are cut up.
+    """A checksum of the loaded weights that does not depend on their sharding.
 
-    The sum of their bit patterns as integers: it does not depend on the order. One all-reduce.
+    It is the sum of their bit patterns as integers, so the order does not matter. One all-reduce.
     """
     total = torch.zeros((), dtype=torch.int64, device=engine.world.device)
     modules = dict(engine.model.named_modules())
@@ -300,8 +313,8 @@ def fingerprint(engine: Engine) -> str:
         values = FlatPart.share_of(shard, engine.world).local
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and isinstance(module := modules.get(layer), FourBitLinear):
-            values = values.view(torch.uint8)  # the same in any storage
-            if engine.world.is_main:  # the others have the same
+            values = values.view(torch.uint8)  # bytes are the same in any storage dtype
+            if engine.world.is_main:  # all ranks hold the same sizes
                 total += _bit_sum(module.sizes).to(total.device)
         total += _bit_sum(values).to(total.device)
     dist.all_reduce(total)

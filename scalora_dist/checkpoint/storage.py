@@ -1,4 +1,4 @@
-"""Writing and reading checkpoints on all ranks, with torch.distributed.checkpoint."""
+"""Writes and reads checkpoints on all ranks, with torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -44,20 +44,21 @@ from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 
-NFS_SECONDS = 10.0  # after which a node has seen a file that another one has made
+NFS_SECONDS = 10.0  # time until a node surely sees a file that another node has made
 
 
 class Checkpoints:
     """The checkpoints of one run, in ``output_dir``, which all ranks must share.
 
-    Writing goes on in a thread while the run trains. It has a process group of its own, so that its
-    messages and training's cannot be taken for each other's.
+    A thread writes them while the run trains. It has its own process group, so that its collectives
+    cannot be mixed up with those of training.
     """
 
     def __init__(self, output_dir: Path, world: World, *, keep: int, timeout: timedelta) -> None:
         """
         Args:
-            keep: how many to keep; older ones are deleted when a new one is complete.
+            keep: number of checkpoints to keep. Older ones are deleted when a new one is complete.
+            timeout: the time-out of the collectives.
         """
         self.output_dir = output_dir
         self.world = world
@@ -67,13 +68,14 @@ class Checkpoints:
         self._target = output_dir
 
     def save(self, step: int, parts: Mapping[str, FlatPart], state: dict[str, Any]) -> None:
-        """Begin to write ``checkpoint-<step>``; returns when ``parts`` may change again.
+        """Begin to write ``checkpoint-<step>``. Returns when ``parts`` may change again.
 
-        The last save must have been waited for. Called on every rank.
+        Called on every rank. ``outcome(wait=True)`` must have been called after the last save.
 
         Args:
-            parts: what this rank writes, by name; all ranks' parts make up whole tensors.
-            state: for state.json; rank 0's counts.
+            step: number of steps so far.
+            parts: {name: the part that this rank saves}. All ranks' parts cover the full tensors.
+            state: the contents of state.json. Only rank 0's are written.
         """
         self._target = checkpoint_folder(self.output_dir, step)
         self._writing = cast(
@@ -88,13 +90,13 @@ class Checkpoints:
         )
 
     def outcome(self, *, wait: bool) -> str | None:
-        """Why the last save failed: told once; None when it did not, or is still under way."""
+        """Why the last save failed, returned only once. None: it succeeded, or is still running."""
         if self._writing is None or not (wait or self._writing.done()):
             return None
         writing, self._writing = self._writing, None
         try:
             writing.result()
-        except CheckpointException as error:  # on all ranks alike
+        except CheckpointException as error:  # raised on all ranks
             reasons = {f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()}
             if self.world.is_main:
                 shutil.rmtree(_partial(self._target), ignore_errors=True)
@@ -102,7 +104,7 @@ class Checkpoints:
         return None
 
     def load(self, folder: Path, parts: Mapping[str, FlatPart]) -> None:
-        """Fill ``parts`` from a sound checkpoint that may have been cut up otherwise."""
+        """Fill ``parts`` from a sound checkpoint, which may be sharded otherwise. A collective."""
         dcp.load(
             dict(parts),
             storage_reader=HuggingFaceStorageReader(str(folder)),
@@ -111,7 +113,10 @@ class Checkpoints:
         )
 
     def faults(self, folder: Path) -> list[str]:
-        """What is wrong with a checkpoint, on every rank; the ranks share the reading."""
+        """What is wrong with a checkpoint, on every rank. Each rank checks some of the files.
+
+        A collective.
+        """
         found = [read_manifest(folder) if self.world.is_main else None]
         dist.broadcast_object_list(found, src=0, group=self.group)
         files = found[0]
@@ -124,7 +129,9 @@ class Checkpoints:
         return [fault for some in everyone for fault in some]
 
     def unshared(self) -> int:
-        """On how many nodes ``output_dir``, which is made, is not the folder that rank 0 sees.
+        """The number of nodes whose ``output_dir`` is not the folder that rank 0 sees.
+
+        A collective. With several nodes, it creates ``output_dir``.
 
         Raises:
             UserError: rank 0 cannot write there.
@@ -150,12 +157,12 @@ class Checkpoints:
         return round(missing)
 
     def close(self) -> None:
-        """Leave the group, which ends its threads, when the last save is done."""
+        """Wait for the last save, then leave the process group, which ends its threads."""
         self.outcome(wait=True)
         dist.destroy_process_group(self.group)
 
     def newest_first(self) -> list[Path]:
-        """The run's checkpoints as rank 0 sees them, on every rank."""
+        """The run's checkpoints as rank 0 sees them, on every rank: one broadcast."""
         found = [checkpoints(self.output_dir) if self.world.is_main else None]
         dist.broadcast_object_list(found, src=0, group=self.group)
         return found[0] or []
@@ -163,7 +170,13 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class _Written:
-    """One rank's file."""
+    """A file that one rank has written.
+
+    Attributes:
+        name: the name of the file in the folder.
+        bytes: size of the file in bytes.
+        sha256: checksum of the file in hexadecimal.
+    """
 
     name: str
     bytes: int
@@ -174,7 +187,7 @@ class _Written:
 
 
 class _Writer(StorageWriter):
-    """One safetensors file per rank, then state.json and the manifest, then the folder's name."""
+    """Writes one safetensors file per rank, then state.json and the manifest, then renames."""
 
     def __init__(self, folder: Path, keep: int, state: dict[str, Any]) -> None:
         self.folder = folder
@@ -182,16 +195,16 @@ class _Writer(StorageWriter):
         self.state = state
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """The folder is given once."""
+        """Nothing to do: each writer is made for one folder."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing is there to be set up before the plan."""
+        """Nothing to do before the plan."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0 alone, when all ranks have come and none has begun to write."""
+        """Called on rank 0 only, when all ranks have their plan and none has begun to write."""
         shutil.rmtree(_partial(self.folder), ignore_errors=True)
         _partial(self.folder).mkdir(parents=True)
         return plans
@@ -221,7 +234,7 @@ class _Writer(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0 alone, when every rank has written."""
+        """Called on rank 0 only, when every rank has written its file."""
         partial = _partial(self.folder)
         written = {item.storage_data for rank in results for item in rank}
         files = {file.name: file.record() for file in sorted(written, key=lambda file: file.name)}
@@ -238,7 +251,7 @@ class _Writer(StorageWriter):
 
 
 class _Hashed:
-    """A file that remembers how much went through it, and the checksum of that."""
+    """A file that counts the bytes written and computes their SHA-256 checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

@@ -1,1 +1,1 @@
-"""The options: dataclasses, and the parser that fills them in."""
+"""The options of a run: dataclasses, and the parser that fills them."""

@@ -1,4 +1,4 @@
-"""The options that say what to train on."""
+"""Options of the training and evaluation data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dataclasses of options are made of: a field with its help, and checks of bounds."""
+"""Helpers of the option dataclasses: a field with its help text, and checks of bounds."""
 
 from __future__ import annotations
 

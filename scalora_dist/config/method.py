@@ -1,4 +1,4 @@
-"""The options of the methods: ranks, scales, merges, restarts, starts."""
+"""Options of the training methods: ranks, scales, merges, restarts, initialization."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class MethodArguments:
 
     @property
     def name(self) -> str:
-        """Of the method, as the registry has it."""
+        """Name of the method in the registry."""
         return self.method
 
     @property

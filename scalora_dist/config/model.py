@@ -1,4 +1,4 @@
-"""The options that say which base model is trained, and how its weights are kept."""
+"""Options of the base model and of the format of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All options of a run: one dataclass for each group of them."""
+"""All options of a run: one dataclass for each group."""
 
 from __future__ import annotations
 

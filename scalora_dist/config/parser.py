@@ -1,4 +1,4 @@
-"""From a command line, and the YAML file that it names, to the dataclasses of options."""
+"""Parses a command line, and the YAML file that it names, into the option dataclasses."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from scalora_dist.errors import UserError
 
 
 class Parser(HfArgumentParser):
-    """Raises a UserError instead of printing usage and leaving."""
+    """Raises a UserError instead of printing the usage and exiting."""
 
-    source = ""  # what is being read, for messages
+    source = ""  # what is being parsed, for messages
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.source}{message}; --help lists the options")
@@ -32,10 +32,11 @@ class Parser(HfArgumentParser):
 def parse_options(argv: Sequence[str]) -> Options:
     """Read the command line, and the YAML file its ``--config`` names, into dataclasses.
 
-    A recipe is a command line written down: its fields are parsed by the same parser, first.
+    The YAML file is a recipe: its fields are options of the command line. The same parser reads
+    them first, and the command line overrides them.
 
     Raises:
-        UserError: a missing or malformed file, an unknown field or choice, a value that cannot be.
+        UserError: a missing or malformed file, an unknown field or choice, an invalid value.
     """
     groups = [
         *(ModelArguments, DataArguments, MethodArguments),
@@ -89,7 +90,7 @@ def _read_recipe(path: str) -> dict[str, Any]:
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """One field of a recipe as the command line has it; null leaves it at its default."""
+    """One field of a recipe as command-line words; none for null, which keeps the default."""
     if value is None:
         return []
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The options that say what is measured of a run."""
+"""Options of profiling: what is measured in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs that come with the project."""
+"""Finds the configs that come with the project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DS_CONFIGS = "ds_configs"
 
 
 def shipped_ds_config(name: str) -> Path:
-    """A DeepSpeed config of the checkout, such as "zero3.json".
+    """Path of a DeepSpeed config of the checkout, such as "zero3.json".
 
     Raises:
         UserError: the package was installed without them.

@@ -1,4 +1,4 @@
-"""The options of the training itself: steps, batches, precision, saves, results."""
+"""Options of the training itself: steps, batches, precision, checkpoints, results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scalora_dist.config.fields import check_at_least, check_positive, option
 from scalora_dist.errors import UserError
 
-# Those of transformers' schedules that need no arguments of their own.
+# The schedules of transformers that need no further arguments.
 Schedule = Literal[
     "linear",
     "cosine",
@@ -99,14 +99,15 @@ class TrainArguments:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, as the options have it."""
+        """Dtype of the weights."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def settle_batch(self, ranks: int) -> None:
-        """Make ``train_batch_size`` and ``gradient_accumulation_steps`` agree on so many ranks.
+        """Make ``train_batch_size`` and ``gradient_accumulation_steps`` agree on ``ranks`` ranks.
 
         Raises:
-            UserError: the global batch is no whole number of micro-batches on every rank.
+            UserError: the global batch is not a whole number of micro-batches on every rank, or
+                does not agree with the given ``gradient_accumulation_steps``.
         """
         at_once = self.per_device_train_batch_size * ranks
         if self.train_batch_size is None:

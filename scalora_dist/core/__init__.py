@@ -1,1 +1,1 @@
-"""The maths on shards of matrices. Knows no model, engine or option."""
+"""Linear algebra on sharded matrices. Does not depend on models, engines or options."""

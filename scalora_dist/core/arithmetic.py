@@ -1,4 +1,4 @@
-"""Whole numbers."""
+"""Integer arithmetic."""
 
 from __future__ import annotations
 

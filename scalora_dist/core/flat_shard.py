@@ -1,8 +1,8 @@
-"""FlatShard: one rank's contiguous flat range of a row-major matrix, and what is done with it.
+"""FlatShard: one rank's contiguous flat range of a row-major matrix, and operations on it.
 
-ZeRO-3 keeps ``ceil(numel / world)`` elements per rank, ZeRO-1/2 keep pieces of a flattened buffer
-that may begin and end inside a row, FSDP2 keeps whole rows, one process keeps everything. All of
-them are a ``FlatShard``, so everything above this file is written once.
+ZeRO-3 keeps ``ceil(numel / world)`` elements per rank. ZeRO-1/2 keep pieces of a flattened buffer,
+which may begin and end inside a row. FSDP2 keeps complete rows. A single process keeps everything.
+Each of them is a ``FlatShard``, so the code that uses this file is the same for all engines.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# One bucket of an all-gather of factors holds at most this many bytes per call.
+# Limit in bytes of one all-gather of factors. A single group of matrices may exceed it.
 GATHER_BUCKET_BYTES = 128 * 2**20
 
 
 class Piece(NamedTuple):
-    """A rectangle of the matrix that this rank holds whole, as a view that writes stick to."""
+    """A rectangular block of the matrix on this rank, as a view: writes change the shard."""
 
     block: Tensor  # (rows, cols) view of FlatShard.local
-    rows: slice  # of the whole matrix
-    cols: slice  # of the whole matrix
-    flat: slice  # of FlatShard.local
+    rows: slice  # in the full matrix
+    cols: slice  # in the full matrix
+    flat: slice  # in FlatShard.local
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class FlatShard:
     """This rank's elements ``[offset, offset + local.numel())`` of a row-major matrix.
 
     Attributes:
-        local: 1-D view of the engine's own storage; writes to it stick. Any float dtype.
-        offset: flat index of ``local[0]`` in the whole matrix.
-        shape: (rows, cols) of the whole matrix.
-        group: the process group over which the matrix is cut up; None: this rank holds it whole.
+        local: 1-D view of the engine's own storage, any float dtype. Writes change that storage.
+        offset: flat index of ``local[0]`` in the full matrix.
+        shape: (rows, cols) of the full matrix.
+        group: process group over which the matrix is sharded; None: this rank holds all of it.
     """
 
     local: Tensor
@@ -52,21 +52,24 @@ class FlatShard:
             raise ValueError(f"a shard without a group must be the whole {self.shape}")
 
     def like(self, local: Tensor) -> FlatShard:
-        """The same range of a matrix of the same shape: a gradient, a moment, a copy."""
+        """A shard of the same range and shape on ``local``: of a gradient, a moment or a copy."""
         return FlatShard(local, self.offset, self.shape, self.group)
 
     def write_(self, whole: Tensor) -> None:
-        """Copy this rank's range of ``whole`` (rows, cols), any dtype and device; local."""
+        """Copy this rank's range of the full matrix ``whole`` (rows, cols) into the shard.
+
+        ``whole`` may have any dtype and device. No communication.
+        """
         end = self.offset + self.local.numel()
         self.local.copy_(whole.reshape(-1)[self.offset : end])
 
     def pieces(self, max_rows: int | None = None) -> Iterator[Piece]:
-        """The range as rectangles: a part row, whole rows (``max_rows`` at a time), a part row."""
+        """The range as rectangles: a partial row, full rows (up to ``max_rows``), a partial row."""
         cols = self.shape[1]
         position, end = self.offset, self.offset + self.local.numel()
         while position < end:
             row, start = divmod(position, cols)
-            if start or end - position < cols:  # a part row, at either end
+            if start or end - position < cols:  # a partial row, at either end
                 rows, width = 1, min(cols - start, end - position)
             else:
                 rows, width = (end - position) // cols, cols
@@ -81,26 +84,28 @@ class FlatShard:
             position += rows * width
 
     def scale_columns_(self, scale: Tensor) -> None:
-        """Multiply column k by ``scale[k]`` (shape (cols,), any float dtype); local, no message."""
+        """Multiply column k by ``scale[k]`` (shape (cols,), any float dtype). No communication."""
         # A 16-bit shard is scaled in fp32 and rounded once.
         scale = scale.to(self.local.device, torch.promote_types(self.local.dtype, torch.float32))
         for piece in self.pieces():
             piece.block.mul_(scale[piece.cols])
 
     def add_low_rank_(self, left: Tensor, right: Tensor) -> None:
-        """``M += left @ rightᵀ`` on this rank's range; local, no message.
+        """``M += left @ rightᵀ`` on this rank's range. No communication.
 
         Args:
-            left: (rows, r), the whole factor, in ``local``'s dtype and on its device.
-            right: (cols, r), likewise.
+            left: full factor (rows, r), in ``local``'s dtype and on its device.
+            right: full factor (cols, r), likewise.
         """
         for piece in self.pieces():
             piece.block.addmm_(left[piece.rows], right[piece.cols].T)
 
     def padded_rows(self) -> tuple[int, Tensor]:
-        """(first row, the rows this rank touches (rows, cols)), zero where others own the elements.
+        """The rows that overlap this rank's range, with zeros for elements of other ranks.
 
-        A view where the range begins and ends with whole rows, else a copy.
+        Returns:
+            (index of the first row, the rows (touched rows, cols)). The rows are a view where the
+            range begins and ends with full rows, else a copy.
         """
         cols = self.shape[1]
         first, head = divmod(self.offset, cols)
@@ -109,28 +114,32 @@ class FlatShard:
         return first, rows.view(-1, cols)
 
     def full_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """The matrix (rows, cols) on every rank, on ``device``: two all-gathers."""
+        """The full matrix (rows, cols) on every rank, on ``device``. Two all-gathers.
+
+        Without a group: a view of ``local`` on its own device, no communication.
+        """
         return Layout.of([self], device).gather([self], range(1))[0]
 
     def gram(self, *others: FlatShard) -> Tensor:
-        """``[M, others…]ᵀ [M, others…]``, float64, the same on every rank. One all-reduce.
+        """``[M, others…]ᵀ [M, others…]``, float64, the same on every rank.
 
-        Convenience for one matrix; ``Layout.grams`` serves all layers with the same one message.
+        One all-gather and one all-reduce. For many matrices, use one ``Layout`` and its ``grams``:
+        it takes one all-reduce for all of them.
         """
         return Layout.of([self]).grams([(self, *others)])[0]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds what of a list of matrices: exchanged once, because it never changes.
+    """The ranges of a list of matrices on all ranks. Exchanged once, because they never change.
 
     Attributes:
-        shapes: (rows, cols) of each matrix.
-        ranges: (world, matrices, 2) int64 on the CPU: rank p holds flat ``[lo, hi)`` of matrix i.
-        split: for each matrix the rows that lie on more than one rank.
-        order: for each matrix the ranks by where their range begins.
-        group: the group all the matrices are cut over; None when every rank holds all of them.
-        device: where messages live (the accelerator with NCCL, the CPU with gloo).
+        shapes: (rows, cols) of each full matrix.
+        ranges: flat range ``[lo, hi)`` of matrix i on rank p, (world, matrices, 2) int64, CPU.
+        split: for each matrix, the indices of the rows that lie on more than one rank, 1-D int64.
+        order: for each matrix, the ranks sorted by the start of their range.
+        group: process group over which all matrices are sharded; None: every rank holds them all.
+        device: device of communication buffers (the accelerator with NCCL, the CPU with gloo).
     """
 
     shapes: list[tuple[int, int]]
@@ -142,7 +151,11 @@ class Layout:
 
     @classmethod
     def of(cls, shards: Sequence[FlatShard], device: torch.device | str = "cpu") -> Layout:
-        """Exchange the ranges of ``shards`` (same order on every rank): one all-gather."""
+        """Exchange the ranges of ``shards`` (same order on every rank). One all-gather.
+
+        Raises:
+            ValueError: the shards do not share one group.
+        """
         device = torch.device(device)
         groups = {shard.group for shard in shards}
         if len(groups) != 1:
@@ -161,7 +174,7 @@ class Layout:
         return cls(shapes, everyone, split, order, group, device)
 
     def only(self, which: Sequence[int]) -> Layout:
-        """The layout of some of the matrices, by number; local, no message."""
+        """The layout of the matrices with the indices ``which``. No communication."""
         return replace(
             self,
             shapes=[self.shapes[i] for i in which],
@@ -171,23 +184,27 @@ class Layout:
         )
 
     def grams(self, stacks: Sequence[Sequence[FlatShard]]) -> list[Tensor]:
-        """Per matrix ``XᵀX``, X = its stack side by side, summed over the ranks: ONE all-reduce.
+        """``XᵀX`` of each matrix, where X is its stack, concatenated by columns. ONE all-reduce.
 
         Args:
-            stacks: per matrix one or more shards with that matrix's range (M, its gradient, …).
+            stacks: per matrix, one or more shards with that matrix's range (M, its gradient, …).
 
         Returns:
-            per matrix (k·cols, k·cols) float64 on ``device``, k = number of shards in its stack.
+            per matrix, its gram (k·cols, k·cols) float64 on ``device``; its stack has k shards.
         """
         return self.grams_and_split_rows(stacks)[0]
 
     def grams_and_split_rows(
         self, stacks: Sequence[Sequence[FlatShard]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """``grams``, and per matrix X's rows ``split`` whole, (rows, k·cols): the same message.
+        """The result of ``grams``, and the split rows of each X. ONE all-reduce for both.
 
-        A row that lies on two ranks cannot be multiplied by either: each writes its part into a
-        slot of the same message, the slots come back whole, and their product is added everywhere.
+        No rank can multiply a row that lies on two ranks. Each rank writes its part of the row into
+        a slot of the all-reduced buffer. The all-reduce returns the complete rows, and every rank
+        adds their product to the gram.
+
+        Returns:
+            (grams, per matrix the complete rows ``split`` of X (split rows, k·cols) float64).
         """
         widths = [len(stack) * cols for stack, (_, cols) in zip(stacks, self.shapes, strict=True)]
         sizes = [
@@ -214,17 +231,18 @@ class Layout:
         return grams, whole_rows
 
     def buckets(self, groups: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Runs of matrices that one all-gather takes: some bytes each, a group's kept together.
+        """Splits matrices into buckets, one for each all-gather. A group stays in one bucket.
 
-        How many there are depends on the bytes of all matrices, not on their number.
+        A bucket holds up to ``GATHER_BUCKET_BYTES``. So the number of buckets depends on the bytes
+        of all matrices, not on the number of matrices.
 
         Args:
-            groups: matrices by number.
+            groups: indices of matrices, such as A and B of a layer.
         """
         bucket: list[int] = []
         size = 0
         for group in groups:
-            # Factors are gathered from fp32 masters: 4 bytes an element.
+            # Factors are gathered from fp32 master weights: 4 bytes per element.
             more = sum(4 * rows * cols for rows, cols in (self.shapes[i] for i in group))
             if bucket and size + more > GATHER_BUCKET_BYTES:
                 yield bucket
@@ -236,10 +254,13 @@ class Layout:
     def gather(
         self, shards: Sequence[FlatShard] | Mapping[int, FlatShard], which: Sequence[int]
     ) -> list[Tensor]:
-        """The whole matrices ``which`` on every rank, on ``device``: one all-gather per call.
+        """The full matrices ``which`` on every rank, on ``device``. One all-gather per call.
+
+        Without a group: views of the shards on their own device, no communication.
 
         Args:
-            shards: this layout's matrices by number; those in ``which`` (of one dtype) travel.
+            shards: shards of this layout's matrices, by index.
+            which: indices of the matrices to gather. They must have one dtype.
         """
         if self.group is None:
             return [shards[i].local.view(shards[i].shape) for i in which]
@@ -257,14 +278,14 @@ class Layout:
 
 
 def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's ``flat`` (k,), one after the other: (world · k,)."""
+    """Every rank's ``flat`` (k,), concatenated in rank order: (world · k,). One all-gather."""
     everyone = flat.new_empty(dist.get_world_size(group) * flat.numel())
     dist.all_gather_into_tensor(everyone, flat, group=group)
     return everyone
 
 
 def global_norm(shards: Sequence[FlatShard], device: torch.device) -> float:
-    """The 2-norm of all the matrices together, in float64: one all-reduce where they are cut up."""
+    """The 2-norm of all matrices together, in float64. One all-reduce where they are sharded."""
     squares = [shard.local.double().square().sum() for shard in shards]
     square = torch.stack(squares).sum().to(device)
     if shards[0].group is not None:
@@ -273,9 +294,11 @@ def global_norm(shards: Sequence[FlatShard], device: torch.device) -> float:
 
 
 def side_by_side(stack: Sequence[FlatShard]) -> tuple[int, Tensor]:
-    """(first row, the rows this rank touches (rows, k·cols) float64) of shards of one range.
+    """The touched rows of k shards of one range, concatenated by columns.
 
-    Zero where others own the elements.
+    Returns:
+        (index of the first row, the rows (touched rows, k·cols) float64). Elements of other ranks
+        are zero.
     """
     first = stack[0].offset // stack[0].shape[1]
     return first, torch.cat([shard.padded_rows()[1].double() for shard in stack], dim=1)
@@ -284,11 +307,13 @@ def side_by_side(stack: Sequence[FlatShard]) -> tuple[int, Tensor]:
 def mixed_rows(
     stack: Sequence[FlatShard], mix: Tensor, split: Tensor, split_rows: Tensor
 ) -> Tensor:
-    """``[M, …] mix`` on this rank's range: 1-D float64, like the ``local`` of each; local.
+    """This rank's range of ``[M, …] mix``: 1-D float64, as long as ``local``. No communication.
 
     Args:
-        stack: shards of one range, each (rows, k). mix: (shards·k, k) float64.
-        split: rows that lie on several ranks, and split_rows those rows of [M, …] whole.
+        stack: shards of one range, each of a matrix (rows, k).
+        mix: matrix (shards·k, k) float64.
+        split: indices of the rows that lie on several ranks, 1-D int64.
+        split_rows: those rows of [M, …], complete, (split rows, shards·k) float64.
     """
     first, rows = side_by_side(stack)
     here = (split >= first) & (split < first + len(rows))
@@ -299,11 +324,11 @@ def mixed_rows(
 
 
 def split_rows(ranges: Tensor, cols: int) -> Tensor:
-    """Rows that lie on more than one rank, ascending.
+    """Indices of the rows that lie on more than one rank, ascending.
 
     Args:
-        ranges: (world, 2) int64, flat [lo, hi) of one matrix per rank, disjoint.
-        cols: its number of columns.
+        ranges: flat range [lo, hi) of one matrix on each rank, (world, 2) int64, disjoint.
+        cols: number of columns of the matrix.
     """
     held = ranges[ranges[:, 1] > ranges[:, 0]]
     cuts = held.flatten().unique()

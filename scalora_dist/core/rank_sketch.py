@@ -1,15 +1,15 @@
-"""The spectrum of the accumulated update of a weight while a run goes on, from a random sketch.
+"""Estimates the spectrum of a weight's accumulated update during training, from a random sketch.
 
-Δ = (all merges so far) + s·A Bᵀ of a weight (m, n) is never formed and no initial W is kept. Two
-products with Gaussian test matrices are, Ω (n, k) and Ψ (m, l), l = 2k + 1:
+Δ = (all merges so far) + s·A Bᵀ of a weight (m, n) is never formed, and the initial W is not kept.
+Instead, two products with Gaussian test matrices Ω (n, k) and Ψ (m, l), l = 2k + 1, are kept:
 
-    Y = Δ Ω   (m, k): its columns span Δ's range
-    Z = Δᵀ Ψ  (n, l): what Δ does inside that range
+    Y = Δ Ω   (m, k): its columns span the range of Δ
+    Z = Δᵀ Ψ  (n, l): the action of Δ inside that range
 
 Both are linear in Δ, so a merge ``Δ += A diag(w) Bᵀ`` adds ``A diag(w) (Bᵀ Ω)`` to Y and
-``B diag(w) (Aᵀ Ψ)`` to Z. With Q an orthonormal basis of Y, Δ ≈ Q (Ψᵀ Q)⁺ Zᵀ: Algorithm 4 of Tropp,
-Yurtsever, Udell & Cevher (arXiv 1609.00048, "Practical sketching algorithms for low-rank matrix
-approximation"); l = 2k + 1 is their choice for a spectrum whose decay is not known.
+``B diag(w) (Aᵀ Ψ)`` to Z. If Q is an orthonormal basis of Y's columns, Δ ≈ Q (Ψᵀ Q)⁺ Zᵀ. This is
+Algorithm 4 of Tropp, Yurtsever, Udell & Cevher (arXiv 1609.00048, "Practical sketching algorithms
+for low-rank matrix approximation"). They choose l = 2k + 1 for a spectrum with unknown decay.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard, Layout
 
-# A singular value counts from this share of the largest on.
+# Singular values above this fraction of the largest count towards the rank.
 RELATIVE_THRESHOLD = 1e-3
-LEADING = 4  # how many singular values are reported
-# From this share of the sketch's width on, a smoothly decaying spectrum leaks past the sketch and
-# fewer singular values are counted than there are.
+LEADING = 4  # number of reported singular values
+# From this fraction of the sketch's width on, a rank is only a lower bound: part of a smoothly
+# decaying spectrum lies outside the sketch, and too few singular values are counted.
 TRUSTED = 0.9
-# Directions of Y below this share of its largest are float32 rounding, and far below what counts.
-# Its square, as an eigenvalue of YᵀY, is still well above float64's.
+# Directions of Y below this fraction of its largest are float32 rounding errors. It is far below
+# RELATIVE_THRESHOLD. Its square, for eigenvalues of YᵀY, is well above float64's rounding errors.
 NOISE = 1e-6
 
 Factors = Sequence[tuple[FlatShard, FlatShard]]
@@ -41,11 +41,12 @@ Factors = Sequence[tuple[FlatShard, FlatShard]]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one layer's update.
+    """Numerical rank and largest singular values of one layer's update.
 
     Attributes:
-        rank: singular values above ``RELATIVE_THRESHOLD`` of the largest; 0 for no update.
-        full: the sketch is (nearly) used up, so that ``rank`` is a lower bound: show "≥ rank".
+        rank: number of singular values above ``RELATIVE_THRESHOLD`` times the largest; 0 for no
+            update.
+        full: whether the sketch is (nearly) full, so ``rank`` is a lower bound: show "≥ rank".
         values: the largest singular values, at most ``LEADING``, descending; NaN (and rank 0) for
             an update that is not finite.
     """
@@ -57,14 +58,14 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class _Side:
-    """What belongs to one factor of one layer: A has Ψ and Y, B has Ω and Z.
+    """Sketch data of one factor of one layer: A has Ψ and Y, B has Ω and Z.
 
     Attributes:
-        first: the first row of the factor that this rank touches.
-        probe: (touched rows, l for A or k for B) float32, the rows of the test matrix.
-        sketch: the rows of Y (m, k) or Z (n, l) that this rank owns, float32.
-        slots: which of the factor's split rows (``Layout.split``) this rank touches, int64.
-        places: where these are among its touched rows, int64.
+        first: index of the first row of the factor that this rank touches.
+        probe: rows of the test matrix, (touched rows, l for A or k for B) float32.
+        sketch: shard of Y (m, k) or Z (n, l): the rows that this rank owns, float32.
+        slots: indices, in ``Layout.split``, of the split rows that this rank touches, int64.
+        places: indices of the same rows among this rank's touched rows, int64.
     """
 
     first: int
@@ -75,22 +76,22 @@ class _Side:
 
     @property
     def rows(self) -> Tensor:
-        """The sketch as (owned rows, width), a view."""
+        """View of the sketch, (owned rows, width)."""
         return self.sketch.local.view(-1, self.sketch.shape[1])
 
     def owned(self, touched: Tensor) -> Tensor:
-        """This rank's own rows of its touched ones: all but a first row that begins elsewhere."""
+        """The touched rows that this rank owns: all but a first row that begins on another rank."""
         return touched[self.sketch.offset // self.sketch.shape[1] - self.first :]
 
 
 class RankSketch:
-    """Y and Z of some layers, each row of them on the rank that holds its factor row's beginning.
+    """Y and Z of some layers. The rank that holds the beginning of a factor row owns their row.
 
-    So they are ``FlatShard``s of whole rows over the factors' group (None: whole on every rank),
-    and a checkpoint reshards them like everything else. Test matrices are drawn again instead.
+    So Y and Z are ``FlatShard``s of full rows over the factors' group (None: full on every rank),
+    and a checkpoint reshards them like other tensors. Test matrices are not saved but drawn again.
 
-    Memory: Y, Z, Ω and Ψ take 4 (m + n)(3k + 1) bytes a layer, over the group's size: 12.6 MB for
-    4096 × 4096 at k = 128.
+    Memory: Y, Z, Ω and Ψ take 4 (m + n)(3k + 1) bytes per layer, divided by the group's size. That
+    is 12.6 MB for 4096 × 4096 at k = 128.
     """
 
     def __init__(
@@ -102,14 +103,16 @@ class RankSketch:
         width: int = 128,
         seed: int,
     ) -> None:
-        """Exchange who holds what (one all-gather) and draw the test matrices, a layer at a time.
+        """Exchange the factors' ranges (one all-gather) and draw the test matrices layer by layer.
 
         Args:
-            names: of the layers. A resumed run needs the same name, ``width`` and ``seed``.
-            factors: (A, B) of each layer, (m, r) and (n, r) float32, of one group and one r, in
-                the order of every later call. Sketches live where they do.
-            width: k, at most min(m, n); ranks up to ``TRUSTED`` of it can be told.
-            seed: of the test matrices, from 0 to 2³² - 1.
+            names: names of the layers. A resumed run needs the same names, ``width`` and ``seed``.
+            factors: (A, B) of each layer, (m, r) and (n, r) float32, with one group and one r.
+                Later calls use the same order. The sketches are on the factors' device.
+            device: device of the communication buffers.
+            width: k, reduced to min(m, n) where that is smaller. Ranks up to ``TRUSTED`` · k can
+                be measured.
+            seed: seed of the test matrices, from 0 to 2³² - 1.
         """
         self.names = list(names)
         self.layout = Layout.of([factor for pair in factors for factor in pair], device)
@@ -121,11 +124,11 @@ class RankSketch:
 
     @torch.no_grad()
     def add(self, factors: Factors, weights: Tensor) -> None:
-        """A merge, ``Δ += A diag(weights[i]) Bᵀ`` in each layer i: one all-reduce for all layers.
+        """Record a merge ``Δ += A diag(weights[i]) Bᵀ`` of each layer i. One all-reduce for all.
 
         Args:
-            factors: as they are merged, before a rescale or a reset of A and B.
-            weights: (layers, r), any float dtype.
+            factors: A and B as they are merged, before a rescale or a reset changes them.
+            weights: weight of each column, (layers, r), any float dtype.
         """
         for sides, lefts, rights in self._products(factors, weights):
             for side, left, right in zip(sides, lefts, rights, strict=True):
@@ -135,8 +138,12 @@ class RankSketch:
     def read(self, factors: Factors, scalings: Sequence[float]) -> list[Spectrum]:
         """Each layer's spectrum, the present s·A Bᵀ included, the same on every rank of the group.
 
-        One all-reduce of k² + k l + l² float64 (0.9 MB at k = 128) a layer, and two for all layers.
-        The ranks take turns with the decompositions.
+        One all-reduce of k² + k l + l² float64 (0.9 MB at k = 128) per layer, and two for all
+        layers together. The layers' decompositions are divided among the ranks.
+
+        Args:
+            factors: the present A and B of each layer.
+            scalings: s of each layer.
         """
         group = self.layout.group
         turns, turn = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
@@ -155,7 +162,7 @@ class RankSketch:
         ]
 
     def shards(self) -> dict[str, FlatShard]:
-        """{name: Y or Z}: what a checkpoint saves, and what it is to be loaded into."""
+        """{name: Y or Z}: the shards that a checkpoint saves, and loads in place."""
         return {
             f"{name}.sketch.{letter}": side.sketch
             for name, sides in zip(self.names, self.layers, strict=True)
@@ -163,7 +170,7 @@ class RankSketch:
         }
 
     def _grams(self, factors: Factors, scalings: Sequence[float]) -> Iterator[list[Tensor]]:
-        """Per layer YᵀY (k, k), ΨᵀY (l, k) and ZᵀZ (l, l), float64, with s·A Bᵀ added."""
+        """Per layer YᵀY (k, k), ΨᵀY (l, k) and ZᵀZ (l, l), float64, with s·A Bᵀ included."""
         weights = torch.tensor(scalings)[:, None].expand(-1, factors[0][0].shape[1])
         for sides, lefts, rights in self._products(factors, weights):
             y, z = (
@@ -183,12 +190,12 @@ class RankSketch:
     ) -> Iterator[tuple[tuple[_Side, _Side], list[Tensor], list[Tensor]]]:
         """What ``Δ += A diag(weights) Bᵀ`` adds to each layer's Y and Z, as ``left @ right``.
 
-        A row of a factor that lies on two ranks has one owner, who needs it whole: as in
-        ``Layout.grams``, each writes its part into a slot of the one message.
+        A factor row that lies on two ranks has one owner, which needs the complete row. As in
+        ``Layout.grams``, each rank writes its part into a slot of one buffer. One all-reduce.
 
         Yields:
-            the layer's sides; lefts: A diag(w) and B diag(w), (owned rows, r) each; rights: BᵀΩ
-            (r, k) and AᵀΨ (r, l). All float32.
+            (sides of the layer, lefts, rights), all float32. The lefts are A diag(w) and B diag(w),
+            (owned rows, r) each. The rights are BᵀΩ (r, k) and AᵀΨ (r, l).
         """
         sides = [side for pair in self.layers for side in pair]
         touched = [factor.padded_rows()[1] for pair in factors for factor in pair]
@@ -208,7 +215,7 @@ class RankSketch:
         for i, (part, width, side, rows) in enumerate(
             zip(parts, widths, sides, touched, strict=True)
         ):
-            # A range with part rows was padded, that is copied: the factor stays as it is.
+            # Split rows occur only where ``padded_rows`` copied: the factor does not change.
             rows[side.places] = part[width:][side.slots]
             lefts.append(side.owned(rows) * weights[i // 2])
             rights.append(part[:width].T)
@@ -219,7 +226,7 @@ class RankSketch:
 
 def _spectrum(rank: int, values: list[float], sides: tuple[_Side, _Side]) -> Spectrum:
     (m, k), (n, _) = (side.sketch.shape for side in sides)
-    # A sketch as wide as the matrix misses nothing.
+    # A sketch as wide as the matrix captures the full spectrum.
     full = k < min(m, n) and rank >= TRUSTED * k
     return Spectrum(rank, full, tuple(values[:k]))
 
@@ -231,10 +238,10 @@ def _sides(
     width: int,
     seed: int,
 ) -> tuple[_Side, _Side]:
-    """Zero sketches of one layer and its test matrices, the same however the factors are cut."""
+    """Zero sketches and test matrices of one layer; the sharding does not change their values."""
     k = min(width, *(factor.shape[0] for factor in factors))
-    # numpy promises that this old generator's numbers stay; torch's may change with a version or
-    # a processor, and a resumed run must draw the ones that its Y and Z were made with.
+    # A resumed run must draw the test matrices that its Y and Z were made with. numpy guarantees
+    # the numbers of this old generator; torch's may change with the version or the processor.
     random = np.random.RandomState([seed, zlib.crc32(name.encode())])
 
     def side(factor: FlatShard, split: Tensor, columns: int, probes: int) -> _Side:
@@ -262,11 +269,13 @@ def _sides(
 def singular_values(gram_y: Tensor, cross: Tensor, gram_z: Tensor) -> Tensor:
     """Singular values of Q (Ψᵀ Q)⁺ Zᵀ, Q an orthonormal basis of Y: (k,), descending.
 
-    Args:
-        gram_y: YᵀY (k, k), cross: ΨᵀY (l, k), gram_z: ZᵀZ (l, l), all float64 on the CPU.
+    Grams square the singular values, so relative singular values below 1e-8 are lost in float64.
+    That is five orders of magnitude below ``RELATIVE_THRESHOLD``.
 
-    Grams square what they are made of: relative singular values below 1e-8 are lost in float64,
-    five orders of magnitude under ``RELATIVE_THRESHOLD``.
+    Args:
+        gram_y: YᵀY (k, k), float64 on the CPU.
+        cross: ΨᵀY (l, k), likewise.
+        gram_z: ZᵀZ (l, l), likewise.
     """
     values = torch.zeros(len(gram_y), dtype=torch.float64)
     if not all(bool(block.isfinite().all()) for block in (gram_y, cross, gram_z)):
@@ -283,6 +292,6 @@ def singular_values(gram_y: Tensor, cross: Tensor, gram_z: Tensor) -> Tensor:
 
 
 def numerical_rank(matrix: Tensor) -> int:
-    """Singular values above ``RELATIVE_THRESHOLD`` of the largest; 0 for a zero matrix."""
+    """Number of singular values above ``RELATIVE_THRESHOLD`` times the largest; 0 for zeros."""
     values = torch.linalg.svdvals(matrix)
     return int((values > RELATIVE_THRESHOLD * values[0]).sum()) if values[0] > 0 else 0

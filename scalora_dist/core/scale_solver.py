@@ -1,21 +1,22 @@
-"""From grams to scales: how far to stretch each column of A and B at one ScaLoRA step.
+"""Solves for α and β, the scales of the columns of A and B at one ScaLoRA step, from grams.
 
-With z = ηL s²·[α²; β²], the step of the scaled factors is nearest to full fine-tuning's where
+With z = ηL s²·[α²; β²], the step of the scaled factors is nearest to a step of full fine-tuning at
+the minimum of
 
     zᵀ H z − 2 λᵀ z,   z ≥ 0        (ScaLoRA, equation 10, appendix A.3)
 
-is least: a convex quadratic in 2r unknowns per layer. All is float64, batched over layers that do
-not influence one another, and needs no process group.
+This is a convex quadratic in 2r unknowns per layer. Everything is float64, batched over layers that
+do not depend on one another. No process group is needed.
 
-**Units.** λ_k / H_kk = 1/‖a_k‖², so an unknown left to itself gives its column the size
-s·√(ηL)·α_k‖a_k‖ = 1. The unknowns used inside are x_k = √H_kk z_k. For them H becomes a matrix of
-correlations C (unit diagonal) and λ becomes c_k = ‖∇b_k‖/‖a_k‖ (‖∇a_k‖/‖b_k‖ for β), while
-x_k / c_k = z_k‖a_k‖² is the scaled column's size squared. So bounds on sizes are a box,
-c·lo² ≤ x ≤ c·hi², and only ratios of gradients matter: loss scaling and clipping change nothing.
+**Units.** λ_k / H_kk = 1/‖a_k‖². So an unknown that is solved alone gives its column the size
+s·√(ηL)·α_k‖a_k‖ = 1. The code solves for x_k = √H_kk z_k. In these unknowns, H becomes a matrix of
+correlations C (unit diagonal), λ becomes c_k = ‖∇b_k‖/‖a_k‖ (‖∇a_k‖/‖b_k‖ for β), and
+x_k / c_k = z_k‖a_k‖² is the squared size of the scaled column. So bounds on sizes are a box,
+c·lo² ≤ x ≤ c·hi². Only ratios of gradients matter: loss scaling and clipping change nothing.
 
-**Free unknowns.** Where a column of A is zero, or its partner's gradient is, the unknown has no
-effect: its factor is 1 and it takes part in nothing. A start at A = 0 gives exact zeros; the first
-three constants say what else is zero.
+**Free unknowns.** α_k has no effect where column k of A or of B's gradient is zero (A and B swapped
+for β_k). Such a scale is 1, and the unknown is left out of the problem. A start at A = 0 gives
+exact zeros. The first three constants define what else counts as zero.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from torch import Tensor
 
 SCALING_RULES = ("paper", "scalar", "nnls")
 
-# A squared norm under float32's smallest normal number squared: made of subnormals, digits lost.
+# Squared norms below float32's smallest normal number, squared: from subnormals, which lost digits.
 _TINY = torch.finfo(torch.float32).tiny ** 2
-# A column of A or B under 1e-12 of its natural size: α² stays finite in float32, as moments need.
+# Columns of A or B below 1e-12 of size 1 (see Units): α² stays finite in float32, for the moments.
 _ZERO_SIZE = 1e-12
-# A gradient c_k under 1e-12 of its layer's largest: nothing that _TOLERANCE could resolve.
+# A c_k below 1e-12 of its layer's largest: _TOLERANCE could not resolve it.
 _ZERO_GRADIENT = 1e-12
 
-_NO_BOUNDS = (1e-6, 1e6)  # the sizes that bounds=None still keeps: no scale is zero or infinite
-_TOLERANCE = 1e-12  # of the natural residual, relative to max|c| + max|x|
-_RIDGE = 1e-13  # on Newton matrices' unit diagonal: bends the steps, does not move their end
+_NO_BOUNDS = (1e-6, 1e6)  # size limits for bounds=None: no scale is zero or infinite
+_TOLERANCE = 1e-12  # on the natural residual, relative to max|c| + max|x|
+_RIDGE = 1e-13  # added to Newton matrices' unit diagonal: changes the steps, not the solution
 _CORRECTED_STEPS, _MAX_STEPS = 15, 60
 
 
@@ -48,11 +49,11 @@ class Rule(enum.IntEnum):
     COLUMN = 1
     SCALAR = 2
     NNLS = 3
-    KEPT = 4  # near enough to 1 to be left as they are; not of `solve`
+    KEPT = 4  # so close to 1 that A and B stay unscaled; `solve` does not return it
 
 
 class Scales(NamedTuple):
-    """The factors of A's and B's columns, and the rule that found each layer's."""
+    """The scales of the columns of A and B, and the rule that found them for each layer."""
 
     alpha: Tensor  # (layers, r) float64
     beta: Tensor  # (layers, r) float64
@@ -64,7 +65,7 @@ def quadratic(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         gram_a: [A, ∇A]ᵀ[A, ∇A], (layers, 2r, 2r).
-        gram_b: [B, ∇B]ᵀ[B, ∇B], (layers, 2r, 2r); its halves are swapped here.
+        gram_b: [B, ∇B]ᵀ[B, ∇B], (layers, 2r, 2r); its two halves are swapped here.
 
     Returns:
         H (layers, 2r, 2r) and λ = [diag ∇Bᵀ∇B; diag ∇Aᵀ∇A] (layers, 2r), for unknowns [α; β].
@@ -88,23 +89,28 @@ def solve(
     """Choose α and β for every layer.
 
     Rule "paper" takes the column solution z = H⁺λ (Theorem 5) where it is positive and inside the
-    bounds, else the scalar one (Theorem 3) clipped entry by entry. "scalar" always takes the
-    latter. "nnls" solves the bounded problem exactly; it says COLUMN where Theorem 5 already did.
+    bounds. Otherwise it takes the scalar solution (Theorem 3), clipped entry by entry. "scalar"
+    always takes the latter. "nnls" solves the bounded problem exactly; where the solution of
+    Theorem 5 is already the optimum, it returns Rule.COLUMN.
 
     Args:
         gram_a: as for `quadratic`. A layer whose grams are not finite, or that has no gradient,
-            is SKIPPED with all factors 1; the other layers do not notice.
+            is SKIPPED with all scales 1. Other layers are not affected.
         gram_b: as for `quadratic`.
         scaling: s of y = W x + s·A(Bᵀx).
-        eta_lipschitz: ηL; only this product enters.
-        bounds: (lo, hi) for the sizes s·√(ηL)·‖column‖ of the scaled columns. None is the paper
-            to the letter, except that sizes beyond [1e-6, 1e6] are clipped.
+        eta_lipschitz: the product ηL; only the product matters.
+        rule: one of ``SCALING_RULES``.
+        bounds: (lo, hi) for the sizes s·√(ηL)·‖column‖ of the scaled columns. None follows the
+            paper exactly, except that sizes outside [1e-6, 1e6] are clipped.
+
+    Raises:
+        ValueError: an unknown rule, or a number out of range.
     """
     _check(scaling, eta_lipschitz, rule, bounds)
     low, high = (0.0, _NO_BOUNDS[1]) if bounds is None else bounds
     unit = scaling * eta_lipschitz**0.5
     corr, c, norm, free = _equilibrate(gram_a, gram_b, unit)
-    # A free unknown is uncorrelated and has c = 0, hence x = 0; its box need only hold that.
+    # A free unknown is uncorrelated and has c = 0, so x = 0; its box must only contain 0.
     lower = (c * low**2).masked_fill(free, -1.0)
     upper = (c * high**2).masked_fill(free, 1.0)
     problem = _BoxProblem(corr, c, lower, upper)
@@ -113,11 +119,11 @@ def solve(
     found = torch.full(c.shape[:1], int(Rule.SCALAR), device=c.device)  # (layers,)
     if rule != "scalar":
         column = _pinv_apply(corr, c)
-        # With bounds=None the paper asks for no more than positive.
+        # With bounds=None the only condition is the paper's: positive.
         inside = (column > 0) if bounds is None else (column >= lower) & (column <= upper)
         inside = (inside | free).all(-1)  # (layers,)
         if rule == "nnls":
-            # Should λ leave H's range (by roundoff, if H is singular), H⁺λ is not the minimum.
+            # If H is singular, roundoff can move λ out of its range: H⁺λ is then no minimum.
             inside &= problem.residual(column) <= _TOLERANCE
             clipped = problem.clip(column)
             x = torch.where(problem.improves(x, clipped)[:, None], clipped, x)
@@ -150,14 +156,19 @@ def _check(
 def _equilibrate(
     gram_a: Tensor, gram_b: Tensor, unit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """C (layers, 2r, 2r), and c with maximum 1, A's and B's column norms, the free (layers, 2r).
+    """The quadratic in the unknowns x (see Units).
 
-    Each gram gets its unit diagonal before the two are multiplied, so nothing over- or underflows.
+    Each gram is scaled to a unit diagonal before the two are multiplied, to avoid over- and
+    underflow.
+
+    Returns:
+        C (layers, 2r, 2r), and, (layers, 2r) each: c with maximum 1, the column norms of A and B,
+        and the mask of the free unknowns.
     """
     r = gram_a.shape[-1] // 2
-    grams = torch.stack((gram_a, gram_b)).double()  # (2, layers, 2r, 2r), ours to change
+    grams = torch.stack((gram_a, gram_b)).double()  # (2, layers, 2r, 2r), a copy
     finite = grams.sum((0, 2, 3)).isfinite()  # (layers,)
-    grams[:, ~finite] = 0.0  # all free, so skipped
+    grams[:, ~finite] = 0.0  # all unknowns are free, so the layer is skipped
     square = _diagonal(grams).clone()  # (2, layers, 2r)
     norms = torch.where(square > _TINY, square, 0.0).sqrt()
     (norm_a, grad_a), (norm_b, grad_b) = (side.split(r, dim=-1) for side in norms)
@@ -168,16 +179,16 @@ def _equilibrate(
     known = c > _ZERO_GRADIENT
 
     inverse = square.clamp_min(_TINY).rsqrt()
-    inverse[0] *= known  # the free lose their row and column of C
+    inverse[0] *= known  # zeroes the row and column of C of a free unknown
     corr, _ = quadratic(*grams.mul_(inverse[..., :, None]).mul_(inverse[..., None, :]))
     _diagonal(corr).fill_(1.0)
     return corr, torch.where(known, c, 0.0), norm, ~known
 
 
 def _scalar(corr: Tensor, c: Tensor, norm: Tensor) -> Tensor:
-    """Theorem 3: the best x with one α and one β, by the 2 × 2 block sums of H, λ. (layers, 2r)"""
+    """Theorem 3: the best x (layers, 2r) with one α and one β, from 2 × 2 block sums of H, λ."""
     r = c.shape[-1] // 2
-    side = (c * norm.square()).view(-1, 2, r)  # (layers, 2, r): x where z is the same throughout
+    side = (c * norm.square()).view(-1, 2, r)  # (layers, 2, r): x if all z are equal
     side = side / side.amax(-1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)
     basis = (side[..., None] * torch.eye(2).to(side)[:, None]).flatten(1, 2)  # (layers, 2r, 2)
     sums, lam = basis.mT @ corr @ basis, _apply(basis.mT, c)
@@ -185,14 +196,14 @@ def _scalar(corr: Tensor, c: Tensor, norm: Tensor) -> Tensor:
     scale = torch.where(scale > 0, scale, 1.0).rsqrt()
     sums, lam = sums * scale[:, :, None] * scale[:, None, :], lam * scale
     t = _pinv_apply(sums, lam)  # (layers, 2)
-    # One that is not positive becomes 0 and leaves the other λ_k / H_kk; H_kk = 1 here.
+    # A value that is not positive becomes 0; the other is then λ_k / H_kk, with H_kk = 1 here.
     positive = t > 0
     t = torch.where(positive.all(-1, keepdim=True), t, torch.where(positive, lam, 0.0))
     return _apply(basis, t * scale)
 
 
 class _BoxProblem(NamedTuple):
-    """min xᵀCx − 2cᵀx over lower ≤ x ≤ upper, for C with a unit diagonal and of any rank."""
+    """Minimize xᵀCx − 2cᵀx over lower ≤ x ≤ upper, for C with a unit diagonal and any rank."""
 
     corr: Tensor  # (layers, n, n)
     c: Tensor  # (layers, n)
@@ -206,35 +217,36 @@ class _BoxProblem(NamedTuple):
         return torch.minimum(torch.maximum(x, self.lower), self.upper)
 
     def gradient(self, x: Tensor) -> Tensor:
-        """Half of it."""
+        """Half of the gradient: Cx − c. (layers, n)"""
         return _apply(self.corr, x) - self.c
 
     def residual(self, x: Tensor) -> Tensor:
-        """max|x − clip(x − gradient)|, zero at minima only, over max|c| + max|x|. (layers,)"""
+        """max|x − clip(x − gradient)| / (max|c| + max|x|), zero only at minima. (layers,)"""
         moved = (x - self.clip(x - self.gradient(x))).abs().amax(-1)
         return moved / (self.c.amax(-1) + x.abs().amax(-1))
 
     def improves(self, x: Tensor, other: Tensor) -> Tensor:
-        """Where `other` is better than x, by the difference itself: no cancellation. (layers,)"""
+        """Whether `other` is better than x, from a formula without cancellation. (layers,)"""
         return ((other - x) * (self.gradient(x) + self.gradient(other))).sum(-1) < 0
 
 
 def _minimise(whole: _BoxProblem, start: Tensor) -> Tensor:
-    """The minimum of a box problem, or, should it not converge, nothing worse than `start`.
+    """The minimum of a box problem; without convergence, a point no worse than `start`.
 
-    A primal-dual interior point method, all layers abreast, each frozen when it has converged.
-    Active-set methods such as projected Newton take fewer steps on easy problems but zigzag for
-    hundreds where columns are nearly parallel; this takes 8 to 20, seldom 30, whatever the rank.
+    A primal-dual interior-point method on all layers in parallel; converged layers are frozen.
+    Active-set methods such as projected Newton take fewer steps on easy problems, but zigzag for
+    hundreds of steps where columns are nearly parallel. This method takes 8 to 20 steps, seldom 30,
+    at any rank.
     """
     problem = whole
     _, c, lower, upper = whole
     margin = 0.1 * torch.minimum(upper - lower, c)
     x = torch.minimum(torch.maximum(c, lower + margin), upper - margin)
-    slack = torch.stack((x - lower, upper - x), dim=1)  # (layers, 2, n), kept apart: may get tiny
+    slack = torch.stack((x - lower, upper - x), dim=1)  # (layers, 2, n), own variable: may get tiny
     gap = torch.maximum(problem.gradient(x).abs() * c, 1e-3 * c.square()).mean(-1)
     dual = gap[:, None, None] / slack
     best, least = start.clone(), torch.full_like(gap, torch.inf)
-    layers = torch.arange(len(start), device=start.device)  # at work
+    layers = torch.arange(len(start), device=start.device)  # not yet converged
 
     for step in range(_MAX_STEPS):
         at_lower, at_upper = (slack < dual).unbind(1)
@@ -260,8 +272,13 @@ def _interior_step(
     """One step towards gradient = dual_lower − dual_upper, slack·dual = 0, inside slack, dual > 0.
 
     Mehrotra's predictor-corrector (Nocedal & Wright, Numerical Optimization, algorithm 16.4).
-    Its correction is fast but can cycle (Cartis 2009), so without `corrected` the step follows
-    the central path plainly. x (layers, n); slack and dual (layers, 2, n), lower side then upper.
+    Its correction is fast but can cycle (Cartis 2009).
+
+    Args:
+        x: present point, (layers, n).
+        slack: distances to the lower and the upper bound, (layers, 2, n).
+        dual: multipliers of the lower and the upper bound, (layers, 2, n).
+        corrected: whether to correct; otherwise the step only follows the central path.
     """
     sign = torch.tensor([[1.0], [-1.0]]).to(x)  # d slack / d x
     gradient = problem.gradient(x)
@@ -270,14 +287,14 @@ def _interior_step(
     cholesky, _ = torch.linalg.cholesky_ex(newton)
 
     def direction(product: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """Of x, slack and dual, towards slack·dual = product to first order."""
+        """Directions of x, slack and dual to slack·dual = product, to first order."""
         right = (sign * product / slack).sum(1) - gradient
         d_x = torch.cholesky_solve(right[..., None], cholesky).squeeze(-1)
         d_slack = sign * d_x[:, None]
         return d_x, d_slack, (product - dual * d_slack) / slack - dual
 
     def length(d_slack: Tensor, d_dual: Tensor, fraction: float) -> Tensor:
-        """The longest step up to 1 that covers `fraction` of the way out. (layers, 1, 1)"""
+        """Step length: `fraction` of the way to the boundary, at most 1. (layers, 1, 1)"""
         rate = torch.maximum(-d_slack / slack, -d_dual / dual).amax((1, 2), keepdim=True)
         return fraction / rate.clamp_min(fraction)
 
@@ -303,7 +320,7 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _pinv_apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix⁺ vector, for PSD matrices of unit diagonal; rcond is n·ε, the roundoff of `eigh`."""
+    """matrix⁺ vector, for PSD matrices with unit diagonal; rcond is n·ε, the roundoff of `eigh`."""
     values, vectors = torch.linalg.eigh(matrix)
     rcond = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     keep = values > rcond * values[..., -1:]

@@ -1,11 +1,11 @@
-"""The leading singular triples of a sharded matrix: a randomised block Krylov iteration.
+"""Computes leading singular triplets of a sharded matrix by randomised block Krylov iteration.
 
 Halko, Martinsson & Tropp 2011 ("Finding structure with randomness") draw a random block and refine
-it by powers of ``MᵀM``, each product orthonormalised (Algorithm 4.4), then take the SVD of the
-small compressed matrix (Algorithm 5.1). The refining here also keeps the earlier powers (the block
-Krylov iteration of Musco & Musco 2015, Algorithm 2) and restarts from the best vectors when there
-are ``BLOCKS`` blocks of them. For the same products this settles several times sooner where the
-spectrum is flat: the sign matrices of LoRA-SB are the case that decides.
+it by powers of ``MᵀM``, with each product orthonormalised (Algorithm 4.4). They then take the SVD
+of the small compressed matrix (Algorithm 5.1). The refinement here also keeps the earlier powers
+(block Krylov iteration, Musco & Musco 2015, Algorithm 2). It restarts from the best vectors when
+there are ``BLOCKS`` blocks. With the same number of products, this converges several times sooner
+where the spectrum is flat. The sign matrices of LoRA-SB decided this.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from scalora_dist.core.flat_shard import FlatShard, Layout, Piece
 OVERSAMPLING = 8  # columns of a block beyond the rank
 BLOCKS = 4  # blocks kept before a restart
 MAX_STEPS = 60
-# Settled: no wanted σ² grew by more than this part of itself in one step. On sign matrices, where
-# what is missing shrinks slowest, below 2e-5 of the energy is then still missing.
+# Converged: no wanted σ² grew by more than this fraction of itself in one step. Sign matrices
+# converge slowest; less than 2e-5 of their energy is then still missing.
 TOLERANCE = 1e-5
-# A σ² below this part of the largest counts as that large: fp32 products do not resolve its growth.
+# For this test, a σ² below this fraction of the largest counts as that large: fp32 products do not
+# resolve its growth.
 SMALL = 1e-6
-# Rows cast to the dtype of the products at a time.
+# Number of rows that are cast to the dtype of the products at a time.
 CAST_ROWS = 1024
 
 
 class TruncatedSVD(NamedTuple):
-    """``M ≈ U diag(S) Vᵀ``: float64, whole, the same bits on every rank, on the matrix's device."""
+    """``M ≈ U diag(S) Vᵀ``: float64, full on every rank, on the matrix's device.
 
-    U: Tensor  # (m, rank), orthonormal columns; the largest entry of each is positive
+    Ranks with the same kind of processor have the same bits.
+    """
+
+    U: Tensor  # (m, rank), orthonormal columns; each one's largest entry in size is positive
     S: Tensor  # (rank,), descending
     V: Tensor  # (n, rank), orthonormal columns
 
@@ -43,18 +47,22 @@ class TruncatedSVD(NamedTuple):
 def truncated_svd(
     matrix: FlatShard, rank: int, *, device: torch.device | str, seed: int = 0
 ) -> TruncatedSVD:
-    """The leading singular triples of a sharded matrix (m, n), which is never gathered.
+    """The leading singular triplets of a sharded matrix (m, n), which is never gathered.
 
-    Per step all-reduces over ``matrix.group`` of (basis + split rows) × block float64, n × block
-    float64 and one number, block = rank + OVERSAMPLING, basis ≤ BLOCKS blocks; at the end one of
-    m × rank. None without a group. The small decompositions are computed on every rank.
+    Collectives over ``matrix.group``: one all-gather of the ranges; in each step, all-reduces of
+    (basis + split rows) × block float64, n × block float64 and one number; at the end, one
+    all-reduce of m × rank float64. Here block = rank + OVERSAMPLING and basis ≤ BLOCKS blocks. None
+    without a group. The small decompositions are computed on every rank.
 
     Args:
-        matrix: any float dtype; 16-bit is multiplied in float32, some rows at a time.
-        rank: at most min(m, n). Where M's own rank is lower, the σ beyond it are zero up to the
-            rounding of the products and U and V are completed to orthonormal columns.
-        device: where messages live (the accelerator with NCCL, the CPU with gloo).
-        seed: of the random block, the same on every rank.
+        matrix: shard of M, any float dtype; 16-bit is multiplied in float32, some rows at a time.
+        rank: number of triplets, at most min(m, n). If M's own rank is lower, the σ beyond it are
+            zero up to rounding, and U and V are completed to orthonormal columns.
+        device: device of communication buffers (the accelerator with NCCL, the CPU with gloo).
+        seed: seed of the random block, the same on every rank.
+
+    Raises:
+        ValueError: ``rank`` is not in 1 … min(m, n).
     """
     m, n = matrix.shape
     if not 1 <= rank <= min(m, n):
@@ -96,22 +104,22 @@ def truncated_svd(
 
 
 def _lengths(ritz: Tensor) -> Tensor:
-    """The norms of the image's columns, for fp32 products that neither under- nor overflow.
+    """Norms of the image's columns. Division by them keeps fp32 products from under- or overflow.
 
     Args:
-        ritz: (k,) their squares, descending, where those beyond M's rank are rounding or zero.
+        ritz: squared norms (k,), descending; those beyond M's rank are rounding errors or zero.
     """
     limits = torch.finfo(torch.float64)
     return ritz.clamp_min(limits.eps * ritz[0] + limits.tiny).sqrt()
 
 
 class _Image:
-    """``Y = M · basis``, rows sharded as M's, and ``YᵀY``, the same on every rank.
+    """``Y = M · basis``, with rows sharded like M's, and ``YᵀY``, the same on every rank.
 
     Attributes:
-        own: (touched rows, k) float64: the rows this rank holds whole; zero where a row is split.
-        shared: (split rows, k) float64: the rows that lie on several ranks, whole on every rank.
-        gram: (k, k) float64.
+        own: rows that lie on this rank only, (touched rows, k) float64; zero where a row is split.
+        shared: rows that lie on several ranks, complete, (split rows, k) float64.
+        gram: YᵀY, (k, k) float64.
     """
 
     def __init__(self, matrix: FlatShard, device: torch.device) -> None:
@@ -132,12 +140,12 @@ class _Image:
         self.gram = self._zeros(0, 0)
 
     def append(self, fresh: Tensor) -> None:
-        """Multiply further columns of the basis, (n, b) float64: one all-reduce."""
+        """Add the image of new columns of the basis, (n, b) float64. One all-reduce."""
         own = self._zeros(len(self.own), fresh.shape[1])
         right = fresh.to(self.working)
         for rows, block, piece in self._blocks():
             own[rows] += block @ right[piece.cols]
-        # No rank can multiply a split row: its parts are summed in slots of the same message.
+        # No rank has all of a split row: its partial products are summed in slots of one buffer.
         slots = self._zeros(len(self.split), fresh.shape[1])
         slots[self.mine] = own[self.places]
         own[self.places] = 0
@@ -150,17 +158,20 @@ class _Image:
         self.gram = torch.cat([torch.cat([self.gram, border[:old]], dim=1), border.T])
 
     def rotate(self, vectors: Tensor) -> None:
-        """The image of ``basis @ vectors``, vectors (k, j) float64; local."""
+        """Change the basis to ``basis @ vectors``, vectors (k, j) float64. No communication."""
         self.own, self.shared = self.own @ vectors, self.shared @ vectors
         self.gram = vectors.T @ self.gram @ vectors
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """(k,) the estimates of σ², descending, and (k, k) their vectors in the basis; local."""
+        """Estimates of σ² (k,), descending, and their vectors in the basis (k, k).
+
+        No communication.
+        """
         values, vectors = torch.linalg.eigh(self.gram)
         return values.flip(0).clamp_min(0), vectors.flip(1)
 
     def transposed_times(self, vectors: Tensor) -> Tensor:
-        """``Mᵀ Y vectors``, (n, j) float64, the same on every rank: one all-reduce."""
+        """``Mᵀ Y vectors``, (n, j) float64, the same on every rank. One all-reduce."""
         left = self.own @ vectors
         left[self.places] = self.shared[self.mine] @ vectors
         left = left.to(self.working)
@@ -170,7 +181,7 @@ class _Image:
         return self._summed(product)
 
     def whole(self, vectors: Tensor) -> Tensor:
-        """``Y vectors``, (m, j) float64, all rows on every rank: one all-reduce."""
+        """``Y vectors``, (m, j) float64, all rows on every rank. One all-reduce."""
         rows = self._zeros(self.matrix.shape[0], vectors.shape[1])
         rows[self.first : self.first + len(self.own)] = self.own @ vectors
         rows = self._summed(rows)
@@ -178,11 +189,11 @@ class _Image:
         return rows
 
     def anywhere(self, flag: Tensor) -> bool:
-        """Whether any rank says so: processors of two kinds may differ in the last bit."""
+        """Whether ``flag`` is true on any rank: different processors may differ in the last bit."""
         return bool(self._summed(flag.double()) > 0)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Piece]]:
-        """(its rows in ``own``, its values in the products' dtype, the piece) of the matrix."""
+        """For each piece: (its rows in ``own``, its values in the products' dtype, the piece)."""
         for piece in self.matrix.pieces(CAST_ROWS):
             rows = slice(piece.rows.start - self.first, piece.rows.stop - self.first)
             yield rows, piece.block.to(self.working), piece

@@ -1,6 +1,5 @@
-"""From the name of a data set to the token batches of each rank.
+"""Turns the name of a data set into the token batches of each rank.
 
-Arrows run downward: ``prepare -> tokenize -> prompts`` and
-``prepare -> sources -> generated, malformed``; ``batches`` and ``collate`` know token columns
-alone.
+An arrow means "imports": ``prepare -> tokenize -> prompts`` and
+``prepare -> sources -> generated, malformed``. ``batches`` and ``collate`` only use token columns.
 """

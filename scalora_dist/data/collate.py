@@ -1,4 +1,4 @@
-"""Examples of different lengths to one rectangular batch."""
+"""Pads examples of different lengths to one rectangular batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from scalora_dist.data.tokenize import IGNORE
 
 
 class Collator:
-    """Pads at the right to the longest example of the batch.
+    """Pads on the right to the longest example of the batch.
 
-    Right, whatever the tokenizer's `padding_side` (a setting for generation): models with absolute
-    positions must see each example at position 0. A tokenizer without a pad token pads with EOS;
-    the id does not matter, for attention mask 0 and label -100 keep it out of the loss.
+    It ignores the tokenizer's `padding_side` (a setting for generation): models with absolute
+    positions must see each example from position 0 on. Without a pad token, the padding is EOS. The
+    id does not matter: attention mask 0 and label -100 keep it out of the loss.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,13 +38,13 @@ class Collator:
 
 
 class PaddedExamples(torch.utils.data.Dataset):
-    """A data set that also answers to the index None of `eval_batches`."""
+    """A data set that also accepts the index None of `eval_batches`, for a padding example."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
         if index is None:
-            # One token that is attended to, for some attention kernels make NaN of an empty row.
+            # One token with attention mask 1: some attention kernels make NaN of an empty row.
             return {"input_ids": [0], "labels": [IGNORE]}
         return self.dataset[index]

@@ -1,4 +1,4 @@
-"""Where a data file that cannot be read is broken."""
+"""Finds the line in which a data file that cannot be read is broken."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def find_malformed(path: Path) -> str | None:
-    """Say in which line a JSON or JSONL file is broken, or None if it parses (or is no such file).
+    """Say in which line a JSON or JSONL file is broken; None if it parses or is another kind.
 
-    `datasets` names neither the file nor a line of the file, so we look again, after it failed.
+    `datasets` names neither the file nor the line, so the file is read again after the failure.
     """
     if path.suffix.lower() not in JSON_SUFFIXES:
         return None
@@ -27,7 +27,7 @@ def find_malformed(path: Path) -> str | None:
         except JSONDecodeError as error:
             return f"{path}, line {error.lineno}: malformed JSON ({error.msg})"
         return None
-    # Not splitlines(): it would also count U+2028 and others that JSON strings may hold.
+    # Not splitlines(): it also splits at U+2028 and others, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

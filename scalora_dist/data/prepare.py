@@ -1,4 +1,4 @@
-"""The training and evaluation data of a run, from its arguments."""
+"""Prepares the training and evaluation data of a run from its arguments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ from scalora_dist.errors import UserError
 class Prepared:
     """Tokenized data (columns as in `tokenize_examples`).
 
-    `truncated` and `dropped` count over both parts; an example that was cut and so lost all its
-    targets is in both counts.
+    An example that lost all its targets by truncation is in both counts.
+
+    Attributes:
+        train: training examples.
+        evaluation: evaluation examples, or None.
+        truncated: number of truncated examples of both parts.
+        dropped: number of examples of both parts that were left out because they have no target.
     """
 
     train: Dataset
@@ -33,10 +38,13 @@ class Prepared:
 
 
 def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
-    """Load, tokenize and split; the result depends on the arguments alone.
+    """Load, tokenize and split the data. The result depends on the arguments alone.
 
-    The first call fills the `datasets` cache and later ones read it, so let rank 0 call this before
-    the others do. Raises UserError for every mistake in the arguments or the data.
+    The first call fills the `datasets` cache and later ones read it, so rank 0 should call this
+    before the others.
+
+    Raises:
+        UserError: a mistake in the arguments or in the data.
     """
     name, options = _check(args)
 
@@ -63,8 +71,8 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
 def _hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset | None]:
     """Split off the end of a shuffled data set.
 
-    Generated data is shuffled too, for some tasks put their harder questions last. Its questions
-    are all different (see `generated`), so none that is held out occurs in training.
+    Generated data is shuffled too, because some tasks put their harder questions last. All its
+    questions are different (see `generated`), so no held-out question occurs in training.
     """
     if size == 0:
         return dataset, None
@@ -87,7 +95,7 @@ def _check(args: DataArguments) -> tuple[str, dict[str, Any]]:
             "dataset_size must be at least 1 and eval_size at least 0, "
             f"got {args.dataset_size} and {args.eval_size}."
         )
-    # A lone file is whatever split is asked for, and a task draws the same questions again.
+    # A single file is used for any split, and a task draws the same questions again.
     same = args.eval_dataset == args.dataset
     if same and (args.dataset.startswith(PREFIX) or Path(args.dataset).is_file()):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The shapes of examples: which columns there are says what is prompt and what is target."""
+"""Reads examples: the columns of a data set decide what is the prompt and what is the target."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALPACA = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Text of which the completion is the target."""
+    """A prompt and a completion. The completion is the target."""
 
     prompt: str
     completion: str
@@ -33,7 +33,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages of which the assistant's, from number `first_target` on, are the target."""
+    """Chat messages. The assistant's messages from index `first_target` on are the target."""
 
     messages: list[Message]
     first_target: int = 0
@@ -41,14 +41,18 @@ class Chat:
 
 @dataclass(frozen=True)
 class Shape:
-    """One way to lay out examples; `read` raises UserError for a null or wrong-typed field."""
+    """One layout of examples. `read` raises a UserError for a null or wrong-typed field."""
 
     columns: tuple[str, ...]
     read: Callable[[Row], Pair | Chat]
 
 
 def recognise(columns: list[str]) -> Shape:
-    """Return the first shape whose columns are all there, or raise UserError naming both."""
+    """Return the first shape whose columns are all present.
+
+    Raises:
+        UserError: no shape fits. The message names the columns and the known shapes.
+    """
     for shape in SHAPES:
         if set(shape.columns) <= set(columns):
             return shape
@@ -84,7 +88,7 @@ def _read_messages(row: Row) -> Chat:
 
 
 def _read_prompt_completion(row: Row) -> Pair | Chat:
-    if isinstance(row["prompt"], list):  # as TRL has it
+    if isinstance(row["prompt"], list):  # the format of TRL
         prompt = _messages(row, "prompt")
         return Chat(prompt + _messages(row, "completion"), first_target=len(prompt))
     return Pair(_text(row, "prompt"), _text(row, "completion"))
@@ -92,7 +96,7 @@ def _read_prompt_completion(row: Row) -> Pair | Chat:
 
 def _read_alpaca(row: Row) -> Pair:
     instruction, output = _text(row, "instruction"), _text(row, "output")
-    if row.get("input") in (None, ""):  # the original data leaves it empty, others leave it out
+    if row.get("input") in (None, ""):  # empty in the original data, missing in others
         return Pair(ALPACA.format(instruction=instruction), output)
     return Pair(
         ALPACA_WITH_INPUT.format(instruction=instruction, input=_text(row, "input")), output
@@ -107,7 +111,7 @@ def _read_text(row: Row) -> Pair:
     return Pair("", _text(row, "text"))
 
 
-# In the order they are tried: a data set may keep, say, a rendered `text` beside its `messages`.
+# In the order of trial: a data set may have, say, a rendered `text` beside its `messages`.
 SHAPES = (
     Shape(("messages",), _read_messages),
     Shape(("prompt", "completion"), _read_prompt_completion),

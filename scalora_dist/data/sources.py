@@ -1,4 +1,4 @@
-"""Where examples come from: a name in, a `datasets.Dataset` of raw columns out."""
+"""Loads the data set of a given name as a `datasets.Dataset` of raw columns."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def load_examples(
 ) -> Dataset:
     """Load the data set `name`: a file, a folder, ``reasoning_gym:<task>`` or a hub name.
 
-    `seed`, `size` and `task_options` are for reasoning_gym alone. A lone file is the split asked
-    for, whatever its name. Raises UserError for what is missing, malformed, unreachable or empty.
+    `seed`, `size` and `task_options` are for reasoning_gym alone. A single file is used for any
+    `split`, whatever its name.
+
+    Raises:
+        UserError: the data is missing, malformed, unreachable or empty.
     """
     if name.startswith(PREFIX):
         return generate_examples(
@@ -82,10 +85,10 @@ def _load_hub(name: str, split: str) -> Dataset:
 
 @contextmanager
 def _one_sentence(what: str, files: list[Path]) -> Iterator[None]:
-    """Turn whatever the libraries raise about the user's data into one UserError.
+    """Turn any error of the libraries about the user's data into one UserError.
 
-    Broad on purpose: `datasets` passes on the errors of pyarrow, pandas, fsspec and the hub, of
-    many types (an all-blank file is a StopIteration), and logs lines of its own that we mute.
+    It catches every exception: `datasets` passes on errors of many types from pyarrow, pandas,
+    fsspec and the hub (an all-blank file is a StopIteration). Its own log lines are muted.
     """
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

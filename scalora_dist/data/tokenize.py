@@ -1,4 +1,4 @@
-"""Examples to token ids and labels, once, in the `datasets` cache."""
+"""Converts examples to token ids and labels, once, in the `datasets` cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Token columns, and how many examples were cut and how many left out for want of a target."""
+    """Tokenized examples.
+
+    Attributes:
+        dataset: token columns.
+        truncated: number of truncated examples.
+        dropped: number of examples that were left out because they have no target.
+    """
 
     dataset: Dataset
     truncated: int
@@ -43,17 +49,19 @@ def tokenize_examples(
 ) -> Tokenized:
     """Map raw examples to input_ids and labels (lists of equal length, labels not yet shifted).
 
-    `target_tokens` counts the labels that the causal shift leaves (``labels[1:] != -100``). The
-    result lies in the `datasets` cache under a name that depends on the data, the tokenizer, the
-    options and this code: a second process with the same arguments only reads it.
+    `target_tokens` counts the targets that remain after the causal shift (``labels[1:] != -100``).
+    The result is in the `datasets` cache, under a name that depends on the data, the tokenizer, the
+    options and this code. A second process with the same arguments only reads it.
 
-    Raises UserError for columns of no known shape, a bad row (with its number, counted from 1),
-    chat data whose template is missing or unusable, and when no example has a target.
+    Raises:
+        UserError: columns of no known shape, a bad row (with its number, counted from 1), chat data
+            whose template is missing or unusable, or no example with a target.
     """
     shape = prompts.recognise(dataset.column_names)
     options = {"max_length": max_length, "train_on_prompt": train_on_prompt}
-    # By hand, for two reasons: datasets hashes functions by their name, so it would not see that
-    # this code changed, and it would write beside the user's own files after load_from_disk.
+    # Own fingerprint and file name, for two reasons: `datasets` hashes functions by name, so it
+    # would not notice a change of this code. After load_from_disk it would write beside the user's
+    # own files.
     code = [Path(file).read_bytes() for file in (__file__, prompts.__file__)]
     fingerprint = Hasher.hash([dataset._fingerprint, tokenizer, options, code])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "scalora_dist"
@@ -70,7 +78,7 @@ def tokenize_examples(
             new_fingerprint=fingerprint,
             desc="Tokenizing",
         )
-    except UnicodeDecodeError as error:  # pyarrow reads such files without a word
+    except UnicodeDecodeError as error:  # pyarrow reads such files without an error
         raise UserError(f"The data set holds text that is not UTF-8 ({error}).") from error
     truncated = int(np.sum(tokenized["truncated"][:]))
     kept = np.flatnonzero(np.asarray(tokenized["target_tokens"][:]))
@@ -118,9 +126,9 @@ def _encode_pair(
 ) -> tuple[list[int], list[bool]]:
     """Return ids and which of them are targets: ``[BOS] prompt | completion EOS``.
 
-    The two sides are tokenized apart, so no token straddles the boundary and the prompt's ids are
+    The two sides are tokenized separately. So no token spans the boundary, and the prompt's ids are
     those that generation will start from. An empty completion has no target, not even EOS: it is
-    more often a hole in the data than a lesson in silence.
+    more often missing data than an intended empty answer.
     """
     prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
     completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
@@ -131,7 +139,7 @@ def _encode_pair(
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if this tokenizer puts one before a text."""
+    """The beginning-of-sequence token in a list; empty if the tokenizer puts none before a text."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
 
@@ -139,8 +147,8 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _encode_chat(example: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     """Return the ids of the rendered chat and which of them are targets.
 
-    The chat is tokenized whole, so the ids are those of `apply_chat_template`; a token is a target
-    if it starts inside an assistant turn. BOS and EOS are the template's business.
+    The whole chat is tokenized at once, so the ids are those of `apply_chat_template`. A token is a
+    target if it starts inside an assistant turn. The template adds BOS and EOS.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -159,7 +167,7 @@ def _encode_chat(example: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
         starts = [start for start, _ in encoding["offset_mapping"]]
-        if has_generation:  # the template itself marks what the assistant says
+        if has_generation:  # the template itself marks the assistant's text
             prompt_end = _prefix_end(messages[:first], text, tokenizer, True) if first else 0
             mask = encoding["assistant_masks"]
             is_target = [bool(m) and s >= prompt_end for m, s in zip(mask, starts, strict=True)]
@@ -181,8 +189,8 @@ def _encode_chat(example: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 def _prefix_end(
     messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, prompt: bool
 ) -> int:
-    """Where in the chat's `text` the rendering of its first `messages` ends."""
-    if not messages:  # a chat that the assistant opens: templates cannot render nothing
+    """Index in the chat's `text` at which the rendering of its first `messages` ends."""
+    if not messages:  # the assistant opens the chat: templates cannot render an empty list
         return 0
     prefix = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     if not text.startswith(prefix):

@@ -1,1 +1,1 @@
-"""The ranks of a run: who they are, whether they live, what stops them, what they draw."""
+"""The ranks of a run: process group, watchdog, stop signals and random states."""

@@ -1,4 +1,4 @@
-"""This rank's random generators as tensors: torch's, its device's, Python's and numpy's."""
+"""Saves this rank's random generators as tensors: torch's, its device's, Python's and numpy's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def capture(device: torch.device) -> dict[str, Tensor]:
-    """{generator: its state, 1-D uint8 or int64}; sizes do not depend on what was drawn."""
+    """{generator: its state, 1-D uint8 or int64}. The sizes do not depend on what was drawn."""
     _, python, python_next = random.getstate()
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # type: ignore[call-overload]
     words, position = numpy["state"]["key"].tolist(), numpy["state"]["pos"]
@@ -27,7 +27,7 @@ def capture(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore(states: dict[str, Tensor], device: torch.device) -> None:
-    """Go on drawing as when ``capture`` gave ``states``."""
+    """Set the generators to ``states`` from ``capture``."""
     torch.set_rng_state(states["torch"])
     *python, has_next, bits = states["python"].tolist()
     random.setstate((3, tuple(python), _float(bits) if has_next else None))

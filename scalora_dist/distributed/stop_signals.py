@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1, which Slurm sends before it preempts a job."""
+"""Records requests to stop: SIGTERM and SIGUSR1, which Slurm sends before it preempts a job."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Inside ``with``, the signals are noted instead of ending the process.
+    """Inside ``with``, the signals are recorded and do not end the process.
 
     Attributes:
-        received: the name of the first one, or None.
+        received: name of the first signal, or None.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Ends the job when a rank has died or hangs, and says which rank and where."""
+"""Ends the job when a rank has died or hangs, and reports which rank and where."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ import torch.distributed as dist
 from scalora_dist.distributed.world import World
 
 BEAT = 1.0  # seconds between two heartbeats
-SILENCE = 30.0  # seconds without a heartbeat that a living rank, merely busy, may need
-FEW = 4  # heartbeats whose absence is enough once a collective has failed
-PATIENCE = 5.0  # seconds that the other ranks leave to the one that speaks
+SILENCE = 30.0  # seconds without a heartbeat that are possible for a busy, living rank
+FEW = 4  # missed heartbeats of a dead rank, once a collective has failed
+PATIENCE = 5.0  # seconds that other ranks wait for the one that prints the message
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("<frozen", sysconfig.get_paths()["stdlib"])
-# Code that waits for other ranks: in any frame of a stack, or only in the innermost one.
+# Paths of code that waits for other ranks: in any frame of a stack (COLLECTIVES), or only in the
+# innermost one (WAITS).
 COLLECTIVES = (
     "-packages/deepspeed/comm/",
     "-packages/torch/distributed/distributed_c10d.py",
@@ -39,7 +40,7 @@ COLLECTIVES = (
 )
 WAITS = (
     "-packages/deepspeed/",
-    "-packages/torch/cuda/",  # on a GPU that waits
+    "-packages/torch/cuda/",  # for a GPU that waits
     "-packages/torch/distributed/",
     str(PACKAGE / "distributed" / "world.py"),
 )
@@ -47,15 +48,18 @@ WAITS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What a rank says of itself; it counts time in its own heartbeats.
+    """State that a rank publishes. Time is counted in the rank's own heartbeats.
 
     Attributes:
-        beat: heartbeats so far. since: the one at which the phase began.
-        phase: what the main thread does; phases are counted, alike on all ranks.
-        paused: the main thread may take as long as it likes until the next phase.
+        beat: number of heartbeats so far.
+        since: heartbeat at which the phase began.
+        phase: name of the main thread's phase.
+        count: number of phases and pauses so far; they are the same on all ranks.
+        paused: whether the main thread has no time limit until the next phase.
         place: the main thread's line of code, once a phase has taken half of its time.
-        waits: it waits for other ranks there.
-        closed: the rank has ended well. said: it has told why the job ends.
+        waits: whether the main thread waits for other ranks there.
+        closed: whether the rank has ended without an error.
+        said: whether the rank has printed why the job ends.
     """
 
     beat: int = 0
@@ -74,25 +78,26 @@ class Row:
 
 
 class Watchdog:
-    """Every rank's heartbeats and phases, exchanged over the store by a thread of each rank.
+    """Exchanges every rank's heartbeats and phases over the store, by a thread of each rank.
 
-    Time is counted in heartbeats of this process, so clocks of machines are never compared, and
-    a job that was suspended and goes on is not taken for a hung one.
+    Time is counted in heartbeats of this process. So clocks of machines are never compared, and a
+    job that was suspended and resumed is not taken for a hung one.
     """
 
     def __init__(self, world: World, timeout: float = 600.0) -> None:
-        """Start watching; all ranks do, at about the same time. A single rank isn't watched.
+        """Start watching, on all ranks at about the same time. A single rank isn't watched.
 
         Args:
+            world: the ranks to watch.
             timeout: seconds that a main thread may stay in one phase.
         """
         self.world = world
         self.timeout = timeout
-        self._beat = self._heard = 0  # heartbeats so far; the one of the last exchange
+        self._beat = self._heard = 0  # heartbeats so far; and at the last exchange
         self._mine = Row()
         self._said = False
         self._rows = [Row()] * world.size
-        self._moved = [0] * world.size  # and at which beat
+        self._moved = [0] * world.size  # this rank's beat when each row's beat changed
         self._main = threading.get_ident()
         self._closing = threading.Event()
         self._stop = threading.Event()
@@ -100,28 +105,28 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         if world.size == 1:
             return
-        # A connection of its own: the main thread may hold the other one for as long as it waits.
+        # A separate connection: the main thread blocks the other one while it waits.
         self._store = dist.PrefixStore("watch", world.store.clone())  # type: ignore[attr-defined]
         self._keys = [str(rank) for rank in range(world.size)]
-        for key in self._keys:  # so that no reader waits for a rank that never wrote
+        for key in self._keys:  # no reader must wait for a rank that never wrote
             self._store.compare_set(key, "", json.dumps(asdict(Row())))
         for work in (self._exchange, self._judge):
             self._threads.append(threading.Thread(target=work, daemon=True))
             self._threads[-1].start()
-        atexit.register(self._halt)  # no thread may be in the store when the interpreter goes
+        atexit.register(self._halt)  # no thread may use the store when the interpreter exits
 
     def at(self, phase: str) -> None:
-        """The main thread begins ``phase``, which ends with the next call of at() or pause()."""
+        """Begin ``phase`` of the main thread. The next call of at() or pause() ends it."""
         self._mine = Row(since=self._beat, phase=phase, count=self._mine.count + 1, paused=False)
 
     def pause(self) -> None:
-        """Nothing is expected of the main thread until the next at()."""
+        """Set no time limit for the main thread until the next at()."""
         self._mine = replace(self._mine, count=self._mine.count + 1, paused=True)
 
     def blame(self) -> str | None:
-        """Which rank is gone and where it last was, after a collective has failed.
+        """After a failed collective: says which rank has died and where it last was.
 
-        None where all ranks are alive, which takes a few heartbeats to see.
+        None if all ranks are alive; it takes a few heartbeats to know this.
         """
         for _ in range(2 * FEW if self._threads else 0):
             if gone := self._gone(FEW, FEW):
@@ -130,29 +135,29 @@ class Watchdog:
         return None
 
     def end(self, sentence: str) -> NoReturn:
-        """Say why the job ends, on the lowest living rank, and leave with status 1.
+        """Print why the job ends, on the lowest living rank, and exit with status 1.
 
-        The others keep silent, unless nobody has spoken in the meantime.
+        The other ranks print only if no rank has printed in the meantime.
         """
-        self._ending.acquire()  # for ever: main thread and watcher may come to the same end
+        self._ending.acquire()  # never released: the main thread and a watcher may both call end()
         who, missed = "", self._silence()
         answers = [n < FEW and not row.closed for n, row in zip(missed, self._rows, strict=True)]
         if any(answers[: self.world.rank]):
-            time.sleep(PATIENCE)  # launchers kill all ranks as soon as one has left
-            who = f"rank {self.world.rank}: "  # still alive, so no other rank saw this
+            time.sleep(PATIENCE)  # launchers kill all ranks as soon as one exits
+            who = f"rank {self.world.rank}: "  # still running, so no other rank saw this
         if not any(row.said for row in self._rows):
-            # Past sys.stderr and sys.stdout, whose locks a hung main thread may hold.
+            # Not by sys.stderr or sys.stdout: a hung main thread may hold their locks.
             os.write(2, f"error: {who}{sentence}: ending the job\n".encode())
             threading.Thread(target=sys.stdout.flush, daemon=True).start()
             self._said = True
-            time.sleep(3 * BEAT)  # the store may go with this process: let the others read that
+            time.sleep(3 * BEAT)  # the store may end with this process: let the others read _said
         os._exit(1)
 
     def close(self) -> None:
-        """This rank has ended well and is no longer watched; not for use after an error."""
+        """Stop watching this rank, which has ended without an error. Not for use after an error."""
         self._closing.set()
         deadline = time.monotonic() + 3 * BEAT
-        # The store may go with rank 0: it waits for the others to leave or at least to read this.
+        # The store may end with rank 0, so rank 0 waits until all ranks have closed.
         ranks = range(self.world.size) if self.world.is_main else [self.world.rank]
         while self._threads and time.monotonic() < deadline:
             if all(self._rows[rank].closed for rank in ranks):
@@ -167,11 +172,11 @@ class Watchdog:
             thread.join(BEAT)
 
     def _exchange(self) -> None:
-        """The thread that speaks with the store, which may block it for ever."""
+        """Run the thread that uses the store. The store may block it for ever."""
         while not self._stop.is_set():
             try:
                 self._exchange_once()
-            except RuntimeError:  # the other thread counts how long that goes on
+            except RuntimeError:  # the other thread counts how long this lasts
                 with suppress(RuntimeError):
                     self._store = self._store.clone()  # type: ignore[attr-defined]
             if self._closing.wait(BEAT):
@@ -179,8 +184,8 @@ class Watchdog:
 
     def _exchange_once(self) -> None:
         mine = self._mine
-        # Not before a hang is likely: a thread that comes to life while stacks are read, as torch's
-        # do, crashes CPython 3.11.
+        # Only when a hang is likely: CPython 3.11 crashes if a thread starts while stacks are read,
+        # as torch's threads do.
         if not mine.paused and self._beat - mine.since > self.timeout / BEAT / 2:
             place, waits = _place(self._main)
             mine = replace(mine, place=place, waits=waits)
@@ -198,11 +203,11 @@ class Watchdog:
         self._rows = rows
 
     def _silence(self) -> list[int]:
-        """Each rank's missed heartbeats; the store is part of rank 0, or beside it."""
+        """Missed heartbeats of each rank. Rank 0's include a silent store, which is on its node."""
         return [self._beat - self._moved[0], *(self._heard - last for last in self._moved[1:])]
 
     def _judge(self) -> None:
-        """The thread that ends the process; it does nothing that could block it."""
+        """Run the thread that ends the process. It does nothing that could block it."""
         while not self._stop.wait(BEAT):
             self._beat += 1
             if any(row.said for row in self._rows):
@@ -213,20 +218,20 @@ class Watchdog:
                 self.end(f"{verdict} (--hang_timeout {self.timeout:g})")
 
     def _gone(self, beats: float, beats_paused: float) -> str | None:
-        """Who has missed so many heartbeats; a paused rank may be allowed more."""
+        """Says which ranks missed ``beats`` heartbeats (``beats_paused`` in a pause), or None."""
         rows, missed = self._rows, self._silence()
         allowed = [beats_paused if row.paused else beats for row in rows]
         gone = [r for r, row in enumerate(rows) if missed[r] >= allowed[r] and not row.closed]
         if not gone:
             return None
         name = _name(gone) if self.world.rank not in gone else "the launcher's store"
-        # What they last said is some heartbeats old, but we could not pass a step without them.
+        # Their last rows are some heartbeats old, but this rank could not pass a step without them.
         where = max((self._mine, *(rows[r] for r in gone)), key=lambda row: row.count).where
         heard = max(missed[rank] for rank in gone) * BEAT
         return f"{name} stopped answering {where}; last heard {heard:.0f} s ago"
 
     def _hung(self) -> str | None:
-        """Who keeps the others waiting: the last in phase that are not waiting themselves."""
+        """Says which ranks make the others wait, or None: those last in phase that do not wait."""
         rows = {rank: row for rank, row in enumerate(self._rows) if not row.closed}
         last = min((row.count for row in rows.values()), default=0)
         late = {rank: row for rank, row in rows.items() if row.count == last}
@@ -241,7 +246,7 @@ class Watchdog:
 
 
 def _name(ranks: Collection[int]) -> str:
-    """``rank 3`` or ``ranks 0-2, 5``."""
+    """Ranks as text: ``rank 3`` or ``ranks 0-2, 5``."""
     runs = itertools.groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
     spans = [[rank for _, rank in run] for _, run in runs]
     names = [f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans]
@@ -253,7 +258,7 @@ def _verb(ranks: Collection[int], verb: str) -> str:
 
 
 def _places(rows: dict[int, Row]) -> str:
-    """Where these ranks are, those at the same place together."""
+    """Places of these ranks as text; ranks at the same place are grouped."""
     at = defaultdict(list)
     for rank, row in rows.items():
         at[row.place].append(rank)
@@ -269,7 +274,7 @@ def _place(thread: int) -> tuple[str, bool]:
     if not stack:
         return "an unknown place", False
     stacks = [stack]
-    if stack[0].function == "_engine_run_backward":  # on a GPU hooks run in other threads
+    if stack[0].function == "_engine_run_backward":  # on a GPU, hooks run in other threads
         stacks = list(threads.values())
     here = next((call for call in stack if not _in_library(call)), stack[0])
     name = f"{Path(here.file).name}:{here.line} in {here.function}"
@@ -285,10 +290,10 @@ class _Call(NamedTuple):
 def _stacks() -> dict[int, list[_Call]]:
     """{thread: its calls, innermost first}.
 
-    By faulthandler, which makes no frame objects: to walk those of another thread while it runs
+    Uses faulthandler, which makes no frame objects. Walking the frames of another, running thread
     (``sys._current_frames``) has crashed CPython 3.11.
     """
-    in_memory = hasattr(os, "memfd_create")  # Linux; elsewhere a file that may be on a full disk
+    in_memory = hasattr(os, "memfd_create")  # Linux; elsewhere a file, maybe on a full disk
     with open(os.memfd_create("stacks"), "w+b") if in_memory else TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""The ranks of one run: who we are, where messages live, and how to wait without a collective."""
+"""The process group of a run: rank, device, small collectives, and waits without a collective."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
-POLL = timedelta(seconds=30)  # how long one wait on the store lasts before the next
+POLL = timedelta(seconds=30)  # duration of one wait on the store, before the next one
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class World:
     """The process group in one object; NCCL on GPUs, gloo on CPU ranks.
 
     Attributes:
-        rank, size: of the whole run. local_rank: on this node.
-        device: where the model and every message live.
-        store: the key-value store the group was made with.
-        nodes: how many there are; the ranks of each follow one another.
+        rank: this process's rank in the run.
+        size: world size.
+        local_rank: this process's rank on its node.
+        device: device of the model and of all communication buffers.
+        store: key-value store that the group was created with.
+        nodes: number of nodes; the ranks of each node are consecutive.
     """
 
     rank: int
@@ -39,15 +41,16 @@ class World:
     device: torch.device
     store: dist.Store
     nodes: int = 1
-    _calls: Iterator[int] = field(default_factory=itertools.count, repr=False)  # alike on all ranks
+    _calls: Iterator[int] = field(default_factory=itertools.count, repr=False)  # same on all ranks
 
     @classmethod
     def join(cls, *, local_rank: int | None = None, timeout: timedelta) -> World:
-        """Join the group that the launcher's environment describes (alone where there is none).
+        """Join the group that the launcher's environment describes; without one, run alone.
 
         Args:
-            local_rank: from the launcher's command line, else LOCAL_RANK.
-            timeout: of every collective.
+            local_rank: rank on this node, from the launcher's command line; None or negative:
+                LOCAL_RANK.
+            timeout: time-out of every collective.
         """
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, value in defaults.items():
@@ -74,7 +77,7 @@ class World:
         return replace(world, nodes=round(world.sum(local_rank == 0)[0]))
 
     def leave(self) -> None:
-        """Leave the group in good order: without it NCCL warns of leaked resources."""
+        """Leave the group. Without this call, NCCL warns of leaked resources."""
         dist.destroy_process_group()
 
     @property
@@ -82,15 +85,15 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each number summed over all ranks, in float64: one all-reduce."""
+        """Each number summed over all ranks, in float64. One all-reduce."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, *values: float | Tensor) -> list[float]:
-        """The largest of each number over all ranks, in float64: one all-reduce."""
+        """The maximum of each number over all ranks, in float64. One all-reduce."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def agree(self, number: float) -> bool:
-        """Whether all ranks hold the same number, the same answer everywhere: one all-reduce."""
+        """Whether all ranks have the same number; all get the same answer. One all-reduce."""
         high, low = self.max(number, -number)
         return high == -low
 
@@ -103,39 +106,41 @@ class World:
         return message.tolist()
 
     def same(self, tensor: Tensor) -> Tensor:
-        """Rank 0's ``tensor`` on every rank, where it was to be the same anyway: one broadcast.
+        """Rank 0's ``tensor`` on every rank, for a tensor that all ranks computed. One broadcast.
 
-        What each rank computes by itself may differ in the last bit, on processors of two kinds.
+        On different kinds of processors, the ranks' own results may differ in the last bit.
         """
         message = tensor.to(self.device).contiguous()
         dist.broadcast(message, src=0)
         return message.to(tensor.device)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """(k, …) of every rank as (size·k, …), in rank order, on every rank: one all-gather."""
+        """``rows`` (k, …) of all ranks, in rank order, as (size·k, …). One all-gather."""
         rows = rows.to(self.device).contiguous()
         everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
 
     def main_only(self, work: Callable[[], T]) -> T | None:
-        """Run ``work`` on rank 0 while the others wait; its result there, None elsewhere.
+        """Run ``work`` on rank 0 while the others wait. Returns its result there, None elsewhere.
 
         They wait on the store, not in a collective, so rank 0 may take longer than the time-out.
 
         Raises:
-            UserError: on every rank where rank 0's ``work`` raised one.
+            UserError: on the waiting ranks, where ``work`` raised any exception on rank 0. Rank 0
+                raises that exception.
         """
         return self._while_others_wait(work, self.is_main, workers=1)
 
     def node_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0, then on the first rank of every other node, then on the rest.
 
-        What it leaves in a cache is so made once per node where each node has a disk of its own,
-        and once in all where they share one, which no two nodes then write to at the same time.
+        If each node has its own disk, ``work`` fills a cache once per node. If the nodes share a
+        disk, rank 0 fills the cache alone, and no two nodes write to it at the same time.
 
         Raises:
-            UserError: on every rank where one of a node's first rank's ``work`` raised one.
+            UserError: on the waiting ranks, where ``work`` raised any exception on a node's first
+                rank. That rank raises the exception.
         """
         result = self.main_only(work)
         leads = self.local_rank == 0 and not self.is_main
@@ -145,7 +150,7 @@ class World:
         return cast(T, result) if leads or self.is_main else work()
 
     def _while_others_wait(self, work: Callable[[], T], works: bool, workers: int) -> T | None:
-        """Run ``work`` on the ranks that ``works`` is true on; all go on when all have done."""
+        """Run ``work`` on the ranks where ``works`` is true; all ranks return when it is done."""
         name, result = f"work/{next(self._calls)}", None
         if works:
             try:
@@ -153,7 +158,7 @@ class World:
             except BaseException as error:
                 message = str(error) or type(error).__name__
                 self.store.set(name, message if self.is_main else f"rank {self.rank}: {message}")
-                # The store goes with rank 0's node: let the others read before it leaves.
+                # The store ends with rank 0's node: first let the others read the message.
                 deadline = time.monotonic() + 10
                 missing = self.store.add(f"{name}/read", 1) < self.size
                 while missing and time.monotonic() < deadline:
@@ -167,7 +172,7 @@ class World:
                 self.store.wait([name], POLL)
                 break
             except dist.DistStoreError:
-                continue  # still at work; a dead rank 0 breaks the connection instead
+                continue  # still working; a dead rank 0 would break the connection
         message = self.store.get(name).decode()
         self.store.add(f"{name}/read", 1)
         if message:
@@ -178,8 +183,9 @@ class World:
 def _interface() -> str | None:
     """The network interface that leads to the first node; None on one node, or where unknown.
 
-    Gloo (which checkpoints are written over on GPUs too) would take the one that this machine's
-    name resolves to: on Debian and in containers often the loopback, where no other node is.
+    By default, gloo takes the interface that this machine's name resolves to. On Debian and in
+    containers this is often the loopback, which reaches no other node. Runs on GPUs need gloo too,
+    to write checkpoints.
     """
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     if here in (None, os.environ["WORLD_SIZE"]):

@@ -1,1 +1,1 @@
-"""Linear layers with something added to them, and where they go in a model."""
+"""Linear layers with adapters, and the choice of a model's layers that get them."""

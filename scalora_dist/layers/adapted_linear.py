@@ -1,4 +1,4 @@
-"""Linear layers with something added to them: the factors A and B, a small core R, a square M."""
+"""Linear layers with adapters: the factors A and B, a small core R, or a square matrix M."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from scalora_dist.core.arithmetic import ceil_div
 
 L = TypeVar("L", bound="AdaptedLinear")
 LR = TypeVar("LR", bound="LowRankLinear")
-MERGED_COLUMNS = 256  # of W at a time, where ΔW is known by what it does
+MERGED_COLUMNS = 256  # columns of W merged at a time, where ΔW is only known as ΔW x
 
 
 class AdaptedLinear(nn.Linear):
     """``y = W x + bias + s · update(dropout(x))`` with W (m, n) and bias frozen.
 
-    Made from a linear layer by changing that object's class, so the layer keeps its name, its
-    parameters (whatever an engine already hung on them) and every reference to it; a state dict has
-    the model's own keys plus the method's, such as ``<layer>.A``.
+    Made from a linear layer by changing that object's class. So the layer keeps its name, its
+    parameters (with all that an engine has attached to them) and every reference to it. A state
+    dict has the model's own keys plus the method's, such as ``<layer>.A``.
+
+    Attributes:
+        scaling: s.
+        dropout: probability of dropout.
     """
 
     scaling: float
@@ -30,9 +34,9 @@ class AdaptedLinear(nn.Linear):
 
     @classmethod
     def put_on(cls: type[L], linear: nn.Linear, *, scaling: float, dropout: float) -> L:
-        """Turn ``linear`` into this class in place; its own parameters are the caller's to add.
+        """Change ``linear`` to this class in place. The caller adds the adapter's parameters.
 
-        A linear layer of a class of its own (4-bit) keeps that one's way to compute W x.
+        A linear layer of another class (4-bit) keeps that class's way to compute W x.
         """
         kind = type(linear)
         linear.__class__ = cls if kind is nn.Linear else _on(cls, kind)
@@ -45,22 +49,27 @@ class AdaptedLinear(nn.Linear):
         return y + self.scaling * self.added(x).to(y.dtype)
 
     def added(self, x: Tensor) -> Tensor:
-        """What is added to W x before it is scaled, (…, n) → (…, m)."""
+        """The term added to W x, before scaling, (…, n) → (…, m)."""
         return self.update(F.dropout(x, self.dropout, self.training))
 
     def update(self, x: Tensor) -> Tensor:
-        """ΔW x, (…, n) → (…, m). Parameters may be fp32 masters beside a 16-bit x: cast to it."""
+        """ΔW x, (…, n) → (…, m). Cast parameters to x's dtype: they may be fp32 master weights."""
         raise NotImplementedError
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
-        """``weight += s·ΔW``: W (m, n) and this layer's own parameters whole, of one dtype."""
+        """``weight += s·ΔW``, in place.
+
+        Args:
+            weight: full W (m, n).
+            own: this layer's own parameters by name, full, of ``weight``'s dtype.
+        """
         raise NotImplementedError
 
 
 class LowRankLinear(AdaptedLinear):
     """ΔW = A Bᵀ, both trained (LoRA and most others).
 
-    A is (m, r), B is (n, r): both factors are tall, so that a shard of rows is a shard of features.
+    A is (m, r), B is (n, r). Both factors are tall, so a shard of rows is a shard of features.
     In PEFT's names A is ``lora_B.weight`` and Bᵀ is ``lora_A.weight``.
     """
 
@@ -71,7 +80,7 @@ class LowRankLinear(AdaptedLinear):
     def adapt(
         cls: type[LR], linear: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float
     ) -> LR:
-        """Turn ``linear`` into one of these in place, starting at A = a (m, r), B = b (n, r)."""
+        """Change ``linear`` to this class in place, with A = a (m, r) and B = b (n, r)."""
         layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
         layer.A, layer.B = nn.Parameter(a), nn.Parameter(b)
         return layer
@@ -86,8 +95,8 @@ class LowRankLinear(AdaptedLinear):
         return None
 
     def update(self, x: Tensor) -> Tensor:
-        # matmul keeps B itself for the backward; F.linear would keep the view Bᵀ and, with it under
-        # ZeRO-3, all of B gathered from this layer's forward to its backward.
+        # matmul saves B itself for the backward. F.linear would save the view Bᵀ. Under ZeRO-3 the
+        # view would keep all of B gathered from this layer's forward to its backward.
         return F.linear(x @ self.B.to(x.dtype), self.A.to(x.dtype))
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
@@ -95,7 +104,7 @@ class LowRankLinear(AdaptedLinear):
 
 
 class CoreLinear(AdaptedLinear):
-    """ΔW = U R Vᵀ (LoRA-XS, LoRA-SB): U (m, r), V (n, r) are frozen, only R (r, r) is trained."""
+    """ΔW = U R Vᵀ (LoRA-XS, LoRA-SB): U (m, r) and V (n, r) are frozen, R (r, r) is trained."""
 
     U: nn.Parameter
     R: nn.Parameter
@@ -105,7 +114,7 @@ class CoreLinear(AdaptedLinear):
     def adapt(
         cls, linear: nn.Linear, rank: int, *, scaling: float, dropout: float, dtype: torch.dtype
     ) -> CoreLinear:
-        """Turn ``linear`` into a CoreLinear in place, all zero: a start fills it once sharded."""
+        """Change ``linear`` to a CoreLinear in place, all zero; it is initialized once sharded."""
         layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
         u = torch.zeros(layer.out_features, rank, dtype=dtype)
         v = torch.zeros(layer.in_features, rank, dtype=dtype)
@@ -125,9 +134,9 @@ class CoreLinear(AdaptedLinear):
 class SquareLinear(AdaptedLinear):
     """ΔW x = decompress(M compress(x)), M (r̂, r̂) trained: MoRA (arXiv 2405.12130, equation 9).
 
-    r̂² ≤ (m + n)·r. x is cut into pieces of r̂ features (its beginning fills up the last), piece j is
-    rotated by RoPE's angles at position j, M is applied to each; the pieces side by side, repeated
-    or cut off, are the m outputs.
+    r̂² ≤ (m + n)·r. x is divided into pieces of r̂ features; its beginning fills up the last piece.
+    Piece j is rotated by RoPE's angles at position j, and M is applied to each piece. The results
+    are concatenated, then repeated or truncated to m outputs.
     """
 
     M: nn.Parameter
@@ -136,7 +145,7 @@ class SquareLinear(AdaptedLinear):
     def adapt(
         cls, linear: nn.Linear, rank: int, *, scaling: float, dropout: float, dtype: torch.dtype
     ) -> SquareLinear:
-        """Turn ``linear`` into a SquareLinear in place, M = 0, as large as A and B of ``rank``."""
+        """Change ``linear`` to a SquareLinear in place, M = 0, at most as large as A and B."""
         layer = cls.put_on(linear, scaling=scaling, dropout=dropout)
         side = square_side(layer.out_features, layer.in_features, rank)
         layer.M = nn.Parameter(torch.zeros(side, side, dtype=dtype))
@@ -148,7 +157,7 @@ class SquareLinear(AdaptedLinear):
     def _through(self, x: Tensor, square: Tensor) -> Tensor:
         side = square.shape[0]
         pieces = ceil_div(self.in_features, side)
-        # x's beginning follows its end, more than once where x is shorter than one piece.
+        # x is repeated to fill the pieces, more than once where x is shorter than one piece.
         around = ceil_div(pieces * side, self.in_features)
         filled = x.repeat(*(1 for _ in x.shape[:-1]), around)[..., : pieces * side]
         turned = _rotate(filled.unflatten(-1, (pieces, side)))
@@ -167,19 +176,19 @@ _made: dict[tuple[type, type], Any] = {}
 
 
 def _on(cls: type, kind: type) -> Any:
-    """The class of a method's layer on another kind of linear layer, made once."""
+    """The class of a method's layer on another class of linear layer; created once."""
     return _made.setdefault((cls, kind), type(cls.__name__, (cls, kind), {}))
 
 
 def square_side(out_features: int, in_features: int, rank: int) -> int:
-    """MoRA's r̂ = ⌊√((m + n) r)⌋, made even for the rotations' pairs."""
+    """MoRA's r̂ = ⌊√((m + n) r)⌋, rounded down to an even number, because pairs are rotated."""
     return max(2, math.isqrt((out_features + in_features) * rank) // 2 * 2)
 
 
 def _rotate(pieces: Tensor) -> Tensor:
     """Piece j of (…, pieces, r̂) rotated by RoPE's j·10000^(−2i/r̂) in the planes (i, i + r̂/2)."""
     count, side = pieces.shape[-2:]
-    # Angles in fp32 at least: bf16 has no digits for large positions.
+    # Angles in fp32 at least: bf16 has too few digits for large positions.
     dtype = torch.promote_types(pieces.dtype, torch.float32)
     steps = torch.arange(0, side, 2, device=pieces.device, dtype=dtype)
     positions = torch.arange(count, device=pieces.device, dtype=dtype)
@@ -190,12 +199,12 @@ def _rotate(pieces: Tensor) -> Tensor:
 
 
 def adapted_linear(layer: nn.Module) -> nn.Linear:
-    """The linear layer that holds W: an adapted layer itself, or what a layer of PEFT's wraps."""
+    """The linear layer that holds W: the layer itself, or the one that a PEFT layer wraps."""
     return cast(nn.Linear, getattr(layer, "base_layer", layer))
 
 
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """What a method added to a layer, by its name in the layer: all but W and bias."""
+    """Parameters that a method added to a layer, by name in the layer: all but W and bias."""
     linear = adapted_linear(layer)
     loaded = {id(linear.weight), id(linear.bias)}
     return {name: p for name, p in layer.named_parameters() if id(p) not in loaded}

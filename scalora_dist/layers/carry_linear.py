@@ -1,4 +1,4 @@
-"""A layer with factors A and B and, beside a W that nothing can be merged into, a carry."""
+"""A layer with factors A and B and a carry, which takes the merges that W cannot take."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from scalora_dist.layers.adapted_linear import LowRankLinear
 
 
 class CarryLinear(LowRankLinear):
-    """ΔW = A Bᵀ + C Dᵀ: A (m, r) and B (n, r) trained, C (m, K) and D (n, K) what was merged.
+    """ΔW = A Bᵀ + C Dᵀ: A (m, r) and B (n, r) are trained, C (m, K) and D (n, K) hold the merges.
 
-    C and D are frozen and change by merges alone, from column 0 on; the columns from ``used`` on
-    are zero.
+    C and D are frozen. Only merges change them, and fill their columns from 0 on.
+
+    Attributes:
+        C: left factor of the carry, (m, K).
+        D: right factor of the carry, (n, K).
+        used: number of filled columns; the columns from ``used`` on are zero.
     """
 
     C: nn.Parameter
@@ -24,7 +28,7 @@ class CarryLinear(LowRankLinear):
     used: int
 
     def add_carry(self, columns: int, dtype: torch.dtype) -> None:
-        """An empty carry with room for K = ``columns``."""
+        """Add an empty carry with room for K = ``columns`` columns."""
         m, n = self.out_features, self.in_features
         self.C = nn.Parameter(torch.zeros(m, columns, dtype=dtype), requires_grad=False)
         self.D = nn.Parameter(torch.zeros(n, columns, dtype=dtype), requires_grad=False)
@@ -35,7 +39,7 @@ class CarryLinear(LowRankLinear):
         return self.C, self.D
 
     def added(self, x: Tensor) -> Tensor:
-        # What was merged has no dropout, as if it were in W.
+        # No dropout for the carry, as if it were in W.
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
         return _TwoProducts.apply(x, dropped, self.A, self.B, self.C, self.D, self.used)
 
@@ -45,11 +49,11 @@ class CarryLinear(LowRankLinear):
 
 
 class _TwoProducts(torch.autograd.Function):
-    """``[A, C] ([B, D]ᵀ x)``: no more products than A and B alone take, forward and to x.
+    """``[A, C] ([B, D]ᵀ x)``, with as many products as A and B alone in forward and x's gradient.
 
-    With dropout, which only B is to see, [B, D]ᵀ x are two. Gradients go to x, A and B; C and D
-    cost none. What is kept for the backward are the parameters themselves, which engines free and
-    gather, not the concatenations.
+    With dropout, which only B's input gets, [B, D]ᵀ x takes two products. Only x, A and B get
+    gradients. For the backward, the parameters themselves are saved, which engines free and gather,
+    and not the concatenations.
     """
 
     @staticmethod
@@ -65,13 +69,14 @@ class _TwoProducts(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            dropped: x as B is to see it; None: as it is.
+            dropped: x after dropout, for B; None: no dropout.
+            used: number of filled columns of C and D.
         """
         if dropped is None:
             z = x @ _beside(B, D, used, x.dtype)
         else:
             z = torch.cat([dropped @ B.to(x.dtype), x @ D[:, :used].to(x.dtype)], dim=-1)
-        # Of x and z only what A's and B's gradients take.
+        # Of x and z, only what the gradients of A and B need.
         seen = x if dropped is None else dropped
         ctx.save_for_backward(seen, z[..., : A.shape[1]].clone(), A, B, C, D)
         ctx.used, ctx.drops = used, dropped is not None

@@ -1,9 +1,9 @@
-"""Linear layers whose frozen W is kept in 4 bits: bitsandbytes' NF4 and FP4.
+"""Linear layers whose frozen W is stored in 4 bits: bitsandbytes' NF4 and FP4.
 
-W, flattened, is cut into blocks of 64; a block keeps one 4-bit code per element and its largest
-size. Those sizes are fp32, or with double quantization 8-bit codes in blocks of 256 again (QLoRA,
-arXiv 2305.14314, section 3). The codes are a parameter, which engines shard; the sizes, about
-0.016 bytes per element, are replicated.
+The flattened W is divided into blocks of 64. A block has one 4-bit code per element and one size,
+its largest absolute value. Sizes are fp32, or with double quantization 8-bit codes, in blocks of
+256 again (QLoRA, arXiv 2305.14314, section 3). The codes are a parameter, which engines shard. The
+sizes are replicated: about 0.016 bytes per element, without double quantization 0.063.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.errors import UserError
 
-BLOCK = 64  # elements of W that share a size
-NESTED_BLOCK = 256  # sizes that share one of theirs
+BLOCK = 64  # elements of W that share one size
+NESTED_BLOCK = 256  # sizes that share one fp32 size
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """How weights are kept in 4 bits.
+    """How weights are stored in 4 bits.
 
     Attributes:
         quant_type: nf4 or fp4.
         double_quant: whether the blocks' sizes are quantized too.
-        compute_dtype: what W is dequantized to for a product; None: the input's.
-        storage: the dtype of the tensor that holds the codes; its bits are not numbers.
+        compute_dtype: dtype that W is dequantized to for a product; None: the input's.
+        storage: dtype of the tensor that holds the codes; its bits are not numbers of that dtype.
     """
 
     quant_type: str
@@ -42,14 +42,16 @@ class FourBit:
 
 
 class FourBitLinear(nn.Linear):
-    """``y = W x + bias`` with W (m, n) in 4 bits, frozen; the gradient goes to x alone.
+    """``y = W x + bias`` with a frozen W (m, n) in 4 bits. Only x gets a gradient.
 
     Attributes:
-        weight: the codes, two to a byte, (⌈m·n / (2·itemsize)⌉, 1) of ``fourbit.storage``; what is
-            too many are zeros.
-        sizes: uint8, the bytes of what goes with the codes: of double quantization an fp32 offset,
-            ⌈blocks / 256⌉ fp32 and a byte per block; else an fp32 per block. As bytes, for an
-            engine that casts a model to 16 bits leaves bytes alone. Not in the state dict.
+        fourbit: format of W.
+        weight: codes, two per byte, (⌈m·n / (2·itemsize)⌉, 1) of ``fourbit.storage``, padded with
+            zeros.
+        sizes: bytes of the block sizes, uint8. With double quantization: an fp32 offset,
+            ⌈blocks / 256⌉ fp32 and one byte per block; else one fp32 per block. They are bytes
+            because an engine that casts a model to 16 bits does not cast bytes. Not in the state
+            dict.
     """
 
     fourbit: FourBit
@@ -57,10 +59,11 @@ class FourBitLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, fourbit: FourBit, codes: Tensor, sizes: Tensor) -> FourBitLinear:
-        """Turn ``linear`` into a FourBitLinear in place.
+        """Change ``linear`` to a FourBitLinear in place.
 
         Args:
-            codes: their bytes, of any dtype.
+            codes: bytes of the codes, in a tensor of any dtype.
+            sizes: block sizes, uint8, see ``sizes`` of the class.
         """
         linear.__class__ = cls
         assert isinstance(linear, cls)
@@ -73,29 +76,29 @@ class FourBitLinear(nn.Linear):
 
     @classmethod
     def quantize(cls, linear: nn.Linear, fourbit: FourBit) -> FourBitLinear:
-        """Turn a dense ``linear`` into a FourBitLinear in place."""
+        """Quantize a dense ``linear`` and change it to a FourBitLinear in place."""
         codes, sizes = quantize(linear.weight.detach(), fourbit)
         return cls.of(linear, fourbit, codes, sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The class may be another one by now, whose forward calls this one.
+        # A method may have changed the class; that class's forward then calls this one.
         dtype = self.fourbit.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return _Product.apply(x.to(dtype), self.weight, bias, self).to(x.dtype)
 
     def dense(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """W (m, n) in ``dtype`` from all the codes."""
+        """W (m, n) in ``dtype``, dequantized from all the codes."""
         m, n = self.out_features, self.in_features
         return self._values(codes, self.block_sizes(), dtype)[: m * n].view(m, n)
 
     def dense_shard(self, codes: FlatShard) -> FlatShard:
-        """This rank's range of W, float32, from its range of the codes; local, no message."""
+        """This rank's range of W, float32, from its range of the codes. No communication."""
         m, n = self.out_features, self.in_features
         per_code = 2 * codes.local.element_size()  # elements of W
         start = min(codes.offset * per_code, m * n)
         end = min(start + codes.local.numel() * per_code, m * n)
         blocks = slice(start // BLOCK, ceil_div(end, BLOCK))
-        # Ranges need not begin with a block: the codes around are zeros that are cut off again.
+        # A range may begin or end inside a block: zero codes fill the block and are removed later.
         head = start - blocks.start * BLOCK
         padding = (head // 2, -(head // 2 + codes.local.nbytes) % (BLOCK // 2))
         padded = F.pad(codes.local.view(torch.uint8), padding)
@@ -105,7 +108,7 @@ class FourBitLinear(nn.Linear):
         return FlatShard(values[head : head + end - start], start, (m, n), codes.group)
 
     def block_sizes(self) -> Tensor:
-        """The largest size in each block of W, (blocks,) float32."""
+        """The largest absolute value in each block of W, (blocks,) float32."""
         if not self.fourbit.double_quant:
             return self.sizes.view(torch.float32)
         blocks = ceil_div(self.out_features * self.in_features, BLOCK)
@@ -115,11 +118,11 @@ class FourBitLinear(nn.Linear):
         return dequantize(codes, absmax=nested, code=code, blocksize=NESTED_BLOCK) + offset
 
     def _values(self, codes: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The elements that codes stand for, 1-D: two for each byte."""
+        """The dequantized elements, 1-D, two for each byte of codes."""
         if not codes.numel():
             return torch.empty(0, dtype=dtype, device=codes.device)
-        # As one row: bitsandbytes 0.50.2 dequantizes rows wrongly on a CPU where their length is no
-        # multiple of the block.
+        # As one row: on a CPU, bitsandbytes 0.50.2 dequantizes rows wrongly if their length is not
+        # a multiple of the block.
         state = _bnb().QuantState(
             sizes,
             shape=torch.Size([2 * codes.nbytes]),
@@ -134,10 +137,10 @@ class FourBitLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """``W x + bias``, keeping nothing for the backward but the codes.
+    """``W x + bias``. Saves only the codes for the backward.
 
-    bitsandbytes' own product keeps a view of them: under ZeRO-3 the whole model would stay gathered
-    from the forward to the backward.
+    bitsandbytes' own product saves a view of them. Under ZeRO-3 the full model would then stay
+    gathered from the forward to the backward.
     """
 
     @staticmethod
@@ -155,18 +158,18 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(weight: Tensor, fourbit: FourBit) -> tuple[Tensor, Tensor]:
-    """(codes, sizes), uint8, of a dense W (m, n), on however many threads."""
+    """(codes, sizes), uint8, of a dense W (m, n). The number of threads does not change them."""
     bnb = _bnb()
     codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=fourbit.quant_type)
     return codes, pack_sizes(state.absmax, fourbit)
 
 
 def pack_sizes(absmax: Tensor, fourbit: FourBit) -> Tensor:
-    """``FourBitLinear.sizes`` from the fp32 size of each block."""
+    """``FourBitLinear.sizes`` from the fp32 sizes of the blocks, (blocks,)."""
     if not fourbit.double_quant:
         return absmax.view(torch.uint8)
-    # As bitsandbytes does, but with a mean that does not depend on how many threads add it up:
-    # checksums of the base are compared between runs.
+    # Like bitsandbytes, but with a mean that does not depend on the number of threads: checksums of
+    # the base are compared between runs.
     offset = absmax.double().mean().float()
     code = _nested_code(absmax)
     codes, nested = _bnb().quantize_blockwise(absmax - offset, code=code, blocksize=NESTED_BLOCK)
@@ -188,12 +191,12 @@ def _empty(linear: nn.Linear, fourbit: FourBit) -> tuple[Tensor, Tensor]:
 
 
 def take_over(model: nn.Module, fourbit: FourBit) -> None:
-    """Turn the linear layers that bitsandbytes put into ``model`` into ours, in place.
+    """Change the linear layers of bitsandbytes in ``model`` to FourBitLinear, in place.
 
     Layers whose weight is on "meta" get codes and sizes of the right shapes there.
 
     Raises:
-        UserError: layers that have no 4-bit product, or codes of another kind.
+        UserError: no layer to quantize, a layer without a 4-bit product, or codes of another kind.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -201,14 +204,14 @@ def take_over(model: nn.Module, fourbit: FourBit) -> None:
     if not layers:
         raise UserError("--load_in_4bit finds no linear layer to quantize in this model")
     for name, layer in layers.items():
-        # Of a bnb layer that was a Conv1D the weight is transposed, and would be exported so.
+        # A bnb layer that was a Conv1D has a transposed weight, which would be exported so.
         if getattr(layer, "source_cls", None) is Conv1D:
             raise UserError(
                 f"{name} is a Conv1D (GPT-2's transposed layer), for which there is no 4-bit "
                 "product here: leave out --load_in_4bit"
             )
         weight: Any = layer.weight
-        # What bitsandbytes hung on its layer: a second, larger copy of the sizes among it.
+        # Attributes that bitsandbytes added, among them a second, larger copy of the sizes.
         for name_of_its_own in vars(layer).keys() - vars(nn.Linear(1, 1)).keys():
             delattr(layer, name_of_its_own)
         if weight.is_meta:
@@ -234,10 +237,10 @@ def _taken_sizes(name: str, state: Any, fourbit: FourBit) -> Tensor:
 
 
 def check_products(fourbit: FourBit, device: torch.device) -> None:
-    """Quantize and dequantize a few numbers on ``device``.
+    """Check the 4-bit kernels: quantize and dequantize a few numbers on ``device``.
 
     Raises:
-        UserError: bitsandbytes is not installed, or has nothing for this device.
+        UserError: bitsandbytes is not installed, or has no working kernels for this device.
     """
     try:
         layer = FourBitLinear.quantize(nn.Linear(BLOCK, 1, bias=False, device=device), fourbit)
@@ -255,7 +258,7 @@ _codes: dict[torch.device, Tensor] = {}
 
 
 def _nested_code(like: Tensor) -> Tensor:
-    """bitsandbytes' 8-bit code on a tensor's device."""
+    """bitsandbytes' table of 8-bit codes, on the device of ``like``."""
     if like.device not in _codes:
         _codes[like.device] = _bnb().create_dynamic_map().to(like.device)
     return _codes[like.device]

@@ -1,4 +1,4 @@
-"""Initial values of A and B: they depend on the seed and the layer's name alone."""
+"""Initial values of A and B. They depend only on the seed and the layer's name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 def lora_init(
     name: str, out_features: int, in_features: int, rank: int, *, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """LoRA's start: A = 0 (m, r), B Kaiming-uniform with a = √5, that is U(±1/√n) (n, r).
+    """LoRA's start: A (m, r) = 0, B (n, r) Kaiming-uniform with a = √5, that is U(±1/√n).
 
-    Drawn on the CPU from a generator of its own, so neither ranks, stages, devices nor other layers
-    change it.
+    B is drawn on the CPU from its own generator. So ranks, ZeRO stages, devices and other layers do
+    not change it.
     """
     generator = generator_of(name, seed)
     bound = in_features**-0.5
@@ -23,5 +23,5 @@ def lora_init(
 
 
 def generator_of(name: str, seed: int) -> torch.Generator:
-    """A CPU generator of a layer's own, from its name and the run's seed."""
+    """A CPU generator for one layer, seeded from its name and the run's seed."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))

@@ -1,8 +1,8 @@
-"""PEFT's layers in our trainer, and its adapters' format: the one place that speaks PEFT's names.
+"""Puts PEFT's layers into a model, initializes them and merges them.
 
 PEFT wraps a linear layer and keeps A as ``lora_B.default.weight`` (m, r) and Bᵀ as
-``lora_A.default.weight`` (r, n); a saved adapter has them without ``default``. What is written and
-read of adapters does not need PEFT.
+``lora_A.default.weight`` (r, n). A saved adapter has these names without ``default``; the code that
+writes and reads adapters does not need PEFT.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def add_peft_layers(
     directions: int = 1,
     shape_of: ShapeOf = own_shape,
 ) -> dict[str, nn.Module]:
-    """Freeze ``model`` and let PEFT wrap its target layers; {name the layer had: wrapper}.
+    """Freeze ``model`` and let PEFT wrap its target layers. Returns {original name: wrapper}.
 
-    lora and dora start at our B (see ``lora_init``), hira where PEFT starts it, alike on all ranks.
-    ``directions`` and ``shape_of`` as for ``inject``.
+    For lora and dora, B starts as in ``lora_init``. hira starts as in PEFT, the same on all ranks.
+    ``directions`` and ``shape_of`` are as for ``inject``.
 
     Raises:
         UserError: PEFT is not installed; what ``inject`` refuses.
@@ -82,9 +82,14 @@ def _config(kind: Kind, names: Sequence[str], args: MethodArguments) -> Any:
 
 
 def merged_by_peft(layer: Any, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    """W as PEFT merges it, from W (m, n) and the wrapper's own parameters, all whole and float32.
+    """W (m, n) as PEFT merges it, float32.
 
-    In a layer of one's own, for the model's is cut up over ranks. ``weight`` is used up.
+    The merge is done in a separate layer, because the model's layer is sharded over ranks.
+
+    Args:
+        layer: PEFT's wrapper in the model.
+        weight: full W (m, n) float32; it is overwritten.
+        own: the wrapper's own parameters by name, full, float32.
     """
     holder = nn.Module()
     holder.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
@@ -101,7 +106,7 @@ def merged_by_peft(layer: Any, weight: Tensor, own: Mapping[str, Tensor]) -> Ten
 
 
 def factor_names(layer: str) -> tuple[str, str]:
-    """The parameters of a wrapped layer that are A (m, r) and Bᵀ (r, n)."""
+    """Names of the parameters of a wrapped layer that hold A (m, r) and Bᵀ (r, n)."""
     return f"{layer}.lora_B.{ADAPTER}.weight", f"{layer}.lora_A.{ADAPTER}.weight"
 
 

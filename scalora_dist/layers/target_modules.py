@@ -1,4 +1,4 @@
-"""Which layers of a model a method adapts, and which ones cannot be."""
+"""Selects the layers of a model that a method adapts, and refuses those that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ L = TypeVar("L", bound=nn.Module)
 
 
 def own_shape(p: Tensor) -> torch.Size:
-    """The shape of a parameter that nothing has cut up."""
+    """The shape of a parameter that is not sharded."""
     return p.shape
 
 
@@ -40,10 +40,12 @@ def inject(
 
     Args:
         target_modules: module-name suffixes ("q_proj", "mlp.up_proj"), or ``["all-linear"]``: every
-            nn.Linear but the LM head. Of a model that sees too, only in its language model.
-        adapt: (name, linear) → what the layer becomes, in its place.
-        directions: how many of a layer's min(m, n) directions each column of its factors takes.
-        shape_of: a parameter's whole shape; an engine may have cut it up while it was loaded.
+            nn.Linear but the LM head. In a multimodal model, only its language model.
+        rank: rank r of the adapters.
+        adapt: function (name, linear) → the layer that takes its place.
+        directions: number of a layer's min(m, n) directions that each column of a factor takes.
+        shape_of: function that returns a parameter's full shape; an engine may have sharded the
+            parameter while it was loaded.
 
     Raises:
         UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
@@ -63,7 +65,7 @@ def inject(
 
 
 def reached_by_text(model: PreTrainedModel) -> set[nn.Module]:
-    """The modules that a forward on text can reach: all, or a multimodal one's language model."""
+    """The modules that a forward on text can reach: all, or a multimodal model's language model."""
     if model.config.get_text_config() is model.config:
         return set(model.modules())
     return {*model.get_decoder().modules(), model.get_output_embeddings()}
@@ -118,7 +120,7 @@ class _Survey:
                     f"--target_modules {suffix}: no module of the model is called so; "
                     f"its linear layers are called {', '.join(sorted(known)) or 'nothing at all'}"
                 )
-            # A vision tower has a q_proj, too.
+            # A vision tower has a q_proj, too, which is left out.
             inside = {n: module for n, module in matches.items() if module in self.reached}
             for name, module in (inside or matches).items():
                 if reason := self.why_not(name, module):
@@ -127,7 +129,7 @@ class _Survey:
         return {name: targets[name] for name in self.modules if name in targets}  # model order
 
     def why_not(self, name: str, module: nn.Module) -> str | None:
-        """Why a module cannot carry A and B, or None. One half sentence that says what to set."""
+        """Why a module cannot carry A and B, as half a sentence that says what to set; or None."""
         if module not in self.reached:
             return f"{name} is no part of the language model, and no text reaches it: leave it out"
         if module is self.head:

@@ -1,1 +1,1 @@
-"""The methods of the papers: what each adds to a model and does around a step."""
+"""The fine-tuning methods: the layers each one adds and its work around an optimizer step."""

@@ -1,10 +1,12 @@
-"""The carry: what was merged beside a frozen W, as two thin factors that are compressed when full.
+"""Keeps merges beside a frozen W as two tall factors C and D, and compresses them when full.
 
-A merge of ``A diag(w) Bᵀ`` is r more columns of C and D, with no loss. When there is no room for
-them C Dᵀ is compressed to rank R, from float64 grams of C and D alone (one all-reduce): with
-``CᵀC = V S Vᵀ`` and ``DᵀD`` likewise, the singular values of C Dᵀ are those of the small
-``S_C^½ V_Cᵀ V_D S_D^½``, and its factors are C and D times small matrices. eigh and not Cholesky:
-merged columns are nearly parallel, and those of the first merge are zero.
+A merge of ``A diag(w) Bᵀ`` appends r columns to C and to D, without loss. When no columns are free,
+C Dᵀ is compressed to rank R. This needs only the float64 grams of C and D (one all-reduce).
+
+With ``CᵀC = V_C S_C V_Cᵀ`` and ``DᵀD = V_D S_D V_Dᵀ``, the singular values of C Dᵀ are those of the
+small matrix ``S_C^½ V_Cᵀ V_D S_D^½``. The compressed factors are C and D times small matrices.
+The grams are factored by eigh, not by Cholesky: merged columns are nearly parallel, and the columns
+of the first merge are zero.
 """
 
 from __future__ import annotations
@@ -27,18 +29,19 @@ from scalora_dist.profiling.clock import Clock
 
 logger = logging.getLogger(__name__)
 
-# An eigenvalue of a gram below this share of its largest, times K, is rounding of the products.
+# Eigenvalues of a (K, K) gram below NOISE · K times the largest one are rounding errors.
 NOISE = 1e-15
 
 
 class Compression(NamedTuple):
-    """How C and D (…, K) become (…, K) with no more than ``kept`` columns that are not zero.
+    """The matrices that compress C (m, K) and D (n, K) to at most ``kept`` nonzero columns.
 
     Attributes:
-        on_C, on_D: (K, K) float64: ``C ← C on_C`` and ``D ← D on_D``.
-        kept: columns.
-        lost: ‖C Dᵀ − (C on_C)(D on_D)ᵀ‖ in Frobenius' norm, rounding to fp32 included.
-        norm: ‖C Dᵀ‖ before.
+        on_C: (K, K) float64 matrix, applied as ``C ← C on_C``.
+        on_D: (K, K) float64 matrix, applied as ``D ← D on_D``.
+        kept: number of columns that are not zero afterwards.
+        lost: Frobenius norm ‖C Dᵀ − (C on_C)(D on_D)ᵀ‖, plus an estimate of the rounding to fp32.
+        norm: Frobenius norm ‖C Dᵀ‖ before the compression.
     """
 
     on_C: Tensor
@@ -49,7 +52,7 @@ class Compression(NamedTuple):
 
 
 class Carry(MergeTarget):
-    """The carries of all layers of a model, on each rank's own rows."""
+    """The carries C and D of all layers. Each rank stores and writes only its own shards."""
 
     def __init__(
         self,
@@ -60,11 +63,13 @@ class Carry(MergeTarget):
         rank: int,
         limit: float,
     ) -> None:
-        """Exchange who holds what (one all-gather); ``layers`` in the order of every later call.
+        """Exchange which rank holds which range (one all-gather).
 
         Args:
-            rank: R, which a full carry is compressed to.
-            limit: of the lost share of a layer's update, past which a warning is given.
+            layers: the layers, in the same order as in every later call.
+            modules: the module of each layer, by layer name.
+            rank: R, the rank that a full carry is compressed to.
+            limit: largest share of a layer's update that may be lost before a warning (0 to 1).
         """
         self.modules = modules
         self.world = world
@@ -78,8 +83,8 @@ class Carry(MergeTarget):
             if shard.local.dtype != torch.float32
         }
         self.lost = dict.fromkeys((layer.name for layer in layers), 0.0)  # summed over compressions
-        self.shares: dict[str, float] = {}  # of the update, at each layer's last compression
-        self.compressed: dict[str, int] = {}  # layers, since the last report: columns kept
+        self.shares: dict[str, float] = {}  # lost / norm, as of the last compression
+        self.compressed: dict[str, int] = {}  # columns kept, since the last report
         self.warned = False
 
     def make_room(self, layers: Sequence[LayerShards], which: Sequence[int], clock: Clock) -> None:
@@ -96,8 +101,8 @@ class Carry(MergeTarget):
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         module = self.modules[layer.name]
         columns = slice(module.used, module.used + left.shape[1])
-        # Columns as long in C as in D, by powers of two, which round nothing: fp16 has no digits
-        # for small numbers.
+        # Give each column the same length in C and in D: fp16 has few digits for small numbers.
+        # Factors are powers of two, so the scaling itself does not round.
         ratio = (right.norm(dim=0) / left.norm(dim=0)).sqrt().log2().round().exp2()
         balance = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
         left, right = left * balance, right / balance
@@ -106,13 +111,16 @@ class Carry(MergeTarget):
         module.used = columns.stop
 
     def finish(self, layers: Sequence[LayerShards]) -> None:
-        """Compress what has more than R columns: an adapter of rank R + r is to hold it."""
+        """Compress every carry with more than R columns, so that it fits a rank R + r adapter."""
         which = [i for i, x in enumerate(layers) if self.modules[x.name].used > self.rank]
         self.compress(layers, which)
 
     @torch.no_grad()
     def compress(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:
-        """Compress the carries of the layers ``which`` to rank R: an all-reduce per bucket."""
+        """Compress the carries of the layers ``which`` to rank R.
+
+        Per bucket of layers: one all-reduce of grams and one all-gather of the solutions.
+        """
         carries = _shards(layers)
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in which]):
             names = [layers[j // 2].name for j in bucket[::2]]
@@ -134,7 +142,11 @@ class Carry(MergeTarget):
         self._warn()
 
     def _solve(self, grams: Tensor) -> list[Compression]:
-        """From CᵀC and DᵀD of each layer in turn (2·layers, K, K): each rank solves its share."""
+        """Solve this rank's share of the layers, then exchange the solutions: one all-gather.
+
+        Args:
+            grams: CᵀC and DᵀD of each layer in turn, (2·layers, K, K) float64 on the CPU.
+        """
         pairs, K = grams.unflatten(0, (-1, 2)), grams.shape[-1]
         share = ceil_div(len(pairs), self.world.size)
         mine = pairs[self.world.rank * share : (self.world.rank + 1) * share]
@@ -151,12 +163,12 @@ class Carry(MergeTarget):
         return solved
 
     def _precise(self, key: str, shard: FlatShard) -> FlatShard:
-        """In fp32, with what 16 bits do not hold."""
+        """The shard with full fp32 values: 16-bit values are joined with their low halves."""
         low = self.low_halves.get(key)
         return shard if low is None else shard.like(join_halves(shard.local, low))
 
     def _write_columns(self, key: str, shard: FlatShard, columns: slice, values: Tensor) -> None:
-        """``M[:, columns] = values`` (rows, columns) float32 on this rank's range."""
+        """Set ``M[:, columns]`` on this rank's range. ``values``: (all rows, columns) float32."""
         values = values.to(shard.local.device)
         low = self.low_halves.get(key)
         for piece in shard.pieces():
@@ -197,10 +209,10 @@ class Carry(MergeTarget):
             )
 
     def report(self) -> dict[str, Any]:
-        """Of the compressions since the last one: columns kept, and the bound on what was lost.
+        """Columns kept and a bound on the loss, for compressions since the last report.
 
-        The bound is the sum of the norms that all compressions of a layer lost, over the norm of
-        its carry.
+        The bound of a layer is a quotient of norms. The numerator is the sum of what all its
+        compressions lost. The denominator is the norm of its carry before the last compression.
         """
         kept, self.compressed = self.compressed, {}
         if not kept:
@@ -223,7 +235,7 @@ class Carry(MergeTarget):
 
     def state(self) -> dict[str, Any]:
         used = {name: module.used for name, module in self.modules.items()}
-        # Copies: a checkpoint is written while training goes on.
+        # Copies, because a checkpoint is written while training continues.
         lost, shares = dict(self.lost), dict(self.shares)
         return {"used": used, "lost": lost, "shares": shares, "warned": self.warned}
 
@@ -235,12 +247,13 @@ class Carry(MergeTarget):
 
 
 def compression(gram_c: Tensor, gram_d: Tensor, rank: int) -> Compression:
-    """The best approximation of C Dᵀ of a rank, from CᵀC and DᵀD (K, K) float64."""
+    """The best rank-``rank`` approximation of C Dᵀ, from CᵀC and DᵀD, each (K, K) float64."""
     norm_square = float((gram_c * gram_d).sum())
     on_c, on_d = torch.zeros_like(gram_c), torch.zeros_like(gram_d)
     if norm_square <= 0:
         return Compression(on_c, on_d, 0, 0.0, 0.0)
-    # The same C Dᵀ with columns as long in D as in C: then what is small in one is small in both.
+    # Rescale columns so that each is as long in D as in C, with the same C Dᵀ. Then a column that
+    # is small in one is small in both.
     lengths_c, lengths_d = gram_c.diagonal().sqrt(), gram_d.diagonal().sqrt()
     alive = (lengths_c > 0) & (lengths_d > 0)
     balance = torch.where(alive, (lengths_d / lengths_c).sqrt(), 1.0)
@@ -249,7 +262,7 @@ def compression(gram_c: Tensor, gram_d: Tensor, rank: int) -> Compression:
     gram_c, gram_d = balance[:, None] * gram_c * balance, back[:, None] * gram_d * back
     (root_c, pinv_c), (root_d, pinv_d) = _roots(gram_c), _roots(gram_d)
     left, sigma, right = torch.linalg.svd(root_c.T @ root_d)
-    # Singular values that rounding to fp32 loses anyway are not worth their columns.
+    # Drop singular values that rounding to fp32 would lose anyway: they would waste columns.
     kept = min(rank, int((sigma > 2**-26 * sigma[0]).sum()))
     roots = sigma[:kept].sqrt()
     X, Y = pinv_c @ left[:, :kept] * roots, pinv_d @ right[:kept].T * roots
@@ -261,7 +274,7 @@ def compression(gram_c: Tensor, gram_d: Tensor, rank: int) -> Compression:
 
 
 def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """``F`` and ``F⁺ᵀ`` with ``gram = F Fᵀ``, F (K, K); eigenvalues of rounding's size are zero."""
+    """(F, F⁺ᵀ), each (K, K), with ``gram = F Fᵀ``. Eigenvalues below the noise count as zero."""
     values, vectors = torch.linalg.eigh(gram)
     alive = values > NOISE * len(gram) * values[-1]
     roots = torch.where(alive, values.clamp_min(0).sqrt(), 0.0)

@@ -1,15 +1,15 @@
-"""LoRA-Pro (arXiv 2407.18242): gradients whose joint step is nearest to full fine-tuning's.
+"""LoRA-Pro (arXiv 2407.18242): replaces ∇A and ∇B so that the step is closest to full fine-tuning.
 
-The step of A and B moves the weight by ``s·(dA Bᵀ + A dBᵀ)``. Least squares against the gradient of
-W gives dA and dB in closed form from the factors and their gradients (Theorem 2.1); one matrix X is
-free, and Theorem 2.3 picks the one for which dA and dB are nearest to LoRA's own gradients. In our
-names, with P = AᵀA and Q = BᵀB:
+A step of A and B moves the weight by ``s·(dA Bᵀ + A dBᵀ)``. Least squares against the gradient of W
+gives dA and dB in closed form from the factors and their gradients (Theorem 2.1). One matrix X
+remains free. Theorem 2.3 picks the X for which dA and dB are nearest to LoRA's own gradients.
+In this project's names, with P = AᵀA and Q = BᵀB:
 
     dB = s⁻² ∇B P⁻¹ + B Xᵀ
     dA = s⁻² (∇A − A P⁻¹ Aᵀ∇A) Q⁻¹ − A X,      P X + X Q = −s⁻² P⁻¹ ∇Bᵀ B
 
-Everything but the rows of A, B and their gradients is r × r and comes from the grams that the
-ScaLoRA transform takes too: one all-reduce for all layers. The optimizer then sees dA and dB.
+Everything except A, B and their gradients is r × r. It comes from the same grams as in the ScaLoRA
+transform: one all-reduce for all layers. The optimizer then sees dA and dB.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ from scalora_dist.errors import UserError
 from scalora_dist.methods.transform import Report, Transform
 from scalora_dist.profiling.clock import Clock
 
-DAMPING = 1e-8  # δ of (AᵀA + δ·1)⁻¹: A = 0 at the start
+DAMPING = 1e-8  # δ of (AᵀA + δ·1)⁻¹: AᵀA is singular at the start, where A = 0
 
 
 class LoraPro(Transform):
-    """Puts dA and dB in the place of ∇A and ∇B, on each rank's own rows."""
+    """Overwrites ∇A and ∇B with dA and dB, in place on this rank's shards.
+
+    Collectives per step: one all-reduce of grams and one broadcast of the solution.
+    """
 
     name = "lora_pro"
 
     def __init__(self, engine: Engine) -> None:
         """
         Raises:
-            UserError: fp16, whose gradients have no room for what P⁻¹ makes of them.
+            UserError: the engine trains in fp16. P⁻¹ makes gradients too large for its range.
         """
         if engine.dtype == torch.float16:
             raise UserError("--method lora-pro overflows fp16 gradients: set --bf16 or neither")
@@ -66,11 +69,12 @@ class LoraPro(Transform):
 
 
 def mixing_matrices(gram_a: Tensor, gram_b: Tensor, scalings: Tensor) -> tuple[Tensor, Tensor]:
-    """(2r, r) matrices M with ``dA = [A, ∇A] M_A`` and ``dB = [B, ∇B] M_B``, for each layer.
+    """M_A and M_B with ``dA = [A, ∇A] M_A`` and ``dB = [B, ∇B] M_B``: (layers, 2r, r) each.
 
     Args:
-        gram_a: [A, ∇A]ᵀ[A, ∇A], (layers, 2r, 2r) float64. gram_b: [B, ∇B]ᵀ[B, ∇B], likewise.
-        scalings: s, (layers,).
+        gram_a: [A, ∇A]ᵀ[A, ∇A], (layers, 2r, 2r) float64.
+        gram_b: [B, ∇B]ᵀ[B, ∇B], (layers, 2r, 2r) float64.
+        scalings: s of each layer, (layers,) float64.
     """
     r = gram_a.shape[-1] // 2
     eye = torch.eye(r, dtype=gram_a.dtype)
@@ -84,7 +88,10 @@ def mixing_matrices(gram_a: Tensor, gram_b: Tensor, scalings: Tensor) -> tuple[T
 
 
 def _sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
-    """X of ``P X + X Q = C`` for symmetric P and Q, by their eigenvectors; 0 where both are 0."""
+    """Solve ``P X + X Q = C`` for X by the eigenvectors of the symmetric P and Q.
+
+    A component of X is 0 where the sum of the two eigenvalues is not positive.
+    """
     p, U = torch.linalg.eigh(P)
     q, V = torch.linalg.eigh(Q)
     sums = p[:, :, None] + q[:, None, :]
@@ -93,7 +100,7 @@ def _sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
 
 
 def _norms(grams: tuple[Tensor, Tensor], mixes: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Of all gradients, before and after the mixing."""
+    """The norm of the gradients of all layers, before and after the mixing."""
     squares = torch.zeros(2, dtype=torch.float64)
     for gram, mix in zip(grams, mixes, strict=True):
         r = mix.shape[-1]

@@ -1,4 +1,4 @@
-"""What merges are added to: the weights themselves, or what stands for them."""
+"""Where merged products of A and B are stored: the interface, and the weights W themselves."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from scalora_dist.profiling.clock import Clock
 
 
 class MergeTarget(ABC):
-    """What merges are added to, and what that leaves.
+    """Stores merged products of A and B, with state for reports and checkpoints.
 
     Attributes:
-        low_halves: {parameter: int16 remainders of its 16-bit values}; sharded like it.
+        low_halves: {parameter: low halves of its 16-bit values}, int16, sharded like the parameter.
     """
 
     low_halves: Mapping[str, Tensor]
@@ -26,37 +26,38 @@ class MergeTarget(ABC):
     def make_room(  # noqa: B027
         self, layers: Sequence[LayerShards], which: Sequence[int], clock: Clock
     ) -> None:
-        """Prepare for one ``add`` to each of the layers ``which``; called on every rank."""
+        """Prepare one ``add`` to each of the layers ``which``. Called on every rank."""
 
     @abstractmethod
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
-        """Add ``s·left rightᵀ`` to a layer's frozen part; local.
+        """Add ``s·left rightᵀ`` to the frozen part of a layer. Local, no collective.
 
         Args:
-            left: (m, r) float32, whole. right: (n, r) float32, whole.
+            left: the full left factor, (m, r) float32.
+            right: the full right factor, (n, r) float32.
         """
 
     def finish(self, layers: Sequence[LayerShards]) -> None:  # noqa: B027
-        """After the last merge of a run."""
+        """Called once, after the last merge of a run."""
 
     def report(self) -> dict[str, Any]:
-        """What metrics.jsonl is to know of the merges since the last call."""
+        """Metrics of the merges since the last call, for metrics.jsonl."""
         return {}
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json is to know of it at the end."""
+        """Metrics of the whole run, for summary.json."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides tensors, the same on every rank."""
+        """State for a checkpoint besides tensors. The same on every rank."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Go back to ``state``."""
+        """Restore what ``state()`` returned."""
 
 
 class IntoWeights(MergeTarget):
-    """W itself, on the ranges of it that this rank owns."""
+    """Adds merges to W itself, on the range of W that this rank owns."""
 
     def __init__(self, layers: Sequence[LayerShards], rounding: MergeRounding) -> None:
         self.low_halves: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Merging products of A and B, for all layers of a model: into W, or into what stands for it."""
+"""Merges products of A and B of all layers into W, or into the carry beside it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from scalora_dist.profiling.clock import Clock
 
 
 class Merger:
-    """Gathers A and B of layer after layer, and merges their products.
+    """Gathers A and B of each layer and merges their products.
 
     Attributes:
-        layout: of the factors, A and B of each layer in turn.
-        monitor: is told of every merge.
+        world: the ranks.
+        target: what the products are added to.
+        layout: which rank holds which range of A and B, for each layer in turn.
+        monitor: tracks the rank of the accumulated update. It is called at every merge.
     """
 
     monitor: RankMonitor | None = None
 
     def __init__(self, layers: Sequence[LayerShards], world: World, target: MergeTarget) -> None:
-        """Exchange who holds what (one all-gather); ``layers`` in the order of every later call."""
+        """Exchange which rank holds which range (one all-gather).
+
+        Args:
+            layers: the layers, in the same order as in every later call.
+        """
         self.world = world
         self.target = target
         self.layout = Layout.of(factor_shards(layers), world.device)
@@ -39,15 +45,17 @@ class Merger:
         clock: Clock,
         which: Sequence[int] | None = None,
     ) -> None:
-        """Add ``s·A diag(weights) Bᵀ``: A and B whole by all-gathers in buckets; W never travels.
+        """Add ``s·A diag(weights) Bᵀ`` to the target of each layer.
+
+        A and B are gathered in full: one all-gather per bucket of layers. W is never sent.
 
         Args:
-            weights: (layers, r) float64 on the CPU.
-            which: the layers to merge, by number, the same on every rank; None: all.
+            weights: one factor per column, (layers, r) float64 on the CPU.
+            which: numbers of the layers to merge, the same on every rank. None: all layers.
         """
         shards = factor_shards(layers)
         clock.begin("gather")
-        # One copy to the device for all layers: a copy each would wait for it each time.
+        # One copy to the device for all layers: one copy per layer would synchronize each time.
         on_device = weights.to(self.world.device)
         if self.monitor:
             clock.begin("monitor")

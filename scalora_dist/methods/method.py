@@ -1,4 +1,4 @@
-"""What a method of the registry says of itself."""
+"""The description of a method: one entry of the registry."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Layers: TypeAlias = Mapping[str, nn.Module]  # {name: adapted layer} in model or
 
 @dataclass(frozen=True)
 class AddContext:
-    """What a method is given to add its layers to a model.
+    """The inputs with which a method adds its layers to a model.
 
     Attributes:
-        args: the options.
-        seed: of the initial values.
-        dtype: of what is added.
-        shape_of: a parameter's whole shape (``Engine.shape_of``).
+        args: the options of the method.
+        seed: the seed of the initial values.
+        dtype: the dtype of the added parameters.
+        shape_of: gives the full, unsharded shape of a parameter (``Engine.shape_of``).
     """
 
     args: MethodArguments
@@ -45,16 +45,17 @@ class Method:
     """One method of the papers.
 
     Attributes:
-        add: puts its layers into a model and decides by ``requires_grad`` what is trained.
-        options: the fields of MethodArguments that it reads; others must be left alone.
-        initialize: fills in what was added, once the model is sharded, and may edit W.
-        transform: made once; runs between backward and the optimizer's step.
-        restart: made once; runs between two steps.
+        add: puts its layers into a model and sets ``requires_grad`` of what is trained.
+        options: the fields of MethodArguments that it reads. All others must keep their defaults.
+        initialize: sets the added parameters after the model is sharded. It may edit W.
+        transform: makes, once, the transform that runs between backward and optimizer step.
+        restart: makes, once, the restart that runs between two steps.
         edits_weights: whether its initialization or its merges change a W that is not trained. If
             they do, checkpoints hold W.
         merges: whether it merges while training, and needs a Merger.
-        needs_dense: whether it reads, trains or edits W as numbers. Then it has no 4-bit base.
-        rate: a trained parameter's multiple of the learning rate, by its name.
+        needs_dense: whether it reads, trains or edits W as numbers. Then it cannot train a 4-bit
+            base model.
+        rate: the factor on the learning rate of a trained parameter, by its name.
     """
 
     add: AddLayers

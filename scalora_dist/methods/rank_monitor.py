@@ -1,4 +1,4 @@
-"""Rank and leading singular values of a few layers' accumulated updates, while a run goes on."""
+"""Estimates rank and largest singular values of some layers' updates during training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scalora_dist.engines.layer_shards import LayerShards
 
 
 class RankMonitor:
-    """Sketches of layers spread over the model; no copy of an initial weight."""
+    """Sketches the updates of some layers, spread over the model. It copies no initial weight."""
 
     def __init__(
         self, layers: Sequence[LayerShards], count: int, world: World, *, seed: int
     ) -> None:
         """
         Args:
-            count: of the layers to follow.
+            count: number of layers to sketch.
         """
         names = [layer.name for layer in layers]
         self.chosen = [names.index(name) for name in spread_out(names, count)]
@@ -30,11 +30,18 @@ class RankMonitor:
         self.shards = self.sketch.shards
 
     def add(self, layers: Sequence[LayerShards], weights: Tensor) -> None:
-        """A merge, ``W += A diag(weights) Bᵀ``, weights (layers, r) of all layers; one message."""
+        """Record the merge ``W += A diag(weights) Bᵀ``: one all-reduce.
+
+        Args:
+            weights: one factor per column of all layers, (layers, r).
+        """
         self.sketch.add(self._factors(layers), weights[self.chosen])
 
     def read(self, layers: Sequence[LayerShards]) -> dict[str, dict[str, Any]]:
-        """{layer: rank, whether that is a lower bound, singular values}, on every rank."""
+        """{layer: its rank, whether that is a lower bound, its largest singular values}.
+
+        A collective. The same on every rank.
+        """
         scalings = [layers[i].scaling for i in self.chosen]
         spectra = self.sketch.read(self._factors(layers), scalings)
         return {
@@ -51,6 +58,6 @@ class RankMonitor:
 
 
 def spread_out(names: list[str], count: int) -> list[str]:
-    """``count`` of them (or all), spread evenly over the model."""
+    """``count`` of the names (or all, if there are fewer), spread evenly over the model."""
     count = min(count, len(names))
     return [names[i * len(names) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Methods by name: which layers, how they start, what happens to them while they train."""
+"""The registry of methods: added layers, initialization and work during training, by name."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Scaling: TypeAlias = Callable[[MethodArguments, int], float]
 
 
 def find_method(args: MethodArguments) -> Method:
-    """The method that ``args`` names.
+    """Look up the method that ``args`` names.
 
     Raises:
-        UserError: there is no such method, or an option was set that it does not read.
+        UserError: there is no such method, or an option is set that the method does not read.
     """
     if args.name not in METHODS:
         raise UserError(f"--method {args.name}: choose one of {', '.join(METHODS)}")
@@ -47,10 +47,13 @@ def find_method(args: MethodArguments) -> Method:
 
 
 def resolve_merge_options(args: MethodArguments, method: Method, *, quantized: bool) -> None:
-    """Decide what was left to default of the options on merges, by what the base is.
+    """Set the merge options that were left at None. The defaults depend on the base model.
+
+    Args:
+        quantized: whether the base model is in 4 bits.
 
     Raises:
-        UserError: a method that cannot train a 4-bit base, or options that contradict each other.
+        UserError: the method cannot train a 4-bit base, or options contradict each other.
     """
     if quantized and method.needs_dense:
         raise UserError(
@@ -82,7 +85,7 @@ def resolve_merge_options(args: MethodArguments, method: Method, *, quantized: b
             )
 
 
-# --- what is added -------------------------------------------------------------------------------
+# --- added layers --------------------------------------------------------------------------------
 
 
 def _low_rank(scaling: Scaling) -> AddLayers:
@@ -130,9 +133,10 @@ def _by_peft(kind: Kind, *, directions: int = 1) -> AddLayers:
 
 
 def _nothing(model: PreTrainedModel, context: AddContext) -> Layers:
-    """Full fine-tuning trains every parameter; of the layers only their updates are measured.
+    """Full fine-tuning: trains every parameter and adds no layers.
 
-    Of a model that sees too, its language model's: weight decay would shrink what no text reaches.
+    Returns the linear layers, only so that their updates can be measured. For multimodal models,
+    only the language model is trained: weight decay would shrink weights that no text reaches.
     """
     reached, head = reached_by_text(model), model.get_output_embeddings()
     model.requires_grad_(False)
@@ -142,7 +146,7 @@ def _nothing(model: PreTrainedModel, context: AddContext) -> Layers:
     return {n: x for n, x in linear.items() if x in reached}
 
 
-# --- s, learning rates ---------------------------------------------------------------------------
+# --- scaling s and learning rates ----------------------------------------------------------------
 
 
 def lora_scaling(args: MethodArguments, in_features: int) -> float:
@@ -165,11 +169,11 @@ def _unscaled(args: MethodArguments, in_features: int) -> float:
 
 
 def lora_plus_rate(name: str, args: MethodArguments) -> float:
-    """LoRA+ (arXiv 2402.12354): the paper's B, our A, learns ``lr_ratio`` times as fast."""
+    """LoRA+ (arXiv 2402.12354): A (the paper's B) has ``lr_ratio`` times the learning rate."""
     return args.lr_ratio if name.endswith(".A") else 1.0
 
 
-# --- what happens while training -----------------------------------------------------------------
+# --- work during training ------------------------------------------------------------------------
 
 
 def _rescaler(engine: Engine, merger: Merger | None, args: MethodArguments) -> Rescaler:
@@ -226,7 +230,7 @@ METHODS = {
     "lora-sb": Method(_zero(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), initialize=init_lora_sb),
     "mora": Method(_zero(SquareLinear, _unscaled), _LAYERS),
     "full": Method(_nothing, (), needs_dense=True),
-    "peft-lora": Method(_by_peft("lora"), _LORA, needs_dense=True),  # PEFT wraps its own 4 bits
+    "peft-lora": Method(_by_peft("lora"), _LORA, needs_dense=True),  # PEFT has its own 4-bit layers
     "dora": Method(_by_peft("dora"), _LORA, needs_dense=True),
     "hira": Method(_by_peft("hira"), _LAYERS, needs_dense=True),
     "pissa": Method(

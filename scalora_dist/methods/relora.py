@@ -1,4 +1,4 @@
-"""ReLoRA (arXiv 2307.05695): from time to time merge the factors into W and start them anew."""
+"""ReLoRA (arXiv 2307.05695): periodically merges A and B into W and re-initializes them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from scalora_dist.profiling.clock import Clock
 
 
 class Restarts(Restart):
-    """After every ``interval`` steps: W += s·A Bᵀ, A = 0, B drawn anew, most of the moments zero.
+    """Every ``interval`` steps: W += s·A Bᵀ, A = 0, B is drawn again, small moments become 0.
 
-    The model's function stays as it is. B is drawn alike on all ranks. Where m is among the
-    ``prune`` share that is smallest in size, m and v become 0 (section 3 of the paper; 1: all do).
+    The model computes the same function afterwards. All ranks draw the same B. The moments m and v
+    become 0 where |m| is in the smallest ``prune`` share of its parameter (section 3 of the paper).
+    With ``prune`` 1 all moments become 0.
     """
 
     name = "restart"
@@ -48,10 +49,11 @@ class Restarts(Restart):
             self._prune(layers)
 
     def _prune(self, layers: list[LayerShards]) -> None:
-        """Each m whole by turns, as factors are for a merge: its threshold is one number.
+        """Set small moments to 0: one all-gather per bucket of first moments.
 
-        v goes where m goes. Alone it would lose other entries, and an m that stayed without its v
-        would make a step of m/ε.
+        Each m is gathered in full, as factors are for a merge, because its threshold is one number
+        for all ranks. v is set to 0 where m is. If v were pruned by its own size, some m could stay
+        without its v, and the step there would be m/ε.
         """
         moments = [pair for layer in layers for pair in (layer.moments_A, layer.moments_B)]
         firsts = [m for m, _ in moments]
@@ -65,7 +67,7 @@ class Restarts(Restart):
 
 
 def _smallest(whole: Tensor, share: float) -> float:
-    """The size that ``share`` of the entries do not exceed."""
+    """The absolute value that a ``share`` of the entries does not exceed. −1 for no entries."""
     count = int(share * whole.numel())
     return float(whole.abs().flatten().kthvalue(count).values) if count else -1.0
 
@@ -73,7 +75,13 @@ def _smallest(whole: Tensor, share: float) -> float:
 def warmed_up_again(
     rate: Callable[[int], float], *, interval: int, warmup_steps: int
 ) -> Callable[[int], float]:
-    """``rate`` (the schedule's factor after so many steps), rising from 0 after each restart."""
+    """``rate`` with a linear warm-up after each restart, from 1/(warmup_steps + 1) up to 1.
+
+    Args:
+        rate: the schedule: steps taken → factor on the learning rate.
+        interval: steps between restarts.
+        warmup_steps: steps of warm-up after each restart.
+    """
 
     def warmed(steps: int) -> float:
         since = steps % interval if steps >= interval else warmup_steps

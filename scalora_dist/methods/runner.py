@@ -1,4 +1,4 @@
-"""One method on one engine: what is made once, and what is called around every step."""
+"""Runs one method on one engine: set up once, then called before and after every step."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a method did before an optimizer's step.
+    """What a method did before an optimizer step.
 
     Attributes:
-        applied: whether the engine is to take the step. If not, nothing was changed.
-        metrics: of the step, for metrics.jsonl.
+        applied: whether the engine must take the step. If False, no parameter was changed.
+        metrics: the method's part of the step's line in metrics.jsonl.
     """
 
     applied: bool
@@ -44,17 +44,20 @@ class StepReport:
 
 
 class MethodRunner:
-    """
+    """Runs the transform, restart and rank monitor of one method.
+
     Attributes:
-        method: its entry in the registry.
-        parameters: how many numbers are trained, over all ranks.
-        merger: of a method that merges while it trains, else None.
-        low_halves: {parameter: int16 remainders of its 16-bit values}, sharded like it.
+        method: the method's entry in the registry.
+        engine: the sharded model with its optimizer.
+        options: all options of the run.
+        parameters: number of trained parameters of the full model.
+        merger: merges A and B if the method merges during training, else None.
+        low_halves: {parameter: low halves of its 16-bit values}, int16, sharded like the parameter.
         edits_weights: whether W changes although it is not trained.
         transform: runs before the optimizer's step, or None.
         restart: runs between two steps, or None.
-        monitor: estimates the update's rank, or None.
-        clock: is told as each part of a step begins.
+        monitor: estimates the rank of the accumulated update, or None.
+        clock: its ``begin`` is called as each part of a step begins.
     """
 
     clock = Clock()
@@ -62,10 +65,10 @@ class MethodRunner:
     def __init__(self, method: Method, engine: Engine, options: Options) -> None:
         """
         Args:
-            engine: sharded, its weights as they were loaded.
+            engine: with a sharded model whose weights are still as they were loaded.
 
         Raises:
-            UserError: options that this method cannot follow.
+            UserError: options that this method does not support.
         """
         self.method = method
         self.engine = engine
@@ -104,7 +107,7 @@ class MethodRunner:
         """Run the method's initialization, if it has one.
 
         Args:
-            samples: makes ``Initialization.losses``; called only where there is one.
+            samples: makes ``Initialization.losses``. Called only if there is an initialization.
         """
         if self.method.initialize is None:
             return
@@ -124,12 +127,12 @@ class MethodRunner:
     def before_step(
         self, layers: Sequence[LayerShards], *, steps_taken: int, finite: bool
     ) -> StepReport:
-        """The method's transform, where one is due, and the gradients' norm.
+        """Run the method's transform if one is due, and get the gradient norm. A collective.
 
         Args:
-            layers: with reduced gradients; edited in place.
-            steps_taken: before this step.
-            finite: whether the loss is. If not, nothing is changed.
+            layers: this rank's shards, with reduced gradients. Edited in place.
+            steps_taken: number of steps before this one that were not skipped.
+            finite: whether the loss is finite. If not, nothing is changed.
         """
         transform = self.transform
         if transform is None or not transform.due(steps_taken):
@@ -152,7 +155,7 @@ class MethodRunner:
         return StepReport(applied, metrics)
 
     def _gradient_norm(self) -> float:
-        """Of all trained parameters over all ranks, without the loss scale."""
+        """The norm over all trained parameters and ranks, without the loss scale."""
         self.clock.begin("norm")
         gradients = [shard.gradient for shard in self.engine.trained_shards()]
         norm = global_norm(gradients, self.engine.world.device) / self.engine.loss_scale
@@ -160,11 +163,14 @@ class MethodRunner:
         return norm
 
     def after_step(self, step: int, steps_taken: int) -> dict[str, Any]:
-        """A restart and the monitor's reading, where they are due; their part of metrics.jsonl.
+        """Run the restart and read the monitor where they are due. A collective.
 
         Args:
-            step: the one that was just taken, counted from 1, skipped ones included.
-            steps_taken: those that were not skipped.
+            step: number of the step just taken, from 1; skipped steps count.
+            steps_taken: number of steps so far that were not skipped.
+
+        Returns:
+            their part of the step's line in metrics.jsonl.
         """
         metrics: dict[str, Any] = {}
         if self.restart and self.restart.due(steps_taken):
@@ -180,7 +186,10 @@ class MethodRunner:
         return metrics
 
     def finish(self) -> dict[str, Any]:
-        """After the last step: a carry becomes as small as an adapter is; what that lost."""
+        """Called after the last step: compress a carry to the size of an adapter.
+
+        A collective. Returns the report on what the compression lost, {} if there was none.
+        """
         if not self.merger:
             return {}
         with self.engine.writing():
@@ -191,7 +200,7 @@ class MethodRunner:
 def merge_target(
     engine: Engine, layers: Sequence[LayerShards], args: MethodArguments
 ) -> MergeTarget:
-    """What the merges of a method go into, by its settled options."""
+    """Make the target of a method's merges. ``args`` have resolved merge options."""
     if args.merge_target != "carry":
         return IntoWeights(layers, args.merge_rounding)
     modules = {n: x for n, x in engine.adapted.items() if isinstance(x, CarryLinear)}

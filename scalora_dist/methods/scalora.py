@@ -1,10 +1,10 @@
-"""The ScaLoRA transform of all layers of a model, on each rank's own shards.
+"""The ScaLoRA transform of all layers, on each rank's own shards.
 
-Between the last backward and the optimizer's step (arXiv 2510.23818, Algorithm 1):
+It runs between the last backward and the optimizer's step (arXiv 2510.23818, Algorithm 1):
 
     grams    one all-reduce of small float64 blocks for all layers together
     solve    α and β of this rank's share of the layers, then one all-gather
-    gather   A and B whole, in buckets (W never travels)
+    gather   full A and B by one all-gather per bucket (W is never sent)
     merge    W += s·A diag(1 − α∘β) Bᵀ on the ranges of W that this rank owns
     scale    A, B, their gradients and AdamW's moments (Lemmas 2 and 4)
 """
@@ -26,7 +26,7 @@ from scalora_dist.profiling.clock import Clock
 
 
 class Rescaler(Transform):
-    """Rescales all layers of one model."""
+    """Chooses α and β for all layers, merges, and rescales A, B, gradients and moments."""
 
     name = "rescale"
 
@@ -43,10 +43,14 @@ class Rescaler(Transform):
     ) -> None:
         """
         Args:
+            merger: merges A and B into the frozen part.
+            rule: "paper", "scalar" or "nnls", as for ``solve``.
+            eta_lipschitz: the product ηL.
+            bounds: (lo, hi), bounds on the sizes of scaled columns, or None, as for ``solve``.
+            interval: I: rescale before steps 0, I, 2I … (ScaLoRA-I).
+            threshold: rescale a layer only if |ln α| or |ln β| of a column is larger than this.
+                Otherwise the layer stays unchanged. 0: always rescale.
             fp16: whether gradients are float16 and may overflow when they are scaled.
-            interval: rescale before steps 0, I, 2I … (ScaLoRA-I).
-            threshold: merge a layer only when one of its scales is further than this from 1, as
-                |ln α| or |ln β|; else the layer stays as it is. 0: always.
         """
         self.merger = merger
         self.world = merger.world
@@ -68,7 +72,7 @@ class Rescaler(Transform):
         if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
             return self.refuse(layers)
         scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
-        # Squared norms of the gradients' columns (layers, r); A's gradient takes β and B's takes α.
+        # Squared norms of gradient columns, (layers, r). A's gradient scales by β and B's by α.
         norms_a, norms_b = (_gradient_diagonal(gram) for gram in (gram_a, gram_b))
         scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
         if not self.fits(layers, scales):
@@ -88,7 +92,7 @@ class Rescaler(Transform):
         return Report(applied=False, details=skipped)
 
     def keep_unmoved(self, scales: Scales) -> Scales:
-        """``scales`` with 1 for the layers whose scales are all within the threshold."""
+        """``scales`` with α = β = 1 for layers whose scales are all within the threshold."""
         logs = torch.cat([scales.alpha, scales.beta], dim=1).log().abs()
         moved = logs.amax(dim=1) > self.threshold
         if self.threshold == 0 or bool(moved.all()):
@@ -102,14 +106,20 @@ class Rescaler(Transform):
         )
 
     def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
-        """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: (layers, 2r, 2r) float64 on the CPU each."""
+        """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: each (layers, 2r, 2r) float64 on the CPU.
+
+        Summed over ranks by one all-reduce for all layers.
+        """
         stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
         grams = torch.stack(self.merger.layout.grams(stacks)).cpu()
         return grams[0::2], grams[1::2]
 
     def solve(self, layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
-        """α and β of every layer, the same bit for bit on all ranks: each solves its share."""
-        (scaling,) = {layer.scaling for layer in layers}  # one for all of a model
+        """α and β of every layer. Each rank solves its share, then one all-gather.
+
+        So the scales are bit for bit the same on all ranks.
+        """
+        (scaling,) = {layer.scaling for layer in layers}  # all layers share one s
         share = ceil_div(len(layers), self.world.size)
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         rank = gram_a.shape[-1] // 2
@@ -130,12 +140,12 @@ class Rescaler(Transform):
         return Scales(alpha, beta, rule[:, 0].long())
 
     def fits(self, layers: Sequence[LayerShards], scales: Scales) -> bool:
-        """Whether fp16 gradients stay finite when scaled: one all-reduce, in fp16 only.
+        """Whether fp16 gradients stay finite when they are scaled. One all-reduce, in fp16 only.
 
-        If not, the engine would skip the step after the factors had changed.
+        Checked first, because the engine would skip the step after the factors had changed.
         """
         if not self.fp16:
-            return True  # scales stay far from fp32's and bfloat16's largest number
+            return True  # scaled gradients stay far below the largest fp32 and bfloat16 number
         largest = 0.0
         for layer, alpha, beta in zip(layers, scales.alpha, scales.beta, strict=True):
             for grad, scale in ((layer.grad_A, beta), (layer.grad_B, alpha)):
@@ -145,14 +155,17 @@ class Rescaler(Transform):
         return self.world.max(largest)[0] < torch.finfo(torch.float16).max
 
     def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
-        """``W += s·A diag(1 − α∘β) Bᵀ`` with the A and B of before the scaling."""
+        """``W += s·A diag(1 − α∘β) Bᵀ``, with A and B before they are scaled."""
         moved = (scales.rule != int(Rule.KEPT)).nonzero()[:, 0].tolist()
         self.merger(layers, 1 - scales.alpha * scales.beta, clock, moved)
 
 
 def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
-    """A ← A diag(α), B ← B diag(β); ∇A, m_A take β, v_A β²; ∇B, m_B take α, v_B α². Local."""
-    # One copy to the device for all layers, in float64; each shard takes it in its own precision.
+    """Scale the columns of A, B, their gradients and their moments (Lemmas 2 and 4). Local.
+
+    A by α, B by β; ∇A and m_A by β, v_A by β²; ∇B and m_B by α, v_B by α².
+    """
+    # One float64 copy to the device for all layers. Each shard casts it to its own precision.
     both = torch.stack([scales.alpha, scales.beta]).to(layers[0].A.local.device)
     first, second = both, both**2
     for layer, alpha, beta, alpha2, beta2 in zip(layers, *first, *second, strict=True):
@@ -167,11 +180,11 @@ def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
 
 
 def _gradient_diagonal(gram: Tensor) -> Tensor:
-    """diag(∇ᵀ∇), (layers, r), of [M,∇M]ᵀ[M,∇M], (layers, 2r, 2r)."""
+    """diag(∇Mᵀ∇M), (layers, r), from the gram [M,∇M]ᵀ[M,∇M], (layers, 2r, 2r)."""
     return gram.diagonal(dim1=-2, dim2=-1)[:, gram.shape[-1] // 2 :]
 
 
 def _count(rules: Tensor) -> dict[str, int]:
-    """How many layers took each rule, by its name."""
+    """{name of the rule: number of layers that it was used for}."""
     counts = Counter(rules.tolist())
     return {rule.name.lower(): counts[int(rule)] for rule in Rule}

@@ -1,4 +1,4 @@
-"""What a method does with gradients, factors and weights around the optimizer's step."""
+"""Interfaces for a method's work before the optimizer's step and between two steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class Report:
     """What one transform did.
 
     Attributes:
-        applied: False when it could not be done with finite numbers. Then nothing was changed, and
-            the step must be discarded.
-        grad_norm: of the gradients as the optimizer sees them, over all layers and ranks, times the
-            loss scale. None from a transform that changes gradients alone: then it is measured.
-        grad_norm_before: of the gradients as they came, likewise.
-        details: what metrics.jsonl says of it.
+        applied: False if some number was not finite. Then nothing was changed, and the step must
+            be discarded.
+        grad_norm: norm of the gradients that the optimizer sees, over all layers and ranks, times
+            the loss scale. Only a transform that changes nothing but gradients may leave it None.
+            Then the runner measures it.
+        grad_norm_before: the same norm before the transform.
+        details: metrics of the transform for metrics.jsonl.
     """
 
     applied: bool
@@ -35,7 +36,7 @@ class Transform(ABC):
     """Runs on this rank's shards after the last backward and before the optimizer's step.
 
     Attributes:
-        name: under which metrics.jsonl reports it.
+        name: the key of its metrics in metrics.jsonl.
     """
 
     name: str
@@ -50,10 +51,10 @@ class Transform(ABC):
 
     @abstractmethod
     def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
-        """Transform ``layers`` in place, or leave all as they were (``applied`` False).
+        """Transform ``layers`` in place, or change nothing (``applied`` False). A collective.
 
         Args:
-            clock: is told as each part of the work begins.
+            clock: its ``begin`` is called as each part of the work begins.
         """
 
 
@@ -61,7 +62,7 @@ class Restart(ABC):
     """Changes factors, moments and weights between two steps.
 
     Attributes:
-        name: under which metrics.jsonl reports it.
+        name: the key of its metrics in metrics.jsonl.
     """
 
     name: str
@@ -72,8 +73,8 @@ class Restart(ABC):
 
     @abstractmethod
     def __call__(self, engine: Engine, steps_taken: int, clock: Clock) -> None:
-        """Restart; a collective.
+        """Restart. A collective.
 
         Args:
-            clock: is told as each part of the work begins.
+            clock: its ``begin`` is called as each part of the work begins.
         """

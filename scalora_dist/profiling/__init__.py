@@ -1,1 +1,1 @@
-"""Clocks and counters: seconds, bytes, messages and FLOPs. Knows no model and no engine."""
+"""Measures seconds, bytes, collectives and FLOPs. Does not depend on models or engines."""

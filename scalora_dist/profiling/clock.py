@@ -1,4 +1,4 @@
-"""Seconds by part."""
+"""Measures the seconds of each part of a step."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import torch
 
 
 class Clock:
-    """What work tells which part of it begins; this one does not listen, and costs nothing."""
+    """No-op timer. Code calls ``begin(part)`` as each part starts; ``Stopwatch`` measures them."""
 
     def begin(self, part: str) -> None:
-        """What went on until now is over; what follows is ``part``."""
+        """End the current part and begin ``part``."""
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once ``device`` has nothing left to do."""
+    """Time in seconds, read once ``device`` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Stopwatch(Clock):
-    """Seconds of this rank by part, what its device had still to do included.
+    """Measures the seconds of each part on this rank, until its device has finished the part.
 
     Attributes:
-        seconds: {part: seconds}, added up where a part comes more than once.
-        part: that goes on now; None: none does.
+        device: device of this rank.
+        seconds: {part: seconds}, the sum where a part occurs more than once.
+        part: name of the current part; None: no part is running.
+        since: time at which the current part began, seconds.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +42,7 @@ class Stopwatch(Clock):
         self.part = part
 
     def end(self) -> None:
-        """What went on until now is over, and nothing follows."""
+        """End the current part; no part follows."""
         ended = now(self.device)
         if self.part is not None:
             self.seconds[self.part] = self.seconds.get(self.part, 0.0) + ended - self.since

@@ -1,4 +1,4 @@
-"""How long collectives ran, from what torch.profiler saw of one step."""
+"""Measures how long collectives ran, from torch.profiler's events of one step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any, TypeAlias
 
 import torch
 
-Span: TypeAlias = tuple[int, int]  # from and to, in nanoseconds
+Span: TypeAlias = tuple[int, int]  # start and end, nanoseconds
 
 
 def communication(
     events: Iterable[Any], start: int, end: int, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds in which a collective ran on this rank, and those of them in which nothing else did.
+    """Seconds in which a collective ran on this rank, and the part of them with nothing beside it.
 
-    It runs from when this rank is ready for it, so waiting for a late rank is part of it. On a GPU
-    it is a kernel of NCCL, and whatever else the GPU does runs beside it; on a CPU it is gloo's,
-    and torch's operators run beside it.
+    A collective starts when this rank is ready for it, so waiting for a late rank is included. On a
+    GPU it is a kernel of NCCL, and other work of the GPU runs beside it. On a CPU it is an
+    operation of gloo, and torch's operators run beside it.
 
     Args:
-        events: torch.profiler's, with kernels on a GPU and operators on a CPU; of the whole
-            process, so that DeepSpeed's and FSDP2's own collectives are among them.
-        start, end: what to look at, in nanoseconds since the epoch.
+        events: torch.profiler's events, with kernels on a GPU and operators on a CPU. They are of
+            the whole process, so DeepSpeed's and FSDP2's own collectives are included.
+        start: start of the measured time, nanoseconds since the epoch.
+        end: end of the measured time, nanoseconds since the epoch.
+        device: device of this rank.
     """
     collectives: list[Span] = []
     others: list[Span] = []

@@ -1,4 +1,4 @@
-"""How many floating-point operations a micro-batch takes, counted on a model without storage."""
+"""Counts the floating-point operations of a micro-batch, on a model without storage."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-LENGTHS = (64, 128)  # any two would do
+LENGTHS = (64, 128)  # tokens of the counted examples; any two lengths would do
 
 
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of b examples of length L: ``fixed + b·(linear·L + quadratic·L²)``.
 
-    Attention makes L²; products of weights alone, as DoRA has them, are fixed.
+    Attention causes the L² term. Products of weights alone, as in DoRA, are fixed.
     """
 
     fixed: float
@@ -29,13 +29,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiplications and additions of matrix products, one each, padding and masked pairs too.
+    """FLOPs of matrix products: each multiplication and each addition is one.
 
-    ``forward`` and ``backward`` have the LM head at every token; a training step has it at its
-    targets alone. ``head`` is what it takes for one token, forward and backward.
+    Padding and masked pairs are included. The backward is that of the training: a frozen weight has
+    no gradient. What gradient checkpointing computes twice is counted once.
 
-    The backward is that of the training: a frozen weight has no gradient of its own. What gradient
-    checkpointing computes twice is counted once.
+    Attributes:
+        forward: FLOPs of the forward, with the LM head at every token.
+        backward: FLOPs of the backward, likewise; a training step has the head at targets only.
+        head: FLOPs of the LM head for one token, forward and backward.
     """
 
     forward: Cost
@@ -43,21 +45,21 @@ class Flops:
     head: float
 
     def step(self, examples: int, length: int, targets: int) -> float:
-        """Of forward and backward of one micro-batch, ``examples`` padded to ``length`` tokens."""
+        """FLOPs of a micro-batch, forward and backward; ``examples`` are padded to ``length``."""
         without = self.head * (examples * length - targets)
         return self.forward(examples, length) + self.backward(examples, length) - without
 
 
 def count_flops(model: nn.Module) -> Flops:
-    """What ``model`` takes, with its adapters, and with what is frozen in it frozen.
+    """The FLOPs of ``model`` with its adapters. Its frozen parameters get no gradient.
 
     Args:
-        model: a causal language model on "meta", as ``models.outline`` makes it: with eager
-            attention, of which every product is seen. Nothing is computed.
+        model: causal language model on "meta", from ``modeling.load.outline``. It has eager
+            attention, in which every product is visible. Nothing is computed.
 
     Raises:
-        RuntimeError: its forward depends on values, which "meta" has none of, or it has experts,
-            whose products torch does not count.
+        RuntimeError: the forward depends on values, which "meta" does not have, or the model has
+            experts, whose products torch does not count.
     """
     if any("expert" in name for name, _ in model.named_parameters()):
         raise RuntimeError("it has routed experts")
@@ -82,13 +84,13 @@ def _count(model: nn.Module, examples: int, length: int) -> tuple[int, int]:
 
 def _of_head(model: nn.Module) -> float:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) is not nn.Linear:  # `TargetLoss` leaves such a one as it is
+    if type(head) is not nn.Linear:  # `TargetLoss` leaves such a head as it is
         return 0.0
     return 2.0 * head.weight.numel() * (3 if head.weight.requires_grad else 2)
 
 
 def _solve(one: int, two: int, longer: int) -> Cost:
-    """The coefficients from the counts of one and two short examples, and of one longer one."""
+    """The coefficients, from the FLOPs of one short example, two short ones and one longer one."""
     short, long = LENGTHS
     example = two - one
     fixed = one - example

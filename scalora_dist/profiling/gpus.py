@@ -1,4 +1,4 @@
-"""What GPUs can do, from their makers' data sheets."""
+"""Memory and speed of GPUs, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 
 @dataclass(frozen=True)
 class Gpu:
-    """
+    """Data of one GPU.
+
     Attributes:
-        memory_gib: what a program can have, as drivers report it (data sheets say GB).
-        bandwidth: of its memory, bytes/s.
+        name: words of the device name that torch reports.
+        memory_gib: memory that a program can use, GiB, as drivers report it (data sheets say GB).
+        bandwidth: memory bandwidth, bytes/s.
         tflops: 10¹² bfloat16 operations/s with sums in float32, dense (data sheets often give
             twice that, for sparse matrices).
-        link: to another GPU of its node, bytes/s in one direction: NVLink's, else PCIe's.
-        source: where the figures are from.
+        link: bandwidth to another GPU of the node, bytes/s in one direction: NVLink, else PCIe.
+        source: URL of the figures.
     """
 
     name: str
@@ -46,15 +48,16 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of a key of ``GPUS``, or of a device name as torch reports it; None: not known.
+    """The GPU with a key of ``GPUS`` or a device name as torch reports it; None: not known.
 
-    "NVIDIA H100 80GB HBM3" and "h100-80g" are the same; of two that fit the longer name counts.
+    "NVIDIA H100 80GB HBM3" and "h100-80g" are the same. If two GPUs fit,
+    the one with the longer name counts.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     words = _words(name)
     fitting = [gpu for gpu in GPUS.values() if _words(gpu.name) <= words]
-    if words & {"nvl", "ti", "d", "laptop", "super"}:  # another card of nearly the same name
+    if words & {"nvl", "ti", "d", "laptop", "super"}:  # another card with a similar name
         return None
     return max(fitting, key=lambda gpu: len(gpu.name), default=None)
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors that live, op by op: in a real step, or in one on the meta device."""
+"""Counts the bytes of live tensors, op by op, in a real step or in one on the meta device."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages of all tensors that ops inside it make, or work in, while they live.
+    """Counts the storages of all tensors that ops inside ``with`` create or write, while they live.
 
-    What an op allocates and frees inside itself is not seen, nor what C++ holds without Python's
-    knowledge before an op has touched it.
+    It does not count what an op allocates and frees internally. It does not count what C++ holds
+    without Python's knowledge before an op has returned it.
 
     Attributes:
-        now: bytes that live; ``most``: the largest ``now`` so far. Set ``most`` to ``now`` to
-            begin anew.
+        now: live bytes.
+        most: largest ``now`` so far, bytes. Set it to ``now`` to restart the maximum.
+        sizes: {storage: bytes} of the live storages.
     """
 
     def __init__(self, *, existing: Iterable[Tensor] = ()) -> None:
         """
         Args:
-            existing: tensors that count from the beginning.
+            existing: tensors that are counted from the beginning.
         """
         super().__init__()
         self.now = self.most = 0
@@ -46,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
         self._resize = resize = torch.UntypedStorage.resize_
 
         def noted(storage: torch.UntypedStorage, size: int) -> None:
-            resize(storage, size)  # how FSDP frees what it has gathered
+            resize(storage, size)  # FSDP frees gathered parameters this way
             self._note_storage(storage)
 
         torch.UntypedStorage.resize_ = noted  # type: ignore[assignment,method-assign]
@@ -72,5 +73,5 @@ class LiveBytes(TorchDispatchMode):
 
 
 def living_tensors() -> list[Tensor]:
-    """Every tensor that Python knows of."""
+    """All tensors that Python's garbage collector knows."""
     return [x for x in gc.get_objects() if isinstance(x, Tensor)]

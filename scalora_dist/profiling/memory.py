@@ -1,4 +1,4 @@
-"""How much memory this process has needed, and what for."""
+"""Measures the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-# Peaks that were forgotten by the kernel or the allocator when a new count began.
+# Peaks in bytes from before a reset of the kernel's or the allocator's count.
 _earlier: dict[torch.device, int] = {}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """This process's peak: of the CUDA allocator on a GPU, resident memory on a CPU."""
+    """This process's peak in bytes: CUDA allocator on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         now = torch.cuda.max_memory_allocated(device)
     else:
@@ -21,7 +21,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def restart_peak(device: torch.device) -> int | None:
-    """The peak in bytes since the last call; None where the kernel keeps no count to begin anew."""
+    """The peak in bytes since the last call, then reset; None where the kernel cannot reset it."""
     _earlier[device] = peak_memory_bytes(device)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

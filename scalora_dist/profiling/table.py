@@ -1,11 +1,11 @@
-"""A profile as the terminal shows it at the end of a run."""
+"""Formats a profile for the terminal at the end of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-MEMORY = {  # what ``state_bytes`` and ``gradient_bytes`` count
+MEMORY = {  # labels of what ``state_bytes`` and ``gradient_bytes`` count
     "base": "base weights",
     "low_halves": "low halves of merged weights",
     "carry": "carry",
@@ -17,14 +17,14 @@ MEMORY = {  # what ``state_bytes`` and ``gradient_bytes`` count
 
 
 def render_profile(report: dict[str, Any]) -> str:
-    """Where a step's time and a rank's memory went.
+    """A table of a step's time and a rank's memory.
 
     Args:
-        report: as profile.json has it.
+        report: contents of profile.json.
     """
     of, share = report["median"], report["share"]
     parts, peaks, communication = dict(of["parts"]), of["peak"], of["communication"]
-    parts["rest"] = parts.pop("rest")  # the last
+    parts["rest"] = parts.pop("rest")  # moved to the end
     rows = [("", "ms", "share", "slowest rank", "peak GiB" if peaks else "")]
     for part, seconds in parts.items():
         peak = f"{peaks[part] / 2**30:.2f}" if part in peaks else ""
@@ -56,7 +56,7 @@ def _ms(seconds: float) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Rows as lines: the first column aligned left, the others right."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
     for name, *values in rows:

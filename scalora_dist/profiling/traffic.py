@@ -1,4 +1,4 @@
-"""Bytes that go through collectives."""
+"""Counts the bytes that go through collectives."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what goes through torch.distributed inside it, whoever calls: DeepSpeed's own too.
+    """Counts all collectives of torch.distributed inside ``with``, DeepSpeed's own included.
 
-    ``sent`` and ``received`` are the bytes of the tensors that this rank hands to collectives and
-    of those that they fill here, its own part included; what a ring or a tree then moves for one
-    is the backend's affair. Barriers carry nothing and are left out. ``gathered`` are the bytes
-    of ``received`` that all-gathers brought.
+    The bytes are those of tensors, not of the network: what a ring or a tree moves for a collective
+    depends on the backend. Barriers carry no data and are not counted.
+
+    Attributes:
+        sent: bytes of the tensors that this rank passes to collectives.
+        received: bytes of the tensors that collectives fill on this rank, its own part included.
+        gathered: bytes of ``received`` that come from all-gathers.
+        collectives: number of calls of each collective.
     """
 
     def __init__(self) -> None:

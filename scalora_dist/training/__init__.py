@@ -1,1 +1,1 @@
-"""The loop, and what a run needs around it: data, saves, evaluations, results."""
+"""The training loop, and what it needs: data, checkpoint policy, evaluation, results."""

@@ -1,4 +1,4 @@
-"""From a base model to one that an engine trains: loaded, adapted, sharded."""
+"""Builds the model that an engine trains: loads the base model, adds layers, shards it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_same_attention(base: BaseModelSpec, world: World) -> None:
-    """
+    """Check that all nodes use the same attention implementation: one all-reduce.
+
     Raises:
         UserError: on every rank, where nodes would load the model with different attention.
     """
@@ -40,12 +41,12 @@ def build_model(
     engine: Engine,
     saved_adapter: SavedAdapter | None,
 ) -> PreTrainedModel:
-    """Load the model, add the method's layers, and give it to ``engine``; a collective.
+    """Load the model, add the method's layers, and let ``engine`` shard it. A collective.
 
-    Afterwards each rank draws other random numbers (dropout).
+    Afterwards each rank has its own random seed, so that dropout differs between ranks.
 
     Raises:
-        UserError: layers that the method cannot adapt, or that ``saved_adapter`` does not fit.
+        UserError: the method cannot adapt a layer, or ``saved_adapter`` does not fit the layers.
     """
     world = engine.world
     reads_weights = world.is_main or not engine.loads_on_rank_0

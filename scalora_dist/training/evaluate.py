@@ -1,4 +1,4 @@
-"""Loss and exact match on held-out examples, shared out over the ranks."""
+"""Computes loss and exact match on held-out examples. Each rank evaluates its share."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def evaluate(
     batch_size: int,
     each_batch: Callable[[], None],
 ) -> Evaluation:
-    """Evaluate ``module`` on all of ``dataset``, ``batch_size`` examples per rank at a time.
+    """Evaluate ``module`` on all of ``dataset``. A collective: one all-reduce at the end.
 
-    Calls ``each_batch`` on the way. Leaves the module in training mode.
+    Exact match needs no generation. Greedy decoding produces an example's targets exactly if, with
+    teacher forcing, the argmax at each target position is the target. Leaves the module in training
+    mode.
 
-    Needs no generation: greedy decoding gives an example's targets exactly when, teacher-forced,
-    the argmax at each target position is the target. Two scalars per batch stay on the device; one
-    all-reduce at the end.
+    Args:
+        batch_size: examples per rank and batch.
+        each_batch: called before each batch.
     """
     examples = PaddedExamples(dataset)
     batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
@@ -52,7 +54,7 @@ def evaluate(
         tensors = collate([examples[i] for i in batch])
         inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}
         found = loss(module, inputs)
-        # Of an example that was cut, not every target has been seen.
+        # A truncated example is never an exact match: some of its targets were cut off.
         whole = [i is not None and not dataset[i]["truncated"] for i in batch]
         totals += _totals(found, inputs["labels"], torch.tensor(whole).to(world.device)).cpu()
     module.train()
@@ -61,7 +63,12 @@ def evaluate(
 
 
 def _totals(found: Targets, labels: Tensor, whole: Tensor) -> Tensor:
-    """Summed loss, target tokens and exact matches; ``whole`` (examples,): may match at all."""
+    """(3,) float64: summed loss, number of target tokens, number of exact matches.
+
+    Args:
+        labels: (examples, length) int64.
+        whole: (examples,) bool: False for examples that cannot count as a match.
+    """
     counts = labels[:, 1:] != IGNORE
     right = torch.ones_like(counts)
     assert found.right is not None
@@ -73,7 +80,7 @@ def _totals(found: Targets, labels: Tensor, whole: Tensor) -> Tensor:
 def evaluation_before(
     history: Sequence[dict[str, Any]], dataset: Dataset | None
 ) -> Evaluation | None:
-    """The evaluation at step 0 of a run that goes on, from its lines of metrics.jsonl."""
+    """The evaluation at step 0 of a resumed run, from ``history``: its lines of metrics.jsonl."""
     for record in history:
         if "eval_loss" in record and record["step"] == 0 and dataset is not None:
             return Evaluation(record["eval_loss"], record["eval_exact_match"], len(dataset))

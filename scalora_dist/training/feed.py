@@ -1,4 +1,4 @@
-"""What a run trains on: the tokenizer, the examples, and which of them each step takes."""
+"""Provides a run's data: the tokenizer, the examples, and the examples of each step."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class DataFeed:
-    """
+    """The tokenized data of a run, and the iterators over it.
+
     Attributes:
-        tokenizer: the base model's.
-        data: tokenized examples, to train on and to evaluate on.
+        options: all options of the run.
+        world: the ranks.
+        tokenizer: the tokenizer of the base model.
+        data: tokenized examples for training and for evaluation.
         batches: the examples of each step's global batch.
         collate: makes a padded batch of examples.
-        steps: optimizer steps of the whole run.
+        steps: number of optimizer steps of the whole run.
     """
 
     def __init__(self, options: Options, world: World) -> None:
@@ -60,7 +63,10 @@ class DataFeed:
         self.collate = Collator(self.tokenizer)
 
     def micro_batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's micro-batches from a step on, counted from 0; draws a random number."""
+        """This rank's micro-batches from ``first_step`` on, counted from 0.
+
+        Draws a number from torch's random generator.
+        """
         sampler = RankBatches(
             self.batches,
             micro_batch_size=self.options.train.per_device_train_batch_size,
@@ -71,9 +77,9 @@ class DataFeed:
         return iter(DataLoader(self.data.train, batch_sampler=sampler, collate_fn=self.collate))
 
     def samples(self, loss: TargetLoss, model: PreTrainedModel) -> SamplePass:
-        """The few examples that a method's initialization may look at."""
+        """A pass over the few examples that a method's initialization uses."""
         examples = len(self.data.train)
-        # LoRA-SB's share of the data (section 3), which it found enough.
+        # 0.1 % of the data: LoRA-SB's paper (section 3) found this enough.
         count = self.options.method.start_samples or max(25, math.ceil(0.001 * examples))
         return SamplePass(
             partial(loss, model),
@@ -85,9 +91,9 @@ class DataFeed:
         )
 
     def _check(self) -> None:
-        """Warn of examples that were cut or dropped; make sure that all nodes prepared the same."""
+        """Warn of truncated and dropped examples. Check that all nodes prepared the same data."""
         data = self.data
-        # Each rank reads its own batches and counts the global targets by itself.
+        # Each rank reads its own batches and counts the targets of the global batch by itself.
         check = zlib.crc32(np.asarray(data.train["target_tokens"], dtype=np.int64).tobytes())
         check = zlib.crc32(json.dumps([data.train[0], data.train[-1]]).encode(), check)
         if not self.world.agree(check):

@@ -1,4 +1,4 @@
-"""Whether the numbers of a run are still sound: steps that had to be skipped, losses that jump."""
+"""Detects an unhealthy run: skipped steps in a row, and spikes of the loss."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-# A loss is a spike from so many robust standard deviations above the median of those before it.
+# A loss this many robust standard deviations above the median of recent losses is a spike.
 SPIKE_DEVIATIONS = 6.0
 WINDOW, ENOUGH = 50, 10
 
 
 def skipped_in_a_row(records: Sequence[dict[str, Any]]) -> int:
-    """How many of the last steps were skipped, by their lines of metrics.jsonl."""
+    """The number of skipped steps at the end of ``records`` (lines of metrics.jsonl)."""
     count = 0
     for record in reversed(records):
         if not record.get("skipped_step"):
@@ -22,9 +22,13 @@ def skipped_in_a_row(records: Sequence[dict[str, Any]]) -> int:
 
 
 def loss_spike(records: Sequence[dict[str, Any]], loss: float) -> float | None:
-    """How many deviations ``loss`` lies above the last steps' median, where that is a spike.
+    """How many deviations ``loss`` lies above the median of recent steps. None: not a spike.
 
-    The deviation is 1.4826 times the median distance to the median: one outlier does not move it.
+    The deviation is 1.4826 times the median distance to the median, so that one outlier does not
+    change it. Skipped steps do not count.
+
+    Args:
+        records: lines of metrics.jsonl of the steps before.
     """
     recent = [r["loss"] for r in records[-WINDOW:] if not r.get("skipped_step")]
     if len(recent) < ENOUGH:

@@ -1,4 +1,4 @@
-"""AdamW and its schedule, alike on every engine."""
+"""Makes AdamW and its learning-rate schedule, the same for every engine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 def make_optimizer(
     method: Method, options: Options, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW, a group for each multiple of the learning rate that the method asks for.
+    """AdamW with one parameter group for each factor on the learning rate (``Method.rate``).
 
-    The smallest multiple comes first: metrics report that group's rate.
+    The group with the smallest factor comes first: metrics report its learning rate.
     """
     train = options.train
     rates: dict[float, list[nn.Parameter]] = {}
@@ -46,7 +46,7 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, method: Method, options: Options, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """transformers' schedule over ``steps``, warmed up again after a method's restarts."""
+    """transformers' schedule over ``steps``, with another warm-up after each restart."""
     train = options.train
     schedule = get_scheduler(
         train.lr_scheduler_type,

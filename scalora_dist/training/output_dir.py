@@ -1,4 +1,4 @@
-"""The folder that a run writes to: refused where there is something already, or cleared."""
+"""Checks that a run may write to its output folder, and clears the results of earlier runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from scalora_dist.training.saving import PREEMPTED
 
 
 def check_output_dir(folder: Path, train: TrainArguments) -> None:
-    """Refuse to write where there is something already.
+    """Refuse to write into a folder that has content.
+
+    An exception: if the earlier run left a metrics.jsonl but no results, a run with
+    ``resume_from_checkpoint`` latest may overwrite it. It died before its first checkpoint.
 
     Raises:
-        UserError: ``folder`` is a file, or not empty without ``overwrite_output_dir``; what a run
-            left that died before its first checkpoint may be overwritten by one that would resume.
+        UserError: ``folder`` is a file, or is not empty and ``overwrite_output_dir`` is not set.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
@@ -31,7 +33,7 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
 
 
 def clear_results(folder: Path) -> None:
-    """Remove what an earlier run left, so that nothing of it stands beside ours."""
+    """Delete the results and checkpoints of an earlier run, so that none mix with this run's."""
     for name in ("metrics.jsonl", "summary.json", PREEMPTED):
         (folder / name).unlink(missing_ok=True)
     for name in ("tensorboard", "profile", "adapter", "model"):

@@ -1,4 +1,4 @@
-"""What a finished run leaves: summary.json, the adapter, the merged model."""
+"""Writes the results of a finished run: summary.json, the adapter, the merged model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from scalora_dist.training.update_rank import UpdateRank
 
 
 class Results:
-    """Made before the first step, because some results compare with the initial weights."""
+    """Writes a run's results.
+
+    Construct it before the first step, because some results compare with the initial weights.
+    """
 
     def __init__(self, runner: MethodRunner, options: Options) -> None:
         """
         Args:
-            runner: its engine has the weights as they were loaded.
+            runner: the runner of the method. Its engine must hold the weights as loaded.
 
         Raises:
             UserError: on every rank, where the initial weights must be read again and cannot be.
@@ -45,11 +48,12 @@ class Results:
         records: list[dict[str, Any]],
         evaluations: Sequence[Evaluation | None],
     ) -> dict[str, Any]:
-        """Write all results; returns what summary.json holds. Called on every rank.
+        """Write all results. Returns the contents of summary.json. Called on every rank.
 
         Args:
             records: the steps' lines of metrics.jsonl.
-            evaluations: before the first step and after the last; None without held-out data.
+            evaluations: the evaluations before the first step and after the last. None without
+                held-out data.
         """
         runner, options = self.runner, self.options
         engine, low_halves = runner.engine, runner.low_halves

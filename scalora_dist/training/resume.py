@@ -1,4 +1,4 @@
-"""Where a run goes on from, and whether it may write where it is told to."""
+"""Finds the checkpoint to resume from, and checks that the run may write its output."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scalora_dist.training.saving import check_shared
 
 
 def checkpoint_to_resume(checkpoints: Checkpoints, options: Options) -> Path | None:
-    """The checkpoint that the run goes on from, or None: it starts at the beginning. A collective.
+    """The checkpoint that the run resumes from, or None: start at the beginning. A collective.
 
     Raises:
         UserError: on every rank, where there is no such checkpoint, where it is another run's, or
-            where ``output_dir`` is not empty or not shared by all nodes.
+            where ``output_dir`` is not empty, has newer checkpoints, or is not shared by all nodes.
     """
     train, world = options.train, checkpoints.world
     check_shared(checkpoints, train)
@@ -27,7 +27,7 @@ def checkpoint_to_resume(checkpoints: Checkpoints, options: Options) -> Path | N
     if folder is None:
         return None
     world.main_only(lambda: check_same_run(folder, options))
-    if train.resume_from_checkpoint != "latest":  # which has just read the newer ones
+    if train.resume_from_checkpoint != "latest":  # with latest, newer ones are damaged
         found = checkpoints.newest_first()
         world.main_only(lambda: check_no_newer(folder, output_dir, found))
     return folder

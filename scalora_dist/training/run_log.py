@@ -1,4 +1,4 @@
-"""What a run leaves while it goes: metrics.jsonl, TensorBoard events, a progress bar."""
+"""Logs a run while it trains: metrics.jsonl, TensorBoard events, a progress bar."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes on rank 0 and does nothing on the others, so that callers need not ask.
+    """Writes the log on rank 0. On other ranks it does nothing, so callers need not check the rank.
 
-    A full disk does not end the run: lines wait for space, TensorBoard goes without.
+    A full disk does not end the run. Lines of metrics.jsonl wait in memory until there is space.
+    TensorBoard events stop.
     """
 
     def __init__(
@@ -36,8 +37,12 @@ class RunLog:
     ) -> None:
         """
         Args:
-            first_step: how many steps were taken before.
-            history: the lines that metrics.jsonl begins with.
+            folder: the run's ``output_dir``.
+            is_main: whether this is rank 0.
+            first_step: number of steps before this process started.
+            steps: number of steps of the whole run.
+            logging_steps: steps between two points in TensorBoard.
+            history: the lines with which metrics.jsonl begins.
         """
         self.is_main = is_main
         self.folder = folder
@@ -51,14 +56,14 @@ class RunLog:
             aside.write_text("".join(json.dumps(_without_nan(record)) + "\n" for record in history))
             aside.replace(folder / "metrics.jsonl")
             self.lines = _Lines(folder / "metrics.jsonl")
-            # What an earlier run drew beyond its checkpoint is taken back.
+            # TensorBoard discards the events that an earlier run logged after its checkpoint.
             purge = first_step + 1 if history else None
             self.board: SummaryWriter | None = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=purge
             )
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: a line, the bar, and every ``logging_steps`` the scalars."""
+        """Log one optimizer step: a line, the bar, and every ``logging_steps`` the scalars."""
         if not self.is_main:
             return
         self._line(record)
@@ -69,7 +74,7 @@ class RunLog:
             self._scalars("train", record)
 
     def note(self, step: int, prefix: str, record: dict[str, Any]) -> None:
-        """What belongs to no single step: a line, and scalars under ``prefix``."""
+        """Log what is not one optimizer step: a line, and scalars under ``prefix``."""
         if self.is_main:
             self._line({"step": step, **record})
             self._scalars(prefix, {"step": step, **record})
@@ -83,9 +88,9 @@ class RunLog:
         )
 
     def sync(self) -> None:
-        """Put on disk what was written, before a checkpoint counts on it.
+        """Flush the log to disk, before a checkpoint that relies on it is written.
 
-        A run that goes on from there writes what comes later.
+        A run resumed from that checkpoint writes only the lines after it.
         """
         if self.is_main:
             self.lines.sync()
@@ -115,19 +120,19 @@ class RunLog:
             return
         try:
             what(self.board)
-        except OSError as error:  # of the writer's thread, which has ended with it
+        except OSError as error:  # raised by the writer's thread, which has ended
             logger.warning("no more TensorBoard events: %s", error)
             self.board = None
 
 
 class _Lines:
-    """A file of lines that remembers what a full disk did not take, and tries again."""
+    """Appends lines to a file. Bytes that a full disk did not take are kept and tried again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.late = b""
         self.warned = False
-        # Unbuffered, so that it is known how much of a line was taken.
+        # Unbuffered, so that ``write`` returns how many bytes of a line are in the file.
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, text: str) -> None:
@@ -142,7 +147,7 @@ class _Lines:
 
     def sync(self) -> None:
         self.write("")
-        with suppress(OSError):  # a full disk again, on file systems that allocate late
+        with suppress(OSError):  # full disk, on file systems that allocate late
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -153,7 +158,7 @@ class _Lines:
 
 
 def read_history(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of ``folder``'s metrics.jsonl up to a step; a last line cut short is left out."""
+    """The lines of ``folder``'s metrics.jsonl up to ``step``, without an incomplete last line."""
     try:
         text = (folder / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -171,7 +176,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """``value`` with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

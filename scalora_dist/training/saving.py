@@ -1,4 +1,4 @@
-"""When a run is saved, and what ends it early: a signal, a full disk, steps that stay NaN."""
+"""Decides when to save, and ends a run early: on a signal, failed saves, or many skipped steps."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from scalora_dist.errors import Preempted, UserError
 from scalora_dist.training.health import skipped_in_a_row
 
 Save = Callable[[int], None]
-# Left in output_dir by a run that was asked to stop: torchrun does not pass its ranks' status on.
+# Name of the file in output_dir that marks a run stopped by a signal. torchrun does not pass on
+# the exit status of its ranks.
 PREEMPTED = "preempted"
 logger = logging.getLogger(__name__)
 
 
 def check_shared(checkpoints: Checkpoints, train: TrainArguments) -> None:
-    """Every rank writes its part of a checkpoint, and any may read it.
+    """Check that all nodes share ``output_dir``: every rank saves its part of a checkpoint there.
+
+    A collective. Only warns if the run saves no checkpoints.
 
     Raises:
-        UserError: on every rank, where nodes have an ``output_dir`` each and would save there.
+        UserError: on every rank, where nodes have separate folders and ``save_steps`` is set.
     """
     if not (missing := checkpoints.unshared()):
         return
@@ -35,12 +38,12 @@ def check_shared(checkpoints: Checkpoints, train: TrainArguments) -> None:
 
 
 class SavePolicy:
-    """Saves every ``save_steps`` steps and when asked to stop; ends the run where it must.
+    """Saves every ``save_steps`` steps and on a stop signal. Ends the run where it must.
 
-    A save that falls on a skipped step waits for the next good one.
+    A save that is due at a skipped step waits for the next step that is not skipped.
 
     Attributes:
-        signals: to be entered around the loop.
+        signals: context manager that notes stop signals; enter it around the loop.
     """
 
     def __init__(self, checkpoints: Checkpoints, train: TrainArguments) -> None:
@@ -52,9 +55,9 @@ class SavePolicy:
         self._due = False
 
     def votes(self) -> list[float]:
-        """Whether this rank was asked to stop, and whether the last save failed.
+        """Two flags, 1.0 or 0.0: this rank was asked to stop; its last save failed.
 
-        To be summed over ranks on the way, so that all stop after the same step.
+        The caller sums them over ranks, so that all ranks stop after the same step.
         """
         self._settle(wait=False)
         return [float(self.signals.received is not None), float(self._failure is not None)]
@@ -62,21 +65,23 @@ class SavePolicy:
     def after(
         self, step: int, records: Sequence[dict[str, Any]], votes: Sequence[float], save: Save
     ) -> None:
-        """Save the moment after ``step`` where it is time; the same on all ranks.
+        """Save after ``step`` if it is time, and end the run if needed. The same on all ranks.
 
         Args:
-            records: of all steps so far.
-            votes: of this step, summed over ranks.
-            save: begins a checkpoint.
+            step: number of steps so far.
+            records: lines of metrics.jsonl of all steps so far.
+            votes: what ``votes`` returned at this step, summed over ranks.
+            save: begins to write a checkpoint.
 
         Raises:
-            Preempted: a rank was asked to stop, and all is saved.
-            UserError: the run cannot go on.
+            Preempted: a rank was asked to stop, and the checkpoint is written.
+            UserError: a save failed and the run must stop, or ``max_skipped_steps`` steps in a row
+                were skipped.
         """
         asked, failed = votes
         skipped = skipped_in_a_row(records)
         self._due |= bool(self.train.save_steps) and step % self.train.save_steps == 0
-        # A skipped step changed nothing: its checkpoint would only push out one that is known good.
+        # A skipped step changed nothing: its checkpoint would only replace an older good one.
         due = self._due and not skipped
         if asked or due or failed:
             self._settle(wait=True)
@@ -91,9 +96,9 @@ class SavePolicy:
             if self._failure:
                 self._give_up()
             if self.world.is_main:
-                with suppress(OSError):  # the checkpoint has taken the last of the disk
+                with suppress(OSError):  # the checkpoint may have filled the disk
                     (self.checkpoints.output_dir / PREEMPTED).write_text(f"{step}\n")
-            self.world.sum(0.0)  # no rank leaves, and the launcher with it, before all is done
+            self.world.sum(0.0)  # a barrier: a rank that exits early ends the launcher
             raise Preempted(
                 f"stopped by {self.signals.received or 'a signal'} after step {step}; "
                 f"{checkpoint_folder(self.checkpoints.output_dir, step)} is written: "

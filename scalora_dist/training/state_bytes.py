@@ -1,4 +1,4 @@
-"""Bytes that a run keeps on this rank, by part: what a profile shows of its memory."""
+"""Counts the bytes that a run keeps on this rank, by part, for a profile."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from scalora_dist.layers.carry_linear import CarryLinear
 
 
 def gradient_bytes(engine: Engine) -> int:
-    """Of this rank's reduced gradients; inside ``Engine.step`` only."""
+    """Bytes of this rank's reduced gradients. Valid from the last backward to ``Engine.step``."""
     return sum(trained.gradient.local.nbytes for trained in engine.trained_shards())
 
 
 def state_bytes(engine: Engine, low_halves: Mapping[str, Tensor]) -> dict[str, int]:
-    """Bytes by part of what this rank keeps from step to step; between steps.
+    """Bytes that this rank keeps from step to step, by part. Call it between steps.
 
-    ``base``: the model's own parameters and buffers. ``low_halves``: of merged 16-bit weights.
-    ``carry``: room for merges beside W. ``adapters``: what else the method added. ``masters``: of
-    trained parameters; one that is its own master is counted here alone. ``moments``: AdamW's.
-    What an engine has besides (buckets, gathered weights) shows in peaks only.
+    Other memory of an engine (buckets, gathered weights) shows only in peaks.
 
     Args:
-        low_halves: {parameter: low halves of its 16-bit values}.
+        low_halves: {parameter: low halves of its 16-bit values}, int16.
+
+    Returns:
+        base: parameters and buffers of the base model.
+        low_halves: low halves of merged 16-bit weights.
+        carry: C and D, which hold merges beside W.
+        adapters: all other parameters that the method added.
+        masters: fp32 masters of trained parameters. A parameter that is its own master is counted
+            only here.
+        moments: AdamW's moments.
     """
     trained = engine.trained_shards(gradients=False)
     masters = {t.master.local.untyped_storage().data_ptr() for t in trained}

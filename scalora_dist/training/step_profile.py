@@ -1,4 +1,4 @@
-"""What the steps of a run spend their time and memory on."""
+"""Profiles the time and memory of training steps, for ``--profile``."""
 
 from __future__ import annotations
 
@@ -35,35 +35,39 @@ OverRanks: TypeAlias = dict[str, dict[str, float]]
 
 
 class Profile(Clock):
-    """What the training loop tells of its steps; this one does not listen."""
+    """A no-op profile. The training loop calls it; ``StepProfile`` records the measurements."""
 
     def start(self, step: int) -> None:
-        """Step ``step`` begins, counted from 1."""
+        """Called when step ``step``, counted from 1, begins."""
 
     def forward(self, batch: Mapping[str, Tensor]) -> None:
-        """The forward of a micro-batch begins, of input_ids and labels (examples, length)."""
+        """Called when the forward of a micro-batch begins.
+
+        Args:
+            batch: input_ids and labels, (examples, length) int64.
+        """
         self.begin("forward")
 
     def finish(self, tokens: int) -> dict[str, Any]:
-        """The step is over; what its line of metrics.jsonl is to say besides.
+        """Called when the step is over. Returns additions to its line of metrics.jsonl.
 
         Args:
-            tokens: of all ranks' micro-batches, padding left out.
+            tokens: number of tokens in all ranks' micro-batches, without padding.
         """
         return {}
 
     def close(self) -> None:
-        """The run is over: write and show what it was like."""
+        """Called when the run is over: write and show the profile."""
 
 
 def make_profile(options: Options, runner: MethodRunner, steps: int) -> Profile:
-    """The profile that the options ask for, called on every rank.
+    """Make the profile that the options ask for. Called on every rank.
 
     Args:
-        steps: how many the whole run has.
+        steps: number of steps of the whole run.
 
     Raises:
-        UserError: a window that the run does not reach.
+        UserError: the run ends before the end of ``--profile_window``.
     """
     if not options.profile.profile:
         return Profile()
@@ -77,11 +81,11 @@ def make_profile(options: Options, runner: MethodRunner, steps: int) -> Profile:
 
 
 class StepProfile(Profile):
-    """Measures every step, and traces those of a window.
+    """Measures every step, and traces the steps of a window.
 
-    The device is waited for at the end of each part, so that what it does there counts there. What
-    the measuring takes between parts is counted nowhere; torch.profiler, which sees the
-    collectives, makes the parts themselves a little longer.
+    It synchronizes with the device at the end of each part, so that work is counted in the part
+    that started it. The time of measuring itself, between parts, is not counted. torch.profiler
+    records the collectives and makes each part a little longer.
     """
 
     def __init__(self, options: Options, runner: MethodRunner, steps: int) -> None:
@@ -95,10 +99,10 @@ class StepProfile(Profile):
         self.folder = Path(options.train.output_dir) / "profile"
         self.flops = flops_of(options, runner)
         self.peak_tflops = peak_of(options, self.device)
-        self.seen: list[dict[str, Any]] = []  # of the steps of this run
-        self.gradients: int | None = None  # bytes
-        self.recording = False  # what is allocated
-        # Kineto announces every profile that begins or ends, unless it is told not to by then.
+        self.seen: list[dict[str, Any]] = []  # one profile per step of this process
+        self.gradients: int | None = None  # bytes, measured once
+        self.recording = False  # whether CUDA allocations are recorded
+        # Kineto logs the begin and end of every profile, unless this is set before the first one.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
     def start(self, step: int) -> None:
@@ -122,14 +126,17 @@ class StepProfile(Profile):
         self.begin("rest")
 
     def _activities(self) -> list[ProfilerActivity]:
-        """Kernels suffice to see a GPU's collectives; CPU operators cost more to record."""
+        """On a GPU without a trace, record kernels only: they include the collectives.
+
+        Recording CPU operators costs more time.
+        """
         gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         return gpu if gpu and not self.traced else [ProfilerActivity.CPU, *gpu]
 
     def begin(self, part: str) -> None:
         self._end()
         if part == "optimizer" and self.gradients is None:
-            self.gradients = gradient_bytes(self.engine)  # there now, and whole
+            self.gradients = gradient_bytes(self.engine)  # they are reduced by now
         self.watch.begin(part)
         self.ranges.append(record_function(part))
         self.ranges[-1].__enter__()
@@ -189,10 +196,10 @@ class StepProfile(Profile):
         return {"profile": found}
 
     def _over_ranks(self, numbers: Numbers) -> tuple[OverRanks, OverRanks]:
-        """The mean and the largest of each number over all ranks: one all-gather.
+        """The mean and the maximum of each number over all ranks: one all-gather.
 
         Args:
-            numbers: {group: {name: number}}, the same names in the same order on every rank.
+            numbers: {group: {name: number}}, with the same names in the same order on every rank.
         """
         row = [value for group in numbers.values() for value in group.values()]
         rows = self.world.gather_rows(torch.tensor([row], dtype=torch.float64))
@@ -203,7 +210,7 @@ class StepProfile(Profile):
         return found[0], found[1]
 
     def _write_trace(self) -> None:
-        """This step for Chrome, and on CUDA at the window's end what was allocated in it."""
+        """Write this step's Chrome trace. At the end of the window, also CUDA's allocations."""
         assert self.window is not None
         rank = self.world.rank
         trace = self.folder / f"trace-step{self.step}-rank{rank}.json.gz"
@@ -237,9 +244,9 @@ class StepProfile(Profile):
 
 
 def flops_of(options: Options, runner: MethodRunner) -> Flops | None:
-    """What a micro-batch of this run takes; None for a model that cannot be counted.
+    """Counts the FLOPs of this run's micro-batches. None for a model that cannot be counted.
 
-    A carry's columns, which come and go, are left out.
+    The columns of a carry are not counted, because their number changes.
     """
     with torch.random.fork_rng(devices=[]):
         model = outline(options.model, runner.engine.dtype)
@@ -254,7 +261,7 @@ def flops_of(options: Options, runner: MethodRunner) -> Flops | None:
 
 
 def peak_of(options: Options, device: torch.device) -> float | None:
-    """What the device can do in 1e12 FLOP/s, where it is known: by the options, or in 16 bits."""
+    """The device's peak in 1e12 FLOP/s: from the options, else the GPU's 16-bit peak if known."""
     if options.profile.peak_tflops or device.type != "cuda":
         return options.profile.peak_tflops
     gpu = find_gpu(torch.cuda.get_device_name(device))
@@ -262,7 +269,7 @@ def peak_of(options: Options, device: torch.device) -> float | None:
 
 
 def medians(seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each number over the steps that have it, as nested as they are."""
+    """The median of each number over the steps that have it, in the same nested mappings."""
     names = dict.fromkeys(name for one in seen for name in one)
     found: dict[str, Any] = {}
     for name in names:
@@ -272,7 +279,7 @@ def medians(seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def shares(seen: Sequence[Mapping[str, Any]], group: str) -> dict[str, float]:
-    """What each of a group's seconds come to over all steps, as a share of all parts' seconds."""
+    """Each of a group's seconds, summed over steps, as a share of the seconds of all parts."""
     whole = sum(sum(one["parts"].values()) for one in seen)
     names = dict.fromkeys(name for one in seen for name in one[group])
     return {name: sum(one[group].get(name, 0.0) for one in seen) / whole for name in names}

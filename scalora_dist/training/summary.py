@@ -1,4 +1,4 @@
-"""A run in one small table: what summary.json holds and what the terminal shows at the end."""
+"""Summarizes a run: the contents of summary.json, and the table shown at its end."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ def summarize(
     carry: dict[str, Any],
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
-    """
+    """The contents of summary.json.
+
     Args:
+        options: all options of the run.
         records: the steps' lines of metrics.jsonl.
-        rank: of what the method adds, if it has one.
-        parameters: how many are trained, over all ranks.
-        update_rank: of the layers that were measured.
-        carry: columns (least, mean, most) and the largest share that was lost, or empty.
-        peak_memory_bytes: of the rank that needed most.
+        before: the evaluation before the first step, or None.
+        after: the evaluation after the last step, or None.
+        world_size: number of ranks.
+        rank: r of the factors that the method adds, or None if it has no rank.
+        parameters: number of trained parameters of the full model.
+        update_rank: ranks of the accumulated updates of the measured layers.
+        carry: number of columns (min, mean, max) and the largest lost share, or empty.
+        peak_memory_bytes: peak memory in bytes of the rank that needed most.
     """
     timed = records[1:] or records  # the first step also sets up kernels and buffers
     seconds = sum(record["seconds"] for record in timed)
@@ -37,7 +42,7 @@ def summarize(
     rules: Counter[str] = Counter()
     for rescale in rescales:
         rules.update({rule: count for rule, count in rescale.items() if rule != "seconds"})
-    # What transforms and restarts say of themselves.
+    # The metrics of transforms and restarts.
     own = [value for record in timed for value in record.values() if isinstance(value, dict)]
     own_seconds = sum(said.get("seconds", 0.0) for said in own)
     return {

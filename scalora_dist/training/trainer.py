@@ -51,7 +51,7 @@ class Progress:
 
     Attributes:
         first_step: the step that this process began at, counted from 0.
-        steps_taken: those that were not skipped, since the run's first step.
+        steps_taken: number of steps since the run's first that were not skipped.
         records: the line of metrics.jsonl of every step.
         history: all lines of metrics.jsonl before ``first_step``, evaluations included.
     """
@@ -66,18 +66,23 @@ class Trainer:
     """Fine-tunes one model on one engine and leaves its results in ``output_dir``.
 
     Attributes:
-        checkpoints: the run's, in ``output_dir``.
-        resumes_from: the checkpoint that the run goes on from, or None.
+        options: all options of the run.
+        world: the ranks.
+        output_dir: the folder of results and checkpoints.
+        checkpoints: the run's checkpoints, in ``output_dir``.
+        resumes_from: the checkpoint that the run resumes from, or None.
+        saved_adapter: an adapter that the run starts from, or None.
         feed: the data.
+        model: the model that the engine trains.
         engine: the sharded model with its optimizer.
         loss: the summed loss of a micro-batch.
-        runner: the method.
+        runner: runs the method around each step.
         results: writes what the run leaves at its end.
-        scheduler: of the learning rate.
-        state: what a checkpoint holds.
-        saves: when to save, and when to stop.
+        scheduler: the schedule of the learning rate.
+        state: saves and restores the state of the run.
+        saves: decides when to save and when to stop.
         watchdog: ends the job when a rank has died or hangs.
-        profile: what ``--profile`` measures.
+        profile: measures the steps, if ``--profile`` is set.
         progress: how far the run is.
     """
 
@@ -88,9 +93,9 @@ class Trainer:
         base: BaseModelSpec,
         make_engine: Callable[[], Engine],
     ) -> None:
-        """Load data and model, add the method's layers, shard; writes nothing yet.
+        """Load data and model, add the method's layers, and shard the model. Writes no results.
 
-        The engine, which takes longest to set up, is made when the rest has been checked.
+        The engine takes longest to set up, so it is made after all other checks.
 
         Raises:
             UserError: on every rank, for every mistake in the options or the data.
@@ -131,10 +136,13 @@ class Trainer:
         )
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate before and after, write the results; returns what summary.json holds.
+        """Train, evaluate before and after, write the results.
+
+        Returns:
+            the contents of summary.json.
 
         Raises:
-            RunExit: on every rank, after all was written that can be.
+            RunExit: on every rank, after everything that can be written is written.
         """
         try:
             with self.saves.signals:
@@ -158,12 +166,16 @@ class Trainer:
         return summary
 
     def close(self) -> None:
-        """Leave no threads behind, in a process that may go on."""
+        """End all threads, because the process may continue after the run."""
         self.watchdog.close()
         self.checkpoints.close()
 
     def start(self) -> MicroBatches:
-        """Initialize what the method added, or restore the checkpoint; the batches from there."""
+        """Initialize the added layers, or restore the checkpoint.
+
+        Returns:
+            this rank's micro-batches from there on.
+        """
         if self.resumes_from is not None:
             return self._restore(self.resumes_from)
         if self.world.is_main:
@@ -182,7 +194,7 @@ class Trainer:
         elif self.world.is_main:
             clear_results(self.output_dir)
         first_step = step_of(checkpoint) or 0
-        micro_batches = self.micro_batches(first_step)  # draws a seed, as it did at the beginning
+        micro_batches = self.micro_batches(first_step)  # draws a seed, as at the start of a run
         state = self.state.restore(self.checkpoints, checkpoint)
         history = [
             line
@@ -195,11 +207,11 @@ class Trainer:
         return micro_batches
 
     def micro_batches(self, first_step: int) -> MicroBatches:
-        """This rank's micro-batches from a step on, counted from 0."""
+        """This rank's micro-batches from ``first_step`` on, counted from 0."""
         return self.feed.micro_batches(first_step)
 
     def _train(self) -> tuple[Evaluation | None, Evaluation | None]:
-        """All steps; the evaluations before the first and after the last."""
+        """Run all steps. Returns the evaluations before the first and after the last."""
         train, steps = self.options.train, self.feed.steps
         micro_batches = self.start()
         progress = self.progress
@@ -224,7 +236,7 @@ class Trainer:
             for step in range(progress.first_step, steps):
                 self.profile.start(step + 1)
                 record, votes = self.take_step(step, micro_batches)
-                self.watchdog.pause()  # a slow disk is no hung rank
+                self.watchdog.pause()  # a slow disk does not mean a hung rank
                 record |= self.profile.finish(record["tokens"])
                 progress.records.append(record)
                 log.step(record)
@@ -238,16 +250,19 @@ class Trainer:
                 log.note(steps, "train", {"carry": report})
             after = self._evaluate(log, steps)
         finally:
-            log.close()  # before the sentence that a run may end with
+            log.close()  # before a final error message is printed
         return before, after
 
     def take_step(
         self, step: int, micro_batches: MicroBatches
     ) -> tuple[dict[str, Any], list[float]]:
-        """One optimizer step: its record for metrics.jsonl, and all ranks' votes to stop.
+        """Run one optimizer step.
 
         Args:
-            step: counted from 0.
+            step: number of the step, counted from 0.
+
+        Returns:
+            its record for metrics.jsonl, and ``SavePolicy.votes`` summed over ranks.
         """
         started = time.perf_counter()
         targets = self.feed.batches.target_tokens(step)
@@ -281,10 +296,13 @@ class Trainer:
     def _accumulate(
         self, step: int, targets: int, micro_batches: MicroBatches
     ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of a step's micro-batches: this rank's summed loss, and its tokens.
+        """Run forward and backward of a step's micro-batches.
 
         Args:
-            targets: of the global batch.
+            targets: number of target tokens in the global batch.
+
+        Returns:
+            this rank's summed loss, float64, and its number of tokens, int64; both scalars.
         """
         device = self.world.device
         accumulation = self.options.train.gradient_accumulation_steps
@@ -304,7 +322,7 @@ class Trainer:
         return loss_sum, tokens
 
     def _describe(self, step: int, loss: float) -> dict[str, Any]:
-        """What is known of a step before the optimizer's: its line of metrics.jsonl begins so."""
+        """The first fields of a step's record, known before the optimizer's step."""
         record: dict[str, Any] = {
             "step": step + 1,
             "loss": loss,

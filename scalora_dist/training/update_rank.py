@@ -1,4 +1,4 @@
-"""How high the rank of the accumulated update, the merged weight less W_0, has grown."""
+"""Measures the rank of the accumulated update: the merged weight minus the initial weight W_0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scalora_dist.model_io.merged_weights import MergedWeights
 
 
 class UpdateRank:
-    """Remembers this rank's shards of a few layers' initial weights, spread over the model."""
+    """Keeps copies of this rank's shards of some layers' initial weights, to compare at the end."""
 
     def __init__(self, engine: Engine, count: int) -> None:
         self.engine = engine
@@ -26,9 +26,12 @@ class UpdateRank:
 
     @torch.no_grad()
     def measure(self, low_halves: Mapping[str, Tensor]) -> list[int]:
-        """The numerical rank of each remembered layer's update, on every rank.
+        """The numerical rank of each kept layer's update, the same on every rank. A collective.
 
-        One layer is whole at a time; the ranks take turns with the SVDs.
+        One layer at a time is gathered in full. The ranks take turns with the SVDs.
+
+        Args:
+            low_halves: {parameter: low halves of its 16-bit values}, int16.
         """
         world = self.engine.world
         merged = MergedWeights(self.engine, low_halves)

@@ -176,7 +176,15 @@ def check(method: str, model: PreTrainedModel, found: Found, options: dict[str, 
 
 
 # At stage 2 the factors' shards end inside rows; methods that do nothing with shards are all alike.
-ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora", "dora", "hira", "pissa", "mora")
+# Every day: on all engines what is different on each, the others on two, those like others on one.
+EVERYWHERE = ("scalora", "relora", "lora-pro", "lora-sb", "full")
+ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
+
+
+def every_day(method: str, engine: str) -> bool:
+    if method in EVERYWHERE:
+        return True
+    return engine == "zero3" or (engine == "fsdp" and method not in ALIKE)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,7 @@ ALIKE = ("rslora", "lora-alpha", "lora-plus", "peft-lora", "dora", "hira", "piss
     [
         pytest.param(
             *(method, engine),
-            marks=pytest.mark.heavy if method in ALIKE and engine == "zero2" else [],
+            marks=[] if every_day(method, engine) else pytest.mark.heavy,
         )
         for method, engine in itertools.product(METHODS, ENGINES)
     ],

@@ -29,12 +29,13 @@ def pair(tmp_path: Path) -> Iterator[list[Node]]:
     ("dead", "how"),
     [
         (1, "die"),
-        pytest.param(0, "die", marks=pytest.mark.heavy),
-        pytest.param(1, "pull_the_cable", marks=pytest.mark.heavy),
-        pytest.param(0, "pull_the_cable", marks=pytest.mark.heavy),
+        (0, "die"),
+        (1, "pull_the_cable"),
+        (0, "pull_the_cable"),
     ],
 )
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_two_nodes_train_as_one_until_one_dies(
     ranks: Any, odd: Path, tmp_path: Path, pair: list[Node], engine: str, dead: int, how: str
 ) -> None:

@@ -116,10 +116,8 @@ def torture(
     return done
 
 
-@pytest.mark.parametrize(
-    ("engine", "size", "kills"),
-    [("local", 1, 1), pytest.param("fsdp", 2, 2, marks=pytest.mark.heavy)],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize(("engine", "size", "kills"), [("local", 1, 1), ("fsdp", 2, 2)])
 def test_killed_runs_go_on(
     ranks: GetRanks, task: Path, tmp_path: Path, engine: str, size: int, kills: int
 ) -> None:

@@ -242,6 +242,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.heavy
 def test_a_run_on_a_tiny_model(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     settings = ["--rank", "3", "--blocks", "2", "--merges", "20", "1"]

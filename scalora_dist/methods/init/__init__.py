@@ -1,1 +1,1 @@
-"""How methods that start from gradients or SVDs fill in what they added."""
+"""Initial values of the methods that start from gradients or SVDs."""

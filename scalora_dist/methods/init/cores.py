@@ -1,4 +1,4 @@
-"""Where LoRA-XS and LoRA-SB put their frozen U and V, and the core R between them."""
+"""Initial values of LoRA-XS and LoRA-SB: frozen U and V, and the trained core R between them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from torch import Tensor
 from scalora_dist.layers.lora_init import generator_of
 from scalora_dist.methods.init.initialization import Initialization
 
-CORE_DEVIATION = 1e-5  # of LoRA-XS's R
+CORE_DEVIATION = 1e-5  # standard deviation of LoRA-XS's R
 
 
 def init_lora_xs(init: Initialization) -> None:
-    """U = U_r Σ_r and V = V_r of W's truncated SVD; R Gaussian, 1e-5 (arXiv 2405.17604, section 3).
+    """LoRA-XS (arXiv 2405.17604, section 3): U = U_r Σ_r and V = V_r of W's truncated SVD.
 
-    By turns over the layers, from each rank's own rows of W.
+    R is Gaussian with standard deviation 1e-5. Layers are processed one after another. The SVD
+    works on each rank's shard of W; W is not gathered. A collective.
     """
     rank = init.args.rank
     with init.engine.writing():
@@ -28,12 +29,11 @@ def init_lora_xs(init: Initialization) -> None:
 
 
 def init_lora_sb(init: Initialization) -> None:
-    """U, V and R of the truncated SVD of a first step ``−η·sign(Σ ∇W)``.
+    """LoRA-SB (arXiv 2411.19557, equations 7 and 8): U, V and R from a truncated SVD.
 
-    arXiv 2411.19557, equations 7 and 8.
-
-    U and V are orthonormal (as far as the engine's dtype goes, in which they are kept), R = Σ_r / s
-    with s = 1, η is the learning rate.
+    The SVD is of a first step ``−η·sign(Σ ∇W)``, where η is the learning rate. U and V are
+    orthonormal, up to the rounding to the engine's dtype in which they are kept. R = Σ_r / s with
+    s = 1. A collective.
     """
     rank = init.args.rank
     added = init.added()
@@ -41,7 +41,8 @@ def init_lora_sb(init: Initialization) -> None:
     for name, gradient in init.gradients():
         step = gradient.like(gradient.local.sign_().neg_())
         svd = init.svd(step, rank)
-        # While R is 0 the model computes what it did: the next layers' gradients are W's own.
+        # While R is 0, the model computes the same function, so the gradients of the next layers
+        # are still those of W.
         added[f"{name}.U"].write_(svd.U)
         added[f"{name}.V"].write_(svd.V)
         cores[name] = torch.diag(init.learning_rate * svd.S)

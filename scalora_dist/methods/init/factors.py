@@ -1,6 +1,7 @@
-"""Where PiSSA and LoRA-GA put A and B; W gives up what they hold, so the function stays.
+"""Initial values of PiSSA and LoRA-GA: A and B, with s·A Bᵀ subtracted from W.
 
-PEFT's own starts gather whole weights: these are its formulas on shards.
+The model's function stays the same. PEFT's own initializations gather full weights. These are the
+same formulas on shards.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from scalora_dist.core.split_precision import add_low_rank_
 from scalora_dist.layers.peft_layers import factor_names, factor_scaling
 from scalora_dist.methods.init.initialization import Initialization
 
-STABLE_GAMMA = 16  # PEFT's default for LoRA-GA's scale "stable"
+STABLE_GAMMA = 16  # γ: PEFT's default for LoRA-GA's scale "stable"
 
 
 def init_pissa(init: Initialization) -> None:
-    """A = U_r √(Σ_r/s) and B = V_r √(Σ_r/s) of W's truncated SVD (arXiv 2404.02948, equations 2-4).
+    """PiSSA (arXiv 2404.02948, equations 2-4): A = U_r √(Σ_r/s) and B = V_r √(Σ_r/s).
 
-    By turns over the layers, from each rank's own rows of W.
+    They are from W's truncated SVD. Layers are processed one after another. The SVD works on each
+    rank's shard of W; W is not gathered. A collective.
     """
     factors = _Factors(init)
     for name, weight in init.weights().items():
@@ -30,9 +32,10 @@ def init_pissa(init: Initialization) -> None:
 
 
 def init_lora_ga(init: Initialization) -> None:
-    """A = U_{r+1…2r} Σ · m^¼/√γ and B = V_{1…r} of ∇W's truncated SVD (arXiv 2407.05000).
+    """LoRA-GA (arXiv 2407.05000): A = U_{r+1…2r} Σ_{r+1…2r} · m^¼/√γ and B = V_{1…r}.
 
-    PEFT's "ArB2r" and "stable", Σ included, of the gradient of the samples' mean loss.
+    They are from the truncated SVD of ∇W, the gradient of the samples' mean loss. The formulas are
+    PEFT's "ArB2r" and "stable", which include Σ. A collective.
     """
     rank = init.args.rank
     factors = _Factors(init)
@@ -44,7 +47,10 @@ def init_lora_ga(init: Initialization) -> None:
 
 
 class _Factors:
-    """This rank's parts of new factors, kept until no more gradients of the old ones are needed."""
+    """Collects this rank's shards of the new A and B, and writes them all at the end.
+
+    Writing them earlier would change the gradients of the layers that follow.
+    """
 
     def __init__(self, init: Initialization) -> None:
         self.init = init
@@ -56,9 +62,9 @@ class _Factors:
         return factor_scaling(self.layers[layer])
 
     def put(self, layer: str, a: Tensor, b: Tensor) -> None:
-        """A (m, r) and B (n, r) whole; PEFT keeps A and Bᵀ.
+        """Keep this rank's shards of the full A (m, r) and B (n, r), as PEFT's A and Bᵀ.
 
-        Rounded to the dtype that W is in and a forward may read them in, as PEFT does.
+        They are rounded to the dtype of W, as PEFT does: a forward may read them in that dtype.
         """
         for name, whole in zip(factor_names(layer), (a, b.T), strict=True):
             shard = self.shards[name]
@@ -67,7 +73,7 @@ class _Factors:
             self.parts[name] = part.local
 
     def write(self) -> None:
-        """The factors into the model, and W −= s·A Bᵀ."""
+        """Write the factors into the model, and W −= s·A Bᵀ. A collective."""
         with self.init.engine.writing():
             shards = self.init.added()
             for name, part in self.parts.items():

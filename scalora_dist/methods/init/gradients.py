@@ -1,4 +1,4 @@
-"""The gradient of the loss with respect to frozen, sharded weights, one row range per rank."""
+"""Computes gradients of the loss with respect to frozen, sharded weights, sharded by rows."""
 
 from __future__ import annotations
 
@@ -28,31 +28,37 @@ def weight_gradients(
     budget_bytes: int,
     loss_scale: float = 1.0,
 ) -> Iterator[tuple[str, FlatShard]]:
-    """This rank's rows of each layer's ∇W, summed over all micro-batches and ranks, layer by layer.
+    """Yield this rank's rows of ∇W, summed over micro-batches and ranks, one layer after another.
 
-    The layers are taken in groups whose sums fit ``budget_bytes`` on this rank (at least one layer
-    each), with one pass over the samples per group. Besides those sums a rank holds the whole
-    gradient of one micro-batch of one layer. No parameter gets a gradient, so nothing that an
-    engine hung on parameters runs; weights are gathered and freed by the hooks it put on modules.
+    A collective: one reduce-scatter per layer and micro-batch, and one all-reduce per micro-batch.
 
-    The model runs in evaluation mode, without dropout, but for the flag that lets transformers
-    checkpoint activations where that was asked for. Between two layers it is as it was.
+    The layers are processed in groups. The sums of a group fit ``budget_bytes`` on this rank, and
+    a group has at least one layer. Each group takes one pass over the samples. Besides the sums, a
+    rank holds the full gradient of one layer and one micro-batch. No parameter gets a gradient, so
+    an engine's hooks on parameters do not run. Its hooks on modules gather and free the weights.
+
+    The model runs in evaluation mode, without dropout. Only modules with activation checkpointing
+    stay in training mode, since transformers checkpoints only there. At each yield the model is
+    back in its old modes.
 
     Args:
-        model: what ``layers`` are part of; only its modes are changed.
-        layers: in model order. Anything with ``out_features`` m and ``in_features`` n whose input
-            (…, n) and output (…, m) are W's, possibly with something added that is linear in A = 0.
-        losses: one pass over this rank's samples: yields scalars whose sum over micro-batches and
-            ranks is the loss, each after ONE forward. They must come from ``model`` itself
-            (DeepSpeed's engine would prepare a step of its own), be as many on every rank (times 0
-            where samples run out), and not be kept, for each holds its activations.
+        model: the model that contains ``layers``. Only its modes are changed.
+        layers: {name: layer} in model order. A layer has ``out_features`` m and ``in_features`` n.
+            Its input is (…, n) and its output (…, m), as for W. The output may include a term that
+            is linear in A, where A = 0.
+        losses: one pass over this rank's samples. Yields scalars whose sum over micro-batches and
+            ranks is the loss, each after ONE forward. They must come from ``model`` itself, because
+            DeepSpeed's engine would prepare a step of its own. Every rank must yield equally many
+            (times 0 where samples run out). They must not be kept: each holds its activations.
+        world: the ranks.
         release: called after each backward: ``Engine.release``.
-        loss_scale: what losses are multiplied by and sums divided by, for a backward in float16.
+        budget_bytes: bytes on this rank for the sums of one group.
+        loss_scale: losses are multiplied by it and sums divided by it, for a backward in float16.
             Non-finite sums mean that it was too large.
 
     Yields:
-        (name, rows): ceil(m / world) whole rows per rank as torch.chunk cuts them, float32, cut
-        over the group of all ranks, whatever the engine's own sharding of W is.
+        (name, rows): float32, ceil(m / world) full rows per rank, split as by torch.chunk. They are
+        sharded over the group of all ranks, however the engine shards W.
 
     Raises:
         UserError: on every rank, where the ranks' samples go through different layers.
@@ -69,7 +75,7 @@ def weight_gradients(
             with _without_dropout(model), _Taps(group, world) as taps:
                 for loss in losses():
                     taps.backward(loss * loss_scale)
-                    del loss  # the activations of layers before the group's first hang on it
+                    del loss  # it holds the activations of the layers before the group
                     release()
                     progress.update()
             progress.total = progress.n // number * len(groups)
@@ -78,22 +84,23 @@ def weight_gradients(
 
 
 class _Rows:
-    """The rows of one layer's ∇W (m, n) that this rank sums up; nothing is allocated before."""
+    """The rows of one layer's ∇W (m, n) that this rank sums. ``add`` allocates them."""
 
     def __init__(self, layer: nn.Module, world: World) -> None:
-        # Not from the weight, whose own shape is empty under ZeRO-3.
+        # The shape is not read from the weight: under ZeRO-3 the weight's own shape is empty.
         self.layer = layer
         self.world = world
         self.shape = m, n = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
         self.share = ceil_div(m, world.size)
         self.bytes = 4 * self.share * n
-        self.sum: Tensor | None = None  # (share, n) float32, the last ranks' padded
+        self.sum: Tensor | None = None  # (share, n) float32, padded on the last ranks
 
     def add(self, x: Tensor, grad_y: Tensor) -> None:
-        """Add all ranks' ``grad_yᵀ x``: one reduce-scatter.
+        """Add the sum of ``grad_yᵀ x`` over all ranks: one reduce-scatter.
 
         Args:
-            x: (…, n), grad_y: (…, m) of any float dtype, this rank's.
+            x: this rank's input, (…, n), any float dtype.
+            grad_y: this rank's gradient of the output, (…, m), any float dtype.
         """
         m, n = self.shape
         whole = torch.zeros(self.world.size * self.share, n, device=x.device)
@@ -101,7 +108,7 @@ class _Rows:
         torch.mm(rows.T, x, out=whole[:m])
         part = whole.new_empty(self.share, n)
         dist.reduce_scatter_tensor(part, whole)
-        whole.untyped_storage().resize_(0)  # gloo's threads hold their last messages for long
+        whole.untyped_storage().resize_(0)  # gloo's threads keep their last messages for long
         self.sum = part if self.sum is None else self.sum.add_(part)
 
     def shard(self, loss_scale: float) -> FlatShard:
@@ -117,7 +124,7 @@ class _Rows:
 def _groups(
     layers: Mapping[str, nn.Module], world: World, budget_bytes: int
 ) -> Iterator[dict[str, _Rows]]:
-    """Runs of consecutive layers whose sums fit the budget, or that have one layer only."""
+    """Consecutive layers in groups whose sums fit the budget. A larger layer has its own group."""
     group: dict[str, _Rows] = {}
     for name, layer in layers.items():
         one = _Rows(layer, world)
@@ -130,14 +137,21 @@ def _groups(
 
 
 class _Taps:
-    """Forward hooks that put a tap on the output of each layer of a group."""
+    """Forward hooks that put a ``_Tap`` on the output of each layer of a group.
+
+    Attributes:
+        group: {name: rows to sum} of the layers.
+        world: the ranks.
+        end: scalar that all taps depend on.
+        reached: names of the layers that were reached by forwards since the last backward.
+    """
 
     def __init__(self, group: Mapping[str, _Rows], world: World) -> None:
         self.group = group
         self.world = world
-        # Backward walks from the loss to this, through all taps and no further: to no parameter.
+        # Backward runs from the loss to this scalar, through all taps, and reaches no parameter.
         self.end = torch.zeros((), device=world.device, requires_grad=True)
-        self.reached: list[str] = []  # by the last forward
+        self.reached: list[str] = []
 
     def __enter__(self) -> _Taps:
         self.hooks = ExitStack()
@@ -158,8 +172,8 @@ class _Taps:
         return tap
 
     def backward(self, loss: Tensor) -> None:
-        """Have every tap add its share of ``loss``, the first since the last backward."""
-        # Each tap is a collective: where the ranks' taps differ they would wait for each other.
+        """Let every tap add its part of ∇W of ``loss``. Only one forward per backward."""
+        # Each tap is a collective: if the ranks reached different layers, they would hang.
         if not self.world.agree(zlib.crc32(" ".join(self.reached).encode())):
             raise UserError(
                 "the ranks' samples go through different layers (experts?): "
@@ -170,13 +184,13 @@ class _Taps:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity of y, whose backward hands x and ∇y to a sink."""
+    """The identity of y. Its backward calls ``sink(x, ∇y)``."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, y: Tensor, end: Tensor, sink: Callable[[Tensor, Tensor], None]
     ) -> Tensor:
-        ctx.save_for_backward(x)  # which activation checkpointing drops and computes again
+        ctx.save_for_backward(x)  # so that activation checkpointing can drop and recompute it
         ctx.sink = sink
         return y.detach()  # not y: models may change their own activations in place
 
@@ -189,7 +203,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for modules that checkpoint activations, as they do in training only."""
+    """Evaluation mode, except modules that checkpoint activations: they do so only in training."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:

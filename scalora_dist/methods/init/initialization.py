@@ -1,4 +1,4 @@
-"""What a start is given: the sharded model, and a pass over a few samples where it needs one."""
+"""The inputs of a method's initialization: the sharded model, options and a few samples."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from scalora_dist.methods.init.gradients import weight_gradients
 
 @dataclass(frozen=True)
 class Initialization:
-    """
+    """The inputs of a method's initialization, and the operations that these share.
+
     Attributes:
-        losses: one pass over this rank's share of the samples, as ``weight_gradients`` takes it.
-        learning_rate: of the run, before its schedule.
+        engine: the sharded model.
+        args: the options of the method.
+        losses: one pass over this rank's share of the samples, as for ``weight_gradients``.
+        learning_rate: the learning rate of the run, before its schedule.
+        seed: the seed of the run.
     """
 
     engine: Engine
@@ -31,7 +35,7 @@ class Initialization:
     seed: int
 
     def gradients(self) -> Iterator[tuple[str, FlatShard]]:
-        """(layer, this rank's rows of ∇W), as ``weight_gradients`` has them.
+        """(layer, this rank's rows of ∇W) of each layer, from ``weight_gradients``. A collective.
 
         Raises:
             UserError: on every rank, where a gradient is not finite.
@@ -55,13 +59,16 @@ class Initialization:
             yield name, gradient
 
     def svd(self, matrix: FlatShard, rank: int) -> TruncatedSVD:
-        """``truncated_svd``, the same bits on all ranks, replicas of a mesh included."""
+        """``truncated_svd`` plus broadcasts, so that all ranks have the same bits. A collective.
+
+        This includes the replicas of a device mesh.
+        """
         device = self.engine.world.device
         svd = truncated_svd(matrix, rank, device=device, seed=self.seed)
         return TruncatedSVD(*(self.engine.world.same(part) for part in svd))
 
     def weights(self) -> dict[str, FlatShard]:
-        """{layer: this rank's range of its W}, in model order; a 4-bit W as float32 numbers."""
+        """{layer: this rank's shard of W}, in model order. A 4-bit W is dequantized to float32."""
         shards = {p.name: p.shard for p in self.engine.base_shards()}
         weights = {}
         for name, layer in self.engine.adapted.items():
@@ -71,5 +78,5 @@ class Initialization:
         return weights
 
     def added(self) -> dict[str, FlatShard]:
-        """{parameter: this rank's range of it} of what the method added."""
+        """{parameter: this rank's shard of it} for the parameters that the method added."""
         return {p.name: p.shard for p in self.engine.added_shards()}

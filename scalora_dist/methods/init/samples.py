@@ -1,4 +1,4 @@
-"""The few samples whose gradient a start takes."""
+"""The few samples whose gradients an initialization uses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from scalora_dist.modeling.loss import Targets
 
 
 class SamplePass:
-    """One pass over this rank's share of the samples: their losses, normalised as a step's are.
+    """One pass over this rank's share of the samples. Yields their losses, normalised as in a step.
 
-    The samples depend on the seed alone, and go one by one: activations then take less than a
-    step's, which leaves room for gradients. The losses of all ranks add up to the mean over all
-    target tokens; a rank that has none left gets an example without targets, so that all have
-    equally many.
+    The samples depend only on the seed. They are processed one at a time: then activations take
+    less memory than in a step, which leaves room for gradients. The losses of all ranks sum to the
+    mean over all target tokens. A rank that has no samples left gets an example without targets, so
+    that all ranks yield equally many losses.
     """
 
     def __init__(
@@ -35,8 +35,12 @@ class SamplePass:
     ) -> None:
         """
         Args:
-            loss: of a batch of token ids, attention mask and labels, summed over its targets.
-            count: of the samples, over all ranks; at most all examples are taken.
+            loss: the loss of a batch (token ids, attention mask and labels), summed over targets.
+            data: the tokenized examples to choose from.
+            collate: makes a padded batch of examples.
+            world: the ranks.
+            count: number of samples over all ranks. If there are fewer examples, all are taken.
+            seed: the seed of the choice.
         """
         self.loss = loss
         self.collate = collate
