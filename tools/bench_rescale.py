@@ -1,17 +1,19 @@
-"""What a rescale costs: steps, the rescale's parts and the naive merge, timed in one run.
+"""Measures the cost of a rescale: times steps, the rescale's parts and the naive merge in one run.
 
     deepspeed --num_gpus 2 tools/bench_rescale.py --ds_config ds_configs/zero3.json \\
         --model_name_or_path MODEL [--rank 8 --steps 5 --length 64 --json out.json]
 
-One engine and one model, on random tokens, go through `--steps` rounds of a LoRA step, a ScaLoRA
-step, our merge and (ZeRO-3) the naive merge: other load on the machine hits all of them alike.
+One engine and one model run `--steps` rounds on random tokens. A round is a LoRA step, a ScaLoRA
+step, our merge and, under ZeRO-3, the naive merge. So other load on the machine affects all of
+them equally.
 
-A duration runs from all ranks' start together, devices idle, to the slowest rank's end, device
-idle. A step is the trainer's: forward, backward, sums over ranks, the gradients' norm or the
-rescale, the optimizer. Before the rescale the ranks meet once more: waiting for a slower rank's
-backward is not its cost. A step of ScaLoRA-I off its interval is a LoRA step, so interval 10 is
-computed, not run: in each round from nine LoRA steps and one ScaLoRA step. The merges are timed
-with increments of zero, which leave W as it was; that both give the same W is checked once.
+All ranks start a duration together, with idle devices. It ends when the slowest rank's device is
+idle again. A step is the trainer's step: forward, backward, sums over ranks, the gradients' norm or
+the rescale, and the optimizer. The ranks also synchronize before the rescale, because waiting for a
+slower rank's backward is not its cost. Between its rescales, ScaLoRA-I takes LoRA steps. So
+interval 10 is not run but computed, in each round from nine LoRA steps and one ScaLoRA step. The
+merges are timed with increments of zero, which do not change W. The tool checks once that both
+merges give the same W.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ from scalora_dist.profiling.clock import Clock, Stopwatch
 from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.training.run_log import write_json
 
-DERIVED = ("scalora_step_interval_10", "rescale")  # not run by themselves
+DERIVED = ("scalora_step_interval_10", "rescale")  # variants that are not run on their own
 
 
 @dataclass
@@ -83,12 +85,13 @@ class BenchArguments:
 
 @torch.no_grad()
 def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
-    """``W += s·A diag(1 − α∘β) Bᵀ`` as DeepSpeed's documentation edits weights under ZeRO-3.
+    """``W += s·A diag(1 − α∘β) Bᵀ``, in the way of DeepSpeed's documentation for ZeRO-3.
 
-    Layer by layer: gathered whole on every rank, edited on rank 0, sent to all and cut up again.
-    Factors that ZeRO keeps gathered are left so; gathering them would only cost this merge more.
+    Layer by layer, every rank gathers the full W, rank 0 edits it, and it is broadcast and sharded
+    again. Factors that ZeRO keeps gathered are not gathered again, which would only make this merge
+    slower.
     """
-    # The one use of deepspeed outside engines/: what users write, and we are measured against.
+    # The only use of deepspeed outside engines/. Users write such code; we compare our merge to it.
     import deepspeed
 
     for module, alpha, beta in zip(modules.values(), scales.alpha, scales.beta, strict=True):
@@ -101,7 +104,17 @@ def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
 
 
 class Bench:
-    """A model on an engine, and what is timed on it."""
+    """A model on a DeepSpeed engine, with the operations that are timed.
+
+    Attributes:
+        modules: {name: adapted layer}.
+        shards: this rank's shards of the adapted layers.
+        merger: merges into W.
+        rescaler: ScaLoRA's transform.
+        factors: shape (2, layers, r) of α and β together.
+        seconds: this rank's latest rescale in seconds, in total and by part.
+        tokens: random token ids (examples, length) int64 on the device.
+    """
 
     def __init__(
         self,
@@ -138,33 +151,33 @@ class Bench:
         rescaler = scalora.transform(self.engine, self.merger, method)
         assert isinstance(rescaler, Rescaler)
         self.rescaler = rescaler
-        self.factors = (2, len(self.modules), method.rank)  # shape of α and β
-        self.seconds: dict[str, float] = {}  # this rank's latest rescale, in all and by part
+        self.factors = (2, len(self.modules), method.rank)
+        self.seconds: dict[str, float] = {}
         generator = torch.Generator().manual_seed(train.seed + world.rank)
         shape = (train.per_device_train_batch_size, length)
         vocabulary = model.config.get_text_config().vocab_size
         self.tokens = torch.randint(vocabulary, shape, generator=generator).to(world.device)
 
     def scales(self, low: float, high: float) -> Scales:
-        """α and β at random between two numbers, the same on all ranks."""
+        """Random α and β, each (layers, r) float64 in [low, high), the same on all ranks."""
         both = torch.empty(self.factors, dtype=torch.float64)
         alpha, beta = both.uniform_(low, high, generator=torch.Generator().manual_seed(0))
         return Scales(alpha, beta, torch.ones(len(alpha), dtype=torch.int64))
 
     def clock(self) -> float:
-        """Seconds, once this rank's device has nothing left to do."""
+        """The time in seconds, when this rank's device is idle."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         return time.perf_counter()
 
     def meet(self) -> float:
-        """Wait until every rank is here, its device idle; then the clock."""
+        """Wait until all ranks are here with idle devices, then return the time in seconds."""
         self.clock()
         dist.barrier()
         return self.clock()
 
     def time(self, work: Callable[[], None]) -> float:
-        """Seconds of ``work`` on the rank that took longest."""
+        """Seconds of ``work`` on the slowest rank. Collective."""
         started = self.meet()
         work()
         return self.world.max(self.clock() - started)[0]
@@ -175,7 +188,11 @@ class Bench:
         self._step(applied=math.isfinite(global_norm(gradients, self.world.device)))
 
     def scalora_step(self, counted: AbstractContextManager[Any] | None = None) -> None:
-        """A step whose rescale happens inside ``counted`` and leaves its ``seconds``."""
+        """Take a step with a rescale, and keep the rescale's times in ``seconds``.
+
+        Args:
+            counted: context in which the rescale runs, e.g. to count its traffic.
+        """
         self._backward()
         layers = self.engine.layer_shards()
         started, parts = self.meet(), Stopwatch(self.world.device)
@@ -198,21 +215,22 @@ class Bench:
 
     @torch.no_grad()
     def local_merge(self, scales: Scales) -> None:
-        """Our merge alone: the factors' gather and each rank's own ranges of W."""
+        """Run only our merge: gather the factors, and each rank adds to its own ranges of W."""
         self.rescaler.merge(self.shards, scales, Clock())
 
     @torch.no_grad()
     def compare_merges(self) -> dict[str, float]:
-        """Merge the same increments both ways, from the same W, and take them back.
+        """Merge the same increments in both ways into the same W, and restore W.
 
-        Returns the largest difference of the results and the largest increment, each in units of
-        the layer's largest weight here, over layers and ranks.
+        Returns:
+            The largest difference of the two results and the largest increment, over all layers and
+            ranks. Both are relative to the layer's largest weight on that rank.
         """
         tensors = [
             *(layer.W.local for layer in self.shards),
             *self.merger.target.low_halves.values(),
         ]
-        states = []  # before, ours, naive
+        states = []  # before, after our merge, after the naive merge
         for merge in (lambda _: None, self.local_merge, partial(naive_merge, self.modules)):
             merge(self.scales(1.0, 1.5))
             states.append([tensor.clone() for tensor in tensors])
@@ -226,7 +244,7 @@ class Bench:
 
 
 def measure(bench: Bench, rounds: int) -> dict[str, Any]:
-    """The figures of one run. Engines set themselves up in a first round, which is not kept."""
+    """Time ``rounds`` rounds. A first round is dropped: engines set themselves up in it."""
     unchanged = bench.scales(1.0, 1.0)
     work: dict[str, Callable[[], None]] = {
         "lora_step": bench.lora_step,
@@ -288,7 +306,7 @@ def render(found: dict[str, Any]) -> str:
 def run(argv: list[str]) -> None:
     groups = [ModelArguments, MethodArguments, BenchArguments]
     parser = Parser(groups, allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.parse_args(argv)  # says what it does not know
+    parser.parse_args(argv)  # reports unknown options
     model, method, args = parser.parse_args_into_dataclasses(argv)
     batch = args.per_device_train_batch_size
     train = TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)

@@ -1,12 +1,15 @@
-"""How near a plan comes: a few real steps beside what `tools/plan.py` says of them.
+"""Compares a plan of `tools/plan.py` with measurements of a few real steps.
 
     torchrun --nproc_per_node 2 tools/check_plan.py --fsdp --config launch/recipes/demo.yaml \\
         --model_name_or_path "$(python tools/demo_model.py)" --max_length 256 [--json row.json]
 
-Takes the trainer's options and starts as it does, on random tokens; writes no results. Three
-figures of the rank that needed most: bytes of tensors at the worst moment of a step; what the
-process needed above what it had before the model was loaded (resident memory on a CPU, the
-allocator's peak on a GPU); bytes of weights and factors that all-gathers filled.
+Takes the trainer's options and starts like the trainer, on random tokens. Writes no results. Prints
+three figures, each of the rank with the largest value:
+
+    tracked     peak of the bytes of live tensors in a step
+    peak        peak memory of the process in a step: on a CPU resident memory, above that before
+                the model was loaded; on a GPU the allocator's peak
+    gathered    bytes of weights and factors that all-gathers filled
 """
 
 from __future__ import annotations
@@ -41,16 +44,16 @@ class CheckArguments:
 
 
 def measure(options: Options, world: World) -> dict[str, float]:
-    """The largest of any rank."""
+    """The three measured figures in bytes, the largest of any rank. Collective."""
     options.train.settle_batch(world.size)
     base = read_base_model(options.model, options.train.dtype, world.device)
     make_engine = engine_factory(options, world, base)
-    restart_peak(world.device)  # which forgets what imports have needed
+    restart_peak(world.device)  # forgets the peak of the imports
     before = restart_peak(world.device) or 0
     trainer = MeasuredTrainer(options, world, base, make_engine)
     trainer.run()
     peak = float("nan") if trainer.peak is None else float(trainer.peak)
-    if world.device.type != "cuda":  # whose allocator counts nothing but this
+    if world.device.type != "cuda":  # CUDA's allocator counts only the run's own tensors
         peak -= before
     tracked, peak, gathered = world.max(trainer.tracked, peak, trainer.traffic.gathered)
     return {"tracked": tracked, "peak": peak, "gathered": gathered}
@@ -80,7 +83,7 @@ def main(argv: list[str]) -> None:
         return
     rows = compare(options, world, found)
     for name, row in rows.items():
-        if row["measured"] > 1e4:  # not the few numbers that even one process sums
+        if row["measured"] > 1e4:  # leave out the few bytes that one process gathers
             measured, planned = row["measured"] / MB, row["planned"] / MB
             off = planned / measured - 1
             print(f"{name:>9}: {measured:9.1f} MB, planned {planned:9.1f} ({off:+.1%})")

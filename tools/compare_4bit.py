@@ -1,10 +1,10 @@
-"""ScaLoRA's carry on a 4-bit base, against QLoRA and against requantizing after every merge.
+"""Compares ScaLoRA's carry on a 4-bit base with QLoRA, and with requantizing after every merge.
 
-    python tools/compare_4bit.py --model_name_or_path MODEL --config launch/recipes/demo.yaml \
+    python tools/compare_4bit.py --model_name_or_path MODEL --config launch/recipes/demo.yaml \\
         --output_dir runs/compare_4bit --seeds 0 1 2
 
-trains with the same data, rank and learning rate, in one process, and writes results.json and
-curves.svg. Options of launch/train.py may follow. A run that is there already is not repeated.
+Trains in one process, each way with the same data, rank and learning rate. Writes results.json and
+curves.svg. Options of launch/train.py may follow. A run that has its results file is not repeated.
 """
 
 from __future__ import annotations
@@ -38,17 +38,21 @@ WAYS = {
     "ScaLoRA, requantized": {"method": "scalora"},
 }
 REQUANTIZED = "ScaLoRA, requantized"
-SMOOTH = 5  # steps that a drawn loss is the mean of
-LAST = 10  # steps
+SMOOTH = 5  # number of steps over which the drawn losses are averaged
+LAST = 10  # number of steps in the table's loss at the end
 
 
 class Requantized(MergeTarget):
-    """W itself: dequantized, added to and quantized again. Shown for what it does."""
+    """Merges into the 4-bit W itself: dequantize, add, quantize again. Only for the comparison.
+
+    Attributes:
+        kept: for each merge, the part of the change by which W really moved; 1: all of it.
+        noise: for each merge, the norm of W's other movement, relative to the change's norm.
+    """
 
     def __init__(self, modules: dict[str, FourBitLinear]) -> None:
         self.modules = modules
         self.low_halves = {}
-        # Of each merge: the part of it by which W moved, and the size of what W moved otherwise.
         self.kept: list[float] = []
         self.noise: list[float] = []
 
@@ -66,7 +70,10 @@ class Requantized(MergeTarget):
 
 
 def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) -> dict[str, Any]:
-    """One run's losses, and what its summary.json says."""
+    """Train once. Returns the losses of the steps and the content of summary.json.
+
+    For requantizing also the medians of ``kept`` and ``noise``.
+    """
     given = {**WAYS[way], "load_in_4bit": True, "seed": seed, "output_dir": folder}
     given |= {"overwrite_output_dir": True, "save_model": False, "save_steps": 0}
     options = parse_options([*argv, *(f"--{name}={value}" for name, value in given.items())])
@@ -114,7 +121,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Each way's mean training loss over the seeds, smoothed, and the range of the seeds."""
+    """Draw each way's training loss: smoothed, the mean over the seeds, and the seeds' range."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")

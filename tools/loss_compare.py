@@ -21,14 +21,17 @@ import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 6
@@ -178,24 +181,24 @@ SIZES = {
 }
 
 
-def make_inputs(folder: Path) -> None:
-    """Two tiny random models with a tokenizer of bytes, and a file of texts."""
-    import torch
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte. A usual vocabulary would make the LM head all of a tiny model."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_inputs(folder: Path) -> None:
+    """Two tiny random models with a tokenizer of bytes, and a file of texts."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
     llama = LlamaConfig(**SIZES, tie_word_embeddings=False)
     gemma = Gemma3TextConfig(
         **SIZES,
@@ -210,7 +213,7 @@ def make_inputs(folder: Path) -> None:
     ):
         torch.manual_seed(0)
         kind(config).save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
     # Many letters: with few of them gradients are nearly parallel, and rounding decides a rule.
     random, alphabet = np.random.default_rng(0), np.array(list(string.ascii_letters))
     lines = [{"text": "".join(random.choice(alphabet, n))} for n in random.integers(8, 32, 41)]
@@ -364,51 +367,50 @@ def write_trajectories(folder: Path, results: Mapping[str, Any]) -> None:
         (folder / f"{engine}.json").write_text("{" + ",\n".join(texts) + "}\n")
 
 
-@dataclass
-class Difference:
-    """How two results of one set-up differ.
+def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """(place, value) of everything in nested dicts and lists that is neither."""
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{where}.{name}".strip("."))
+    else:
+        yield where, value
 
-    Attributes:
-        where: the first thing that differs; "" where nothing does.
-        largest: the largest relative difference of two numbers.
-        steps: optimizer steps that were compared.
+
+def differences(before: Any, after: Any) -> dict[str, float]:
+    """{place: relative difference} of two results of one set-up, where they are not equal.
+
+    Infinite where only one has a value, or the values are no numbers.
     """
-
-    where: str = ""
-    largest: float = 0.0
-    steps: int = 0
-    numbers: int = field(default=0, repr=False)
-
-    def note(self, where: str, size: float) -> None:
-        if size > 0 and not self.where:
-            self.where = where
-        self.largest = max(self.largest, size)
-
-
-def difference(before: Any, after: Any) -> Difference:
-    """Of two results as ``read_results`` gives them."""
-    found = Difference(steps=sum("loss" in line for line in after.get("lines", [])))
-    _walk("", before, after, found)
+    first, second = dict(leaves(before)), dict(leaves(after))
+    found = {}
+    for place in {**first, **second}:
+        a, b = first.get(place), second.get(place)
+        if a != b:
+            numbers = isinstance(a, int | float) and isinstance(b, int | float)
+            found[place] = abs(a - b) / max(abs(a), abs(b)) if numbers else math.inf
     return found
 
 
-def _walk(where: str, before: Any, after: Any, found: Difference) -> None:
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for name in before.keys() | after.keys():
-            _walk(f"{where}.{name}".strip("."), before.get(name), after.get(name), found)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for i, pair in enumerate(zip(before, after, strict=True)):
-            _walk(f"{where}[{i}]", *pair, found)
-    elif _is_number(before) and _is_number(after):
-        found.numbers += 1
-        largest = max(abs(before), abs(after))
-        found.note(where, abs(before - after) / largest if largest else 0.0)
-    elif before != after:
-        found.note(f"{where}: {before} and {after}", math.inf)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def compare(before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> int:
+    """Print how the results of some set-ups differ; the number of those that do."""
+    differ = steps = numbers = 0
+    for name in names:
+        result = after.get(name, {})
+        taken = sum("loss" in line for line in result.get("lines", []))
+        steps += taken
+        numbers += len(list(leaves(result)))
+        found = differences(before.get(name, {}), result)
+        if found:
+            differ += 1
+            place, largest = next(iter(found)), max(found.values())
+            print(f"{name:32} differs by up to {largest:.2g}, first at {place}")
+        elif not taken:
+            differ += 1
+            print(f"{name:32} took no step")
+        else:
+            print(f"{name:32} equal, {taken} steps")
+    print(f"{len(names)} set-ups, {steps} steps, {numbers} values: {differ or 'none'} differ")
+    return differ
 
 
 def main() -> int:
@@ -436,17 +438,7 @@ def main() -> int:
     if not args.after:
         print(f"{len(after)} set-ups recorded, {len(failed)} of them failed {' '.join(failed)}")
         return int(bool(failed))
-    differ = steps = numbers = 0
-    for set_up in chosen:
-        found = difference(before.get(set_up.name, {}), after[set_up.name])
-        steps, numbers = steps + found.steps, numbers + found.numbers
-        if found.where or not found.steps:
-            differ += 1
-            print(f"{set_up.name:32} differs by up to {found.largest:.2g}, first at {found.where}")
-        else:
-            print(f"{set_up.name:32} equal, {found.steps} steps")
-    print(f"{len(chosen)} set-ups, {steps} steps, {numbers} numbers: {differ or 'none'} differ")
-    return int(differ > 0)
+    return int(compare(before, after, [set_up.name for set_up in chosen]) > 0)
 
 
 if __name__ == "__main__":

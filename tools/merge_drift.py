@@ -1,20 +1,20 @@
-"""What a frozen weight keeps of many merges: fp32, bf16 in two halves (split), bf16 (nearest).
+"""Measures how far a frozen weight drifts over many merges in fp32, bf16 split and bf16 nearest.
 
     python tools/merge_drift.py --model_name_or_path MODEL [--merges 1 100 1000] [--json out.json]
 
-A real training on one process (the demo's recipe with one example a step; launch/train.py's other
-options are passed on) rescales before every step. What it merges into the linear layers of a few
-decoder blocks is also merged, by the project's own `add_low_rank_`, into copies of those layers,
-which start at the loaded weight rounded to bf16; the reference adds the same in float64. Nothing
-is replayed: real increments go back and forth (1 − α∘β is of either sign), each a little
-different, and repeating a few of them, with random signs or in pairs, would flatter `nearest`.
+The tool runs a real training in one process, with a rescale before every step. It uses the demo's
+recipe with one example per step, and passes on other options of launch/train.py. It selects the
+linear layers of a few decoder blocks, and copies their weights, rounded to bf16. Each merge into these
+layers is also merged into the copies, by the project's own `add_low_rank_`. The reference adds the
+same in float64. No increments are replayed: real ones differ and have both signs (as 1 − α∘β has).
+Repeating a few of them, with random signs or in pairs, would make `nearest` look too good.
 
-    stored drift    ‖W − W_ref‖ / ‖W_ref − W_0‖: of the number that is stored (the halves joined),
-                    as a share of the update accumulated so far
-    forward drift   ‖(W − W_ref) x‖ / ‖W_ref x‖: of what the forward reads (split: the bf16 half),
-                    in exact arithmetic, on inputs x that the layer had in training
+    stored drift    ‖W − W_ref‖ / ‖W_ref − W_0‖ of the stored number (for split: both halves),
+                    relative to the update accumulated so far
+    forward drift   ‖(W − W_ref) x‖ / ‖W_ref x‖ of the weight that the forward reads (for split:
+                    the bf16 half), in exact arithmetic, on inputs x of the layer in training
 
-The last row is the reference itself, rounded to bf16 once: what any bf16 weight comes to.
+The last row is the reference, rounded to bf16 once: no bf16 weight can be expected to do better.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from scalora_dist.training.run_log import write_json
 from scalora_dist.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.yaml"
-INPUTS = 64  # of a layer's inputs that are kept
-FIGURES = ("stored", "forward", "update")  # what is aggregated over layers
+INPUTS = 64  # number of a layer's inputs (tokens) that are kept
+FIGURES = ("stored", "forward", "update")  # figures that are aggregated over layers
 ONCE = "reference, rounded once"
 
 
@@ -72,7 +72,12 @@ class DriftArguments:
 
 
 class Stored:
-    """A weight in one way of storing it."""
+    """A weight that is stored in one of the compared ways.
+
+    Attributes:
+        shard: the weight (m, n).
+        low: low halves, int16, 1-D; None: not split.
+    """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, *, split: bool = False) -> None:
         rows, cols = weight.shape
@@ -80,16 +85,16 @@ class Stored:
         self.low = zero_low_half(self.shard) if split else None
 
     def forward(self) -> Tensor:
-        """What a forward reads: (m, n)."""
+        """The weight that a forward reads, (m, n)."""
         return self.shard.local.view(self.shard.shape)
 
     def value(self) -> Tensor:
-        """The numbers that are stored: (m, n)."""
+        """The stored weight, (m, n), with both halves if it is split."""
         high = self.forward()
         return high if self.low is None else join_halves(high, self.low.view_as(high))
 
     def bytes_per_weight(self) -> list[int]:
-        """Of each tensor that is kept."""
+        """Bytes per weight of each stored tensor."""
         kept = [self.shard.local] if self.low is None else [self.shard.local, self.low]
         return [tensor.nbytes // self.shard.local.numel() for tensor in kept]
 
@@ -98,12 +103,15 @@ class Layer:
     """One adapted layer's weight, stored in every way, and the float64 reference.
 
     Attributes:
-        inputs: (k, n), any float dtype: what the layer was given in the latest forward.
-        merges: so far.
+        ways: {name of the way: stored weight}.
+        start: the weight before any merge, (m, n) float64.
+        reference: the weight with all merges, (m, n) float64.
+        inputs: inputs of the layer in the latest forward, (k, n), any float dtype.
+        merges: number of merges so far.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        """All start at ``weight`` (m, n), rounded to bfloat16."""
+        """Start all ways and the reference at ``weight`` (m, n), rounded to bfloat16."""
         weight = weight.to(torch.bfloat16)
         self.ways = {
             "fp32": Stored(weight, torch.float32),
@@ -119,14 +127,14 @@ class Layer:
         self.inputs = x[0].detach().flatten(0, -2)[:INPUTS].clone()
 
     def merge(self, left: Tensor, right: Tensor) -> None:
-        """``W += left @ rightᵀ``: (m, r) and (n, r), float32."""
+        """``W += left @ rightᵀ`` in every way; left (m, r) and right (n, r), float32."""
         for way in self.ways.values():
             add_low_rank_(way.shard, left, right, way.low)
         self.reference.addmm_(left.double(), right.double().T)
         self.merges += 1
 
     def measure(self) -> list[dict[str, Any]]:
-        """One row per way; ``update`` is ‖W_ref − W_0‖ / ‖W_0‖."""
+        """Measure the drifts: one row per way. ``update`` is ‖W_ref − W_0‖ / ‖W_0‖."""
         x, rows = self.inputs.double().T, []
         update, y = (self.reference - self.start).norm(), (self.reference @ x).norm()
         for name, way in (self.ways | {ONCE: Stored(self.reference, torch.bfloat16)}).items():
@@ -138,7 +146,14 @@ class Layer:
 
 
 class Watcher:
-    """Merges what a trainer merges into copies of a few of its layers, and measures them."""
+    """Repeats a trainer's merges on copies of a few of its layers, and measures the copies.
+
+    Attributes:
+        layers: {name: copies of the layer's weight}.
+        at: numbers of merges after which to measure.
+        rows: measurements, one per layer, number of merges and way.
+        merge: the trainer's own merge.
+    """
 
     def __init__(self, trainer: Trainer, blocks: int, merges: Sequence[int]) -> None:
         rescaler = trainer.runner.transform
@@ -155,12 +170,12 @@ class Watcher:
         self.merge, rescaler.merge = rescaler.merge, self  # type: ignore
 
     def __call__(self, shards: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
-        """In the place of ``Rescaler.merge``."""
+        """Called instead of ``Rescaler.merge``: merge into the copies, then call the original."""
         for shard, alpha, beta in zip(shards, scales.alpha, scales.beta, strict=True):
             if layer := self.layers.get(shard.name):
                 a, b = (factor.local.view(factor.shape) for factor in (shard.A, shard.B))
                 left = a * (shard.scaling * (1 - alpha * beta)).to(a)
-                # Rescales before the first step with a learning rate find A = 0: not counted.
+                # Rescales before the first step with a learning rate have A = 0. They do not count.
                 if layer.merges or left.any():
                     layer.merge(left, b)
                     if layer.merges in self.at:
@@ -169,7 +184,12 @@ class Watcher:
 
 
 def spread_over_blocks(names: Sequence[str], count: int) -> list[str]:
-    """The layers of ``count`` blocks, the first and the last among them; a block is a number."""
+    """The layers of ``count`` evenly spaced blocks, with the first and the last block.
+
+    Args:
+        names: names of layers; the first number in a name is its block.
+        count: number of blocks.
+    """
     block_of = {name: next(filter(str.isdigit, name.split(".")), "") for name in names}
     blocks = list(dict.fromkeys(block_of.values()))
     count = min(count, len(blocks))
@@ -178,7 +198,10 @@ def spread_over_blocks(names: Sequence[str], count: int) -> list[str]:
 
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of many layers as one: the median of each figure, and its largest as ``max_…``."""
+    """Aggregate over layers: each figure's median, and its largest value as ``max_…``.
+
+    Returns one row per number of merges and way.
+    """
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["merges"], row["way"]), []).append(row)
@@ -191,7 +214,7 @@ def over_layers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """The medians as a Markdown table, a line per way."""
+    """The medians as a Markdown table, with one line per way."""
     counts = sorted({row["merges"] for row in rows})
     heads = ["", "bytes per weight"]
     heads += [f"{key} drift, {count}" for key in ("stored", "forward") for count in counts]
@@ -207,9 +230,9 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str, Any]]:
-    """A training on this process alone: what was measured meanwhile, and its options."""
+    """Train in this process. Returns the watcher with its measurements, and the run's options."""
     with tempfile.TemporaryDirectory(prefix="merge_drift-") as folder:
-        # Two steps more: the first rescale finds A = 0, and the next one if warm-up starts at 0.
+        # Two more steps: A = 0 in the first rescale, and in the next if warm-up starts at rate 0.
         given = {"config": RECIPE, "output_dir": folder, "max_steps": args.merges[-1] + 2}
         given |= {"per_device_train_batch_size": 1, "eval_size": 0, "update_rank_layers": 0}
         given |= {"save_steps": 0, "save_model": False}
@@ -252,7 +275,7 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # torch renamed a collective; releases before 2.13 have the old name only.
+    # torch renamed a collective. Releases before 2.13 have only the old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with exit_with_one_sentence():
         run(sys.argv[1:])

@@ -1,12 +1,12 @@
-"""What a run will need on a cluster: memory by part, messages, least times; and whether it fits.
+"""Plans a run on a cluster: memory by part, messages, least times, and whether it fits.
 
     python tools/plan.py --model google/gemma-3-12b-pt --nodes 2 --gpus_per_node 8 --gpu h100-80g \\
         --ds_config ds_configs/zero3_12b.json --method scalora --rank 8 --bf16 \\
         --per_device_train_batch_size 4 --max_length 1024
 
 The options of the run are the trainer's own (also from `--config RECIPE.yaml`). No weights are
-loaded and no GPU is needed: the model is built on the meta device, and one micro-batch of it is
-traced on tensors without storage.
+loaded and no GPU is needed. The model is built on the meta device, and one micro-batch is traced on
+tensors without storage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scalora_dist.planning.report import report
 def main(argv: list[str]) -> None:
     parser = Parser([PlanArguments], allow_abbrev=False, description=__doc__)
     where, words = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    # A plan writes no results, so that the folder does not matter.
+    # A plan writes no results, so any folder will do.
     print(report(parse_options([*words, "--output_dir", "."]), where))
 
 

@@ -1,8 +1,9 @@
-"""A random Gemma-3 in the shape of its 1B, with fewer layers and words: for measuring, not for use.
+"""Makes a random Gemma-3 with the widths of the 1B, fewer layers and words, for measurements.
 
     python tools/random_model.py FOLDER [--layers 14 --vocabulary 131072]
 
-Weights are bfloat16; the tokenizer is the demo model's. The defaults make 527 million parameters.
+Its weights are bfloat16, and its tokenizer is the demo model's. The defaults give 527 million
+parameters.
 """
 
 from __future__ import annotations

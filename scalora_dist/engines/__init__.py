@@ -1,1 +1,1 @@
-"""DeepSpeed, FSDP2 or one process: where each keeps its shards, and how it steps."""
+"""Engines (DeepSpeed, FSDP2, one process): where each keeps its shards, and how it steps."""

@@ -1,4 +1,4 @@
-"""What the trainer and the rescale ask of an engine."""
+"""The interface of an engine, which the trainer and the methods use."""
 
 from __future__ import annotations
 
@@ -19,53 +19,56 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of m and v in torch's AdamW
 
 
 class ParameterShards(ABC):
-    """Where an engine keeps this rank's part of a parameter, as views that writes stick to."""
+    """Finds this rank's part of a parameter in the engine's storage.
+
+    All results are views: writes to them change the engine's storage.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
     @abstractmethod
     def weight(self, p: Tensor) -> FlatShard:
-        """A frozen parameter."""
+        """This rank's shard of a frozen parameter."""
 
     @abstractmethod
     def master(self, p: nn.Parameter) -> FlatShard:
-        """The fp32 master of a trained parameter."""
+        """This rank's shard of a trained parameter's fp32 master."""
 
     @abstractmethod
     def gradient(self, p: nn.Parameter) -> Tensor:
-        """The reduced gradient of the master's range, from the last backward to the step."""
+        """The reduced gradient of the master's range. Valid from the last backward to the step."""
 
     @abstractmethod
     def moments(self, p: nn.Parameter) -> list[Tensor]:
-        """AdamW's m and v of the master's range; [] before they exist."""
+        """AdamW's moments [m, v] of the master's range; [] before they exist."""
 
     def stepped(self) -> list[Tensor]:
-        """The tensors whose state the optimizer keeps: masters, or flat buffers of them."""
+        """The tensors for which the optimizer keeps state: masters, or flat buffers of them."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-# From {name: trained parameter} as the engine shows it to the optimizer.
+# Makes the optimizer from {name: trained parameter}, as the engine shows them to the optimizer.
 MakeOptimizer: TypeAlias = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 
 
 class Engine(ABC):
     """A sharded model with its optimizer.
 
-    Order of calls: construct, build the model inside ``loading()``, ``attach``. Then per step
-    ``backward`` once per micro-batch, ``layer_shards`` for whoever edits them in place, and
-    ``step`` or ``discard_step``.
+    Order of calls: construct the engine, build the model inside ``loading()``, call ``attach``.
+    Then, for each step: ``backward`` once per micro-batch, ``layer_shards`` to edit shards in
+    place, and ``step`` or ``discard_step``.
 
     Attributes:
-        dtype: of the weights as they are kept.
-        keeps_whole_weights: whether each rank trains on whole weights. Those are best read straight
+        dtype: dtype of the stored weights.
+        keeps_whole_weights: whether each rank keeps the full weights. They are best read straight
             to its device.
-        loads_on_rank_0: whether rank 0 alone reads the model's files. The others build it
-            on "meta".
+        loads_on_rank_0: whether only rank 0 reads the model's files. The other ranks build the
+            model on "meta".
         model: the model itself; set by ``attach``, as are all attributes below.
-        module: what to call for a forward.
-        optimizer: AdamW, whose param_groups hold the learning rate.
-        shards: where this rank's part of each parameter is.
+        module: the module to call for a forward.
+        optimizer: the AdamW optimizer, whose param_groups hold the learning rate.
+        shards: finds this rank's part of each parameter.
         adapted: {name: layer that the method adapts}, in model order.
     """
 
@@ -81,7 +84,7 @@ class Engine(ABC):
 
     @abstractmethod
     def loading(self) -> AbstractContextManager[None]:
-        """Inside it, ``from_pretrained`` builds the model as the engine wants it (sharded)."""
+        """Inside it, ``from_pretrained`` builds the model as the engine needs it, e.g. sharded."""
 
     @abstractmethod
     def attach(
@@ -90,19 +93,26 @@ class Engine(ABC):
         layers: Mapping[str, nn.Module],
         make_optimizer: MakeOptimizer,
     ) -> None:
-        """Shard ``model`` and train the parameters that require a gradient."""
+        """Shard ``model`` and make the optimizer for the parameters that require a gradient.
+
+        Args:
+            model: the model, built inside ``loading()``.
+            layers: {name: layer that the method adapts}, in model order.
+            make_optimizer: makes the optimizer from {name: trained parameter}.
+        """
 
     def shape_of(self, p: Tensor) -> torch.Size:
-        """A parameter's whole shape, even where this engine cut it up; valid before ``attach``."""
+        """A parameter's full shape, also if the engine sharded it. Valid before ``attach``."""
         return p.shape
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add this micro-batch's gradients: they are SUMMED over micro-batches and ranks.
+        """Add this micro-batch's gradients. They are SUMMED over micro-batches and ranks.
 
         Args:
-            last: whether this is the accumulation's last micro-batch. If it is, the gradients are
-                reduced when this returns, and ``layer_shards`` shows them.
+            loss: this micro-batch's share of the step's loss on this rank, a scalar.
+            last: whether this is the last micro-batch of the gradient accumulation. If it is, the
+                gradients are reduced when this returns, and ``layer_shards`` shows them.
         """
 
     @abstractmethod
@@ -111,28 +121,28 @@ class Engine(ABC):
 
     @abstractmethod
     def discard_step(self) -> None:
-        """Drop the gradients on all ranks: no parameter and no state changes.
+        """Drop the gradients on all ranks. No parameter and no optimizer state changes.
 
-        fp16 lowers its loss scale.
+        In fp16 the loss scale is lowered.
         """
 
     def release(self) -> None:  # noqa: B027 (most engines leave nothing gathered)
-        """Free the weights that a forward or a backward outside of a step left gathered.
+        """Free the weights that a forward or a backward outside a step left gathered.
 
-        They would not show what is written into their shards afterwards.
+        Gathered weights would not show later writes to their shards.
         """
 
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """How many times too large the stored gradients are (fp16), else 1."""
+        """The factor by which the stored gradients are too large: fp16's loss scale, else 1."""
 
     def layer_shards(self, *, gradients: bool = True) -> list[LayerShards]:
         """This rank's shards of the layers with factors A and B, in model order.
 
         Args:
-            gradients: False between steps, when there are none: then ``grad_A`` and ``grad_B``
-                stand for the masters.
+            gradients: False between steps, when there are no gradients. ``grad_A`` and ``grad_B``
+                are then the masters.
         """
         return [
             self._layer(name, layer, gradients)
@@ -160,7 +170,11 @@ class Engine(ABC):
         )
 
     def trained_shards(self, *, gradients: bool = True) -> list[TrainedShard]:
-        """Every trained parameter in model order; ``gradients`` as for ``layer_shards``."""
+        """This rank's shards of all trained parameters, in model order.
+
+        Args:
+            gradients: as for ``layer_shards``.
+        """
         return [
             self._trained(name, p, gradients)
             for name, p in self.model.named_parameters()
@@ -174,9 +188,9 @@ class Engine(ABC):
         return TrainedShard(name, master, master.like(local), moments)
 
     def base_shards(self) -> Iterator[NamedShard]:
-        """Every parameter that the model was loaded with, once, in model order."""
+        """This rank's shards of the loaded model's parameters, each once, in model order."""
         added = {id(p) for layer in self.adapted.values() for p in own_parameters(layer).values()}
-        loaded: dict[int, str] = {}  # where a layer was wrapped, by the name it had before
+        loaded: dict[int, str] = {}  # names before PEFT wrapped the layer, by parameter id
         for name, layer in self.adapted.items():
             linear = adapted_linear(layer)
             loaded |= {id(linear.weight): f"{name}.weight", id(linear.bias): f"{name}.bias"}
@@ -185,7 +199,10 @@ class Engine(ABC):
                 yield self._named(loaded.get(id(parameter), name), parameter)
 
     def added_shards(self) -> Iterator[NamedShard]:
-        """Every parameter that the method added, trained or not, in model order."""
+        """This rank's shards of the parameters that the method added, trained or not.
+
+        In model order.
+        """
         for name, layer in self.adapted.items():
             for key, parameter in own_parameters(layer).items():
                 yield self._named(f"{name}.{key}", parameter)
@@ -196,20 +213,20 @@ class Engine(ABC):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Between steps: afterwards the forward reads what was written into shards inside it."""
+        """Write to shards inside it, between steps. After it, the forward reads the new values."""
         with torch.no_grad():
             yield
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides shards: a few numbers, the same on every rank."""
+        """State for a checkpoint besides shards: a few numbers, the same on every rank."""
         states = [self.optimizer.state.get(tensor) for tensor in self.shards.stepped()]
         return {"optimizer_steps": next((int(state["step"]) for state in states if state), 0)}
 
     @contextmanager
     def restoring(self, state: Mapping[str, Any]) -> Iterator[None]:
-        """Go back to ``state``; inside it, copy a checkpoint into the engine's shards.
+        """Restore ``state``. Inside it, copy a checkpoint into the engine's shards.
 
-        Their moments exist, unless the optimizer had not stepped yet.
+        The shards' moments exist inside it, unless the optimizer had not stepped yet.
         """
         if steps := state["optimizer_steps"]:
             for tensor in self.shards.stepped():

@@ -1,4 +1,4 @@
-"""A model that rank 0 alone has read: sent to the others tensor by tensor."""
+"""Sends a model that only rank 0 has read to the other ranks, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from scalora_dist.errors import UserError
 
 
 def match_rank_0(model: nn.Module, world: World) -> None:
-    """Have ranks that know only the config expect what rank 0 sends, in its dtypes.
+    """Give the model on every rank the dtypes of rank 0's model. Collective.
 
-    Some models keep a few of their tensors in fp32, which a config does not tell.
+    The other ranks built the model from the config only. Some models keep a few tensors in fp32,
+    and the config does not say so.
 
     Raises:
-        UserError: on every rank, where names or shapes differ.
+        UserError: on every rank, if names or shapes differ between ranks.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     known = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -36,7 +37,10 @@ def match_rank_0(model: nn.Module, world: World) -> None:
 
 
 def broadcast_from_rank_0(tensor: Tensor, world: World) -> Tensor:
-    """Rank 0's ``tensor`` on every rank's device; elsewhere only its shape and dtype count."""
+    """Rank 0's ``tensor`` on every rank's device. One broadcast.
+
+    On other ranks, only the shape and dtype of ``tensor`` are used.
+    """
     if world.is_main:
         whole = tensor.to(world.device)
     else:
@@ -46,7 +50,11 @@ def broadcast_from_rank_0(tensor: Tensor, world: World) -> Tensor:
 
 
 def broadcast_buffers(model: nn.Module, buffers: Mapping[str, Tensor], world: World) -> None:
-    """Put rank 0's ``buffers``, {name: tensor}, into ``model`` on every rank's device."""
+    """Put rank 0's ``buffers`` into ``model`` on every rank's device. One broadcast per buffer.
+
+    Args:
+        buffers: {name: tensor}. On other ranks, only shapes and dtypes are used.
+    """
     for name, buffer in buffers.items():
         holder, _, attribute = name.rpartition(".")
         model.get_submodule(holder)._buffers[attribute] = broadcast_from_rank_0(buffer, world)
@@ -55,12 +63,12 @@ def broadcast_buffers(model: nn.Module, buffers: Mapping[str, Tensor], world: Wo
 def replaced_parameters(
     model: nn.Module, device: torch.device | str, *, keep: bool
 ) -> Iterator[nn.Parameter]:
-    """Each parameter of ``model`` once, as another one on ``device`` that takes its place.
+    """Replace each parameter of ``model`` by a new one on ``device``, and yield it, once each.
 
-    Tied ones stay tied.
+    Tied parameters stay tied.
 
     Args:
-        keep: its values; else they are not set.
+        keep: whether the new parameters get the old values; else their values are undefined.
     """
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Which engine a command line asks for. Engines are imported when they are picked."""
+"""Picks the engine that the command line asks for, and imports only that engine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from scalora_dist.modeling.load import BaseModelSpec
 
 
 def engine_factory(options: Options, world: World, base: BaseModelSpec) -> Callable[[], Engine]:
-    """What makes the engine, its settings checked: DeepSpeed, FSDP2, or none on one rank.
+    """Check the settings and return a function that makes the engine.
+
+    The engine is DeepSpeed, FSDP2, or, on one rank, the local one.
 
     Args:
-        base: what is known of the model.
+        base: facts about the base model, read before it is loaded.
 
     Raises:
-        UserError: two engines, no engine for several ranks, bad settings.
+        UserError: two engines are given, several ranks have no engine, or settings are wrong.
     """
     check_engine_choice(options, world.size)
     train, launch = options.train, options.launch
@@ -51,11 +53,14 @@ def engine_factory(options: Options, world: World, base: BaseModelSpec) -> Calla
 
 
 def check_engine_choice(options: Options, ranks: int) -> None:
-    """Refuse what no engine, or none that was asked for, can train on so many ranks.
+    """Check that the options name an engine that can train on this number of ranks.
+
+    Args:
+        ranks: world size.
 
     Raises:
-        UserError: two engines, settings of one that was not asked for, no engine where one is
-            needed.
+        UserError: two engines are given, or settings of an engine that is not, or no engine where
+            one is needed.
     """
     launch = options.launch
     if launch.fsdp_config and not launch.fsdp:

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO 0 to 3: where its shards are.
+"""The DeepSpeed engine, ZeRO stage 0 to 3: where DeepSpeed keeps its shards.
 
-These are private attributes of DeepSpeed (read and run with 0.19.8); they are used here only, and
-``tests/distributed`` fails loudly when a release moves them.
+This file uses private attributes of DeepSpeed (read and tested with 0.19.8), and is the only engine
+code that does. ``tests/engines`` and ``tests/methods`` fail loudly if a release moves them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scalora_dist.engines.layer_shards import TrainedShard, as_matrix
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import adapted_linear
 
-ZeroParameter: TypeAlias = Any  # an nn.Parameter on which DeepSpeed hung its own attributes
+ZeroParameter: TypeAlias = Any  # an nn.Parameter with DeepSpeed's own attributes
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
@@ -41,19 +41,22 @@ class DeepSpeedEngine(Engine):
         """
         Args:
             config: a DeepSpeed config without "auto" (see ``engines/ds_config.py``).
-            quantized: whether the base is: transformers cannot cut such a one up while loading it,
-                so at stage 3 rank 0 loads it and sends each rank its parts.
+            quantized: whether the base model is quantized. transformers cannot shard such a model
+                while loading it, so at stage 3 rank 0 loads it and sends each rank its shards.
+
+        Raises:
+            UserError: DeepSpeed refuses the config, or has no fp16 on this device.
         """
         self.world = world
         self.config = config
-        # Built with a C++ compiler on CPUs when the group is joined, and used for inference alone.
+        # On CPUs DeepSpeed compiles this C++ extension when it joins the group, for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend())  # takes over the group that world joined
-        # hpZ's groups, where an engine was made in this process before: DeepSpeed would use them.
+        # Drop hpZ's groups of an earlier engine in this process: DeepSpeed would use them again.
         deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         try:
             DeepSpeedConfig(config)
-        except ValueError as error:  # pydantic's too
+        except ValueError as error:  # pydantic's errors are ValueErrors too
             reason = " ".join(str(error).splitlines()[:3])
             raise UserError(f"DeepSpeed refuses the --ds_config: {reason}") from error
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
@@ -71,7 +74,7 @@ class DeepSpeedEngine(Engine):
         if self.loads_on_rank_0:
             yield
             return
-        # transformers partitions a model while loading it for as long as this object lives.
+        # While this object lives, transformers shards each model that it loads.
         keep = HfDeepSpeedConfig(self.config)
         yield
         del keep
@@ -104,19 +107,20 @@ class DeepSpeedEngine(Engine):
         self.shards = kinds[self.stage](self.engine)
 
     def _spread(self, model: nn.Module) -> None:
-        """Cut ``model``, which rank 0 has read, up over the ranks, a parameter at a time."""
+        """Shard ``model``, which only rank 0 has read, over all ranks, parameter by parameter."""
         match_rank_0(model, self.world)
         broadcast_buffers(model, dict(model.named_buffers()), self.world)
         parameters = replaced_parameters(model, self.world.device, keep=self.world.is_main)
-        # DeepSpeed broadcasts each one from rank 0 and keeps this rank's part.
+        # DeepSpeed broadcasts each parameter from rank 0 and keeps this rank's shard.
         deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters(parameters)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        # DeepSpeed divides by the accumulation and by the ranks; our loss is a share of a sum.
+        # DeepSpeed divides by the accumulation steps and by the world size. Our loss is one share
+        # of a sum, so both are multiplied back.
         self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.world.size))
         if not last:
             self.engine.step()
-        elif self.shards.offloads:  # gradients may still be on their way to the CPU
+        elif self.shards.offloads:  # copies of gradients to the CPU may still be running
             get_accelerator().synchronize()
 
     def step(self) -> None:
@@ -130,7 +134,7 @@ class DeepSpeedEngine(Engine):
             self.engine.micro_steps += 1
             return
         trained = self.trained_shards()
-        # The engine's own overflow path discards a step whole, at every stage that has one.
+        # An inf triggers DeepSpeed's own overflow path, which discards the complete step.
         for parameter in trained:
             parameter.gradient.local.fill_(float("inf"))
         self._step(trained)
@@ -138,7 +142,7 @@ class DeepSpeedEngine(Engine):
             raise RuntimeError("DeepSpeed applied a step that it should not have")
 
     def _step(self, trained: list[TrainedShard]) -> None:
-        """The engine's step at an accumulation boundary, on gradients that were edited in place."""
+        """Run DeepSpeed's step after the last micro-batch, on gradients edited in place."""
         self.shards.note_gradient_norms(trained)
         self.engine.step()
         self.shards.drop_copies()
@@ -159,7 +163,7 @@ class DeepSpeedEngine(Engine):
         state = super().state()
         if self.dtype == torch.float16:
             scaler = vars(self.engine.optimizer.loss_scaler)
-            # The scale and its counters; what else it holds comes from the options.
+            # Save the scale and its counters. The scaler's other values come from the options.
             state["loss_scaler"] = {k: v for k, v in scaler.items() if isinstance(v, int | float)}
         return state
 
@@ -178,9 +182,9 @@ class DeepSpeedEngine(Engine):
 
 
 def _gather_wrapped_layers_whole(model: Any, layers: Mapping[str, nn.Module]) -> None:
-    """Layers of PEFT's that wrap a linear layer may read its weight outside that layer's forward.
+    """Make PEFT's wrapper layers leaves of ZeRO-3: their forward gathers all their parameters.
 
-    (DoRA and HiRA do.) As leaves of ZeRO-3 they have all their parameters gathered around theirs.
+    Such a layer may read the wrapped weight outside the wrapped layer's forward (DoRA and HiRA do).
     """
     wrappers = {type(layer) for layer in layers.values() if adapted_linear(layer) is not layer}
     if wrappers:
@@ -190,9 +194,15 @@ def _gather_wrapped_layers_whole(model: Any, layers: Mapping[str, nn.Module]) ->
 
 
 class _ZeroShards(ParameterShards):
-    """Where one ZeRO stage keeps this rank's part of a parameter."""
+    """Finds this rank's part of a parameter under one ZeRO stage.
 
-    checks_overflow = True  # the engine's step discards non-finite gradients by itself
+    Attributes:
+        engine: DeepSpeed's engine.
+        zero: DeepSpeed's optimizer wrapper of this stage.
+        offloads: whether the optimizer state is offloaded.
+    """
+
+    checks_overflow = True  # DeepSpeed's step discards non-finite gradients by itself
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine.basic_optimizer)
@@ -202,21 +212,24 @@ class _ZeroShards(ParameterShards):
         self.offloads = offload is not None and str(offload.device) not in ("none", "None")
 
     def weight(self, p: ZeroParameter) -> FlatShard:
-        """A frozen weight; whole on every rank below stage 3."""
+        """This rank's shard of a frozen weight. Below stage 3, every rank has all of it."""
         return FlatShard(p.data.view(-1), 0, as_matrix(p.shape))
 
     @abstractmethod
     def refresh(self) -> None:
-        """Make the forward read what was written into masters and frozen weights."""
+        """Make the forward read the values that were written into masters and frozen weights."""
 
     def release(self) -> None:
-        """Free gathered weights after a backward that the engine does not know of."""
+        """Free gathered weights after a backward that was not run by DeepSpeed's engine."""
 
     def drop_copies(self) -> None:
-        """Have the next forward read the shards, whatever the engine made from them before."""
+        """Drop DeepSpeed's copies of the weights, so that the next forward reads the shards."""
 
     def note_gradient_norms(self, trained: list[TrainedShard]) -> None:
-        """With optimizer offload the engine clips by norms it took during the backward."""
+        """Update the norms that DeepSpeed took in the backward.
+
+        With optimizer offload DeepSpeed clips by these norms, and the gradients were edited since.
+        """
         if not self.offloads:
             return
         parameters = dict(self.engine.module.named_parameters())
@@ -227,17 +240,17 @@ class _ZeroShards(ParameterShards):
                 self.zero.norm_for_param_grads[parameter_id] = norm
 
     def clear_gradients(self, trained: list[TrainedShard]) -> None:
-        """Zero the buffers that a stage keeps from step to step.
+        """Zero the gradient buffers, which a stage keeps from step to step.
 
-        A layer that the next forward does not reach would find this step's gradients in them, or
-        the inf of a discarded step, and step with those.
+        If the next forward does not reach a layer, the optimizer would step that layer with this
+        step's gradients, or with the inf of a discarded step.
         """
         for parameter in trained:
             parameter.gradient.local.zero_()
 
 
 class _Stage0Shards(_ZeroShards):
-    """Stage 0: everything whole on every rank."""
+    """Stage 0: every rank has all of every tensor."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine)
@@ -246,7 +259,7 @@ class _Stage0Shards(_ZeroShards):
         if self.checks_overflow:  # 16-bit: FP16_UnfusedOptimizer
             for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
                 self.masters |= dict(zip(low, high, strict=True))
-            # It takes a dummy step when made, which would put Adam's bias correction one step off.
+            # Its constructor takes a dummy step. Adam's bias correction would be one step off.
             for state in self.zero.optimizer.state.values():
                 state["step"].zero_()
 
@@ -271,10 +284,10 @@ class _Stage0Shards(_ZeroShards):
 
 
 class _Stage1And2Shards(_ZeroShards):
-    """Stages 1 and 2: pieces of one flattened buffer, beginning and ending anywhere."""
+    """Stages 1 and 2: pieces of one flattened buffer, which may begin and end inside a row."""
 
     def _nothing(self) -> Tensor:
-        """The part of a parameter of which this rank owns none, where the others' masters are."""
+        """An empty part of a parameter of which this rank owns nothing, on the masters' device."""
         return self.zero.single_partition_of_fp32_groups[0].new_empty(0)
 
     def refresh(self) -> None:
@@ -294,7 +307,7 @@ class _Stage1And2Shards(_ZeroShards):
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:
         mapping = p._hp_mapping
-        if mapping is None:  # as many as the ranks have that own a part
+        if mapping is None:  # as many moments as on the ranks that own a part
             states = self.zero.optimizer.state.values()
             return [self._nothing() for key in MOMENTS if any(key in state for state in states)]
         flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -308,7 +321,7 @@ class _Stage1And2Shards(_ZeroShards):
 
 
 class _Stage3Shards(_ZeroShards):
-    """Stage 3: ceil(numel / world) elements of every parameter, the last range padded."""
+    """Stage 3: ceil(numel / world) elements of every parameter on each rank, the last padded."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine)
@@ -326,7 +339,7 @@ class _Stage3Shards(_ZeroShards):
     def refresh(self) -> None:
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        if persistent := self.zero.persistent_parameters:  # whole copies of what was changed
+        if persistent := self.zero.persistent_parameters:  # full copies with the old values
             persistent[0].partition(persistent)
             self._gather_persistent()
         self.drop_copies()
@@ -334,16 +347,17 @@ class _Stage3Shards(_ZeroShards):
     @torch.no_grad()
     def release(self) -> None:
         offload = self.zero.parameter_offload
-        offload.release_backward_leftovers()  # as at the end of the engine's own backward
-        offload.partition_all_parameters()  # as in its step, and so the next line
+        # DeepSpeed's own backward ends with the first call; its step makes the other two.
+        offload.release_backward_leftovers()
+        offload.partition_all_parameters()
         self._gather_persistent()
 
     def drop_copies(self) -> None:
-        """hpZ's second shards, one copy of the model in each group of ranks.
+        """Drop hpZ's secondary shards, which hold one copy of the model in each group of ranks.
 
-        They are made of a gathered weight when it is freed, where there is none yet, and gathered
-        from in place of the first ones while they last. DeepSpeed's step drops those of trained
-        parameters alone.
+        DeepSpeed makes the secondary shard of a weight, if there is none yet, when it frees the
+        gathered weight. While the shard exists, DeepSpeed gathers from it and not from the primary
+        one. DeepSpeed's own step drops only those of trained parameters.
         """
         for parameter in self.engine.module.parameters():
             parameter.ds_secondary_tensor = None
@@ -374,7 +388,7 @@ class _Stage3Shards(_ZeroShards):
 
     def clear_gradients(self, trained: list[TrainedShard]) -> None:
         super().clear_gradients(trained)
-        if self.offloads:  # the gradients went through a buffer on the device
+        if self.offloads:  # the gradients also went through this buffer on the device
             self.zero.grad_partitions_flat_buffer.zero_()
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:

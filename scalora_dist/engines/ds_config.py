@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: "auto" values filled in, settings that would break the rescale refused."""
+"""Reads DeepSpeed's JSON: fills in "auto" values, refuses settings that break the rescale."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ SECTIONS = (
 def load_ds_config(
     path: str, args: TrainArguments, *, world_size: int, hidden_size: int
 ) -> dict[str, Any]:
-    """The DeepSpeed config at ``path`` as DeepSpeed takes it, with nothing left on "auto".
+    """The DeepSpeed config in the file ``path``, with all "auto" values filled in.
+
+    Args:
+        path: the JSON file.
+        args: the training options, which decide most "auto" values.
+        world_size: number of ranks.
+        hidden_size: the model's width, which decides the "auto" sizes of buffers.
 
     Raises:
-        UserError: no such file, bad JSON (line number), a value that contradicts the command line,
-            a setting under which merging into shards would go wrong silently.
+        UserError: there is no such file, its JSON is invalid (with the line number), a value
+            contradicts the command line, or a merge into shards would go wrong silently.
     """
     try:
         config = json.loads(Path(path).read_text())
@@ -50,7 +56,7 @@ def load_ds_config(
 
 
 def _check_sections(config: dict[str, Any], path: str) -> None:
-    """What must be an object is one; null means absent."""
+    """Refuse a section that is not a JSON object. Remove a section that is null."""
     for key in SECTIONS:
         section, name = _section(config, key)
         if section.get(name) is None:
@@ -78,7 +84,7 @@ def _fill(
                 f'{path} sets {key} to {section[name]}, the command line says {value}: set "auto"'
             )
         section[name] = value
-    # What transformers' Trainer puts for "auto" here.
+    # transformers' Trainer fills in the same values for "auto".
     sized = {
         "zero_optimization.reduce_bucket_size": hidden_size**2,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
@@ -161,7 +167,7 @@ def _refuse(config: dict[str, Any], world_size: int, path: str) -> None:
 
 
 def _section(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The (nested) object that holds a dotted key, made where it is missing, and the last name."""
+    """The (nested) object that holds a dotted key, created if missing, and the key's last name."""
     *path, name = key.split(".")
     for part in path:
         config = config.setdefault(part, {})

@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: each parameter a DTensor of whole rows, on a 1-D or a hybrid 2-D mesh."""
+"""The FSDP2 engine: each parameter is a DTensor of complete rows, on a 1-D or hybrid 2-D mesh."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 
 class FSDPEngine(LocalEngine):
-    """A model under FSDP2, one group of parameters per decoder block and one for the rest.
+    """A model under FSDP2, with one group of parameters per decoder block and one for the rest.
 
-    Rank 0 reads it and sends each rank its rows.
+    Rank 0 reads the model and sends each rank its rows.
 
-    A and B are kept as fp32 masters (sharded) and gathered in ``param_dtype``; frozen weights are
-    kept in ``dtype``. On a 2-D mesh every row of ranks holds the whole model cut up among them, and
-    all rows hold the same: grams are summed over one row, gradients over all ranks.
+    A and B are stored as sharded fp32 masters and gathered in ``param_dtype``. Frozen weights are
+    stored in ``dtype``. On a 2-D mesh, each row of ranks shards the full model among its ranks, and
+    all rows hold the same values. Grams are summed over one row, gradients over all ranks.
     """
 
     keeps_whole_weights = False
@@ -57,7 +57,10 @@ class FSDPEngine(LocalEngine):
         self.mesh = init_device_mesh(world.device.type, tuple(config.mesh), mesh_dim_names=names)
 
     def place(self, model: nn.Module) -> None:
-        """Cut ``model`` up while it has no storage, then send each rank its part of rank 0's."""
+        """Shard ``model`` while it has no storage, then send each rank its part from rank 0.
+
+        One broadcast per parameter and buffer.
+        """
         match_rank_0(model, self.world)
         source = {name: p.detach() for name, p in model.named_parameters()}
         buffers = dict(model.named_buffers())
@@ -71,7 +74,7 @@ class FSDPEngine(LocalEngine):
                 whole = broadcast_from_rank_0(source[name], self.world)
                 part = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
                 parameter.to_local().copy_(part.to_local())
-        # On the device, even where parameters are not.
+        # Buffers stay on the device, also if parameters are offloaded.
         broadcast_buffers(model, buffers, self.world)
 
     def _shard(self, model: nn.Module) -> None:
@@ -85,12 +88,13 @@ class FSDPEngine(LocalEngine):
             sharded = fully_shard(
                 module,
                 mesh=self.mesh,
-                # What is outside the blocks is needed at both ends of a step: kept in between.
+                # Parameters outside the blocks are needed at both ends of a step, so they stay
+                # gathered in between.
                 reshard_after_forward=config.reshard_after_forward if module is not model else None,
                 mp_policy=policy,
                 offload_policy=offload,
             )
-            # Our losses are shares of a sum, so gradients are summed.
+            # Each rank's loss is a share of a sum, so gradients are summed.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
 
@@ -119,7 +123,8 @@ class FSDPEngine(LocalEngine):
         return super().added_shards()
 
     def release(self) -> None:
-        # What is outside the blocks stays gathered after an evaluation, and so would be shown.
+        # After an evaluation, parameters outside the blocks stay gathered. The shards would not be
+        # visible.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -134,7 +139,7 @@ class DTensorShards(TorchShards):
 
     def shard(self, tensor: Tensor) -> FlatShard:
         rows, cols = as_matrix(tensor.shape)
-        share = ceil_div(rows, self.group.size())  # FSDP cuts as torch.chunk does
+        share = ceil_div(rows, self.group.size())  # FSDP splits rows like torch.chunk
         start = min(self.group.rank() * share, rows)
         return FlatShard(self.local(tensor), start * cols, (rows, cols), self.group)
 
@@ -144,9 +149,9 @@ class DTensorShards(TorchShards):
 
 
 def _decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers never splits, in model order."""
+    """The decoder blocks, named in ``_no_split_modules`` of transformers, in model order."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    # Blocks that text never comes through (vision towers) stay in the root's group: torch fails in
-    # the backward where a group of its own was never gathered.
+    # Blocks that text does not pass through (vision towers) stay in the root's group: torch fails
+    # in the backward if a separate group was never gathered.
     reached = reached_by_text(model) if isinstance(model, PreTrainedModel) else set(model.modules())
     return [x for x in model.modules() if type(x).__name__ in names and x in reached]

@@ -1,4 +1,4 @@
-"""FSDP2's settings: a JSON or YAML file, checked."""
+"""Reads and checks FSDP2's settings from a JSON or YAML file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class FSDPConfig:
-    """
+    """Settings of the FSDP2 engine.
+
     Attributes:
-        mesh: [ranks], or [replicas, ranks each of them is cut up over] (hybrid sharding).
-        reshard_after_forward: free a block's gathered weights after its forward, and gather them
-            again for its backward; a number: keep them cut up over groups of so many ranks.
-        param_dtype: what blocks are gathered and computed in; None: as they are kept.
-        reduce_dtype: what gradients are summed in; None: as they are computed.
-        cpu_offload: keep parameters, gradients and moments on the CPU, and step there.
+        mesh: [ranks], or [replicas, ranks of each replica] for hybrid sharding.
+        reshard_after_forward: whether to free a block's gathered weights after its forward and
+            gather them again for its backward. A number: reshard them to groups of that size.
+        param_dtype: dtype in which blocks are gathered and computed; None: the stored dtype.
+        reduce_dtype: dtype in which gradients are summed; None: the dtype of the computation.
+        cpu_offload: whether parameters, gradients and moments stay on the CPU, with the optimizer
+            step there.
     """
 
     mesh: list[int] = field(default_factory=list)
@@ -36,12 +38,13 @@ class FSDPConfig:
 
 
 def load_fsdp_config(path: str | None, args: TrainArguments, *, world_size: int) -> FSDPConfig:
-    """The settings in the JSON or YAML file at ``path``, or the defaults.
+    """The settings in the JSON or YAML file at ``path``; the defaults if ``path`` is None.
 
-    With --bf16 blocks are computed in bfloat16 and gradients summed in float32.
+    By default, blocks are computed in bfloat16 with --bf16, and gradients are summed in float32.
 
     Raises:
-        UserError: no such file, bad YAML, an unknown key, a value that cannot be.
+        UserError: there is no such file, its YAML is invalid, a key is unknown, or a value is
+            invalid.
     """
     given = _read(path) if path else {}
     known = ["mesh_shape", "reshard_after_forward", "mixed_precision", "cpu_offload"]
@@ -60,7 +63,7 @@ def load_fsdp_config(path: str | None, args: TrainArguments, *, world_size: int)
                 raise UserError(f"{path}: {key} {given[key]!r}: set true or false")
             setattr(config, key, given[key])
     group = config.reshard_after_forward
-    # Note that True is an int, and 1.
+    # In Python True is an int, equal to 1.
     if not isinstance(group, bool) and (group < 2 or config.mesh[-1] % group):
         raise UserError(
             f"{path}: reshard_after_forward {group}: set true, false or a divisor of "
@@ -74,7 +77,7 @@ def _read(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         try:
             given = json.loads(text)
-        except json.JSONDecodeError:  # not YAML at once: YAML forbids JSON's tabs
+        except json.JSONDecodeError:  # JSON is tried first: YAML forbids the tabs that JSON allows
             given = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--fsdp_config {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""This rank's shards of layers and parameters, as engines hand them out."""
+"""Data classes for this rank's shards of layers and parameters, returned by engines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ from scalora_dist.core.flat_shard import FlatShard
 class LayerShards:
     """This rank's shards of one adapted layer between the last backward and the optimizer's step.
 
-    All are views of the engine's own storage. W is (m, n); A and its gradient and moments (m, r);
-    B and its (n, r). A and B are the fp32 masters. Each factor's gradient and moments have that
-    factor's range; W's range need not agree with A's. Gradients may be 16-bit and carry the loss
-    scale. ``moments_*`` are (m, v), empty before the first step.
+    All shards are views of the engine's own storage. A factor's gradient and moments have the same
+    range as the factor. The range of W may differ from that of A.
+
+    Attributes:
+        name: the layer's name.
+        scaling: s.
+        W: frozen weight (m, n).
+        A: fp32 master (m, r).
+        B: fp32 master (n, r).
+        grad_A: gradient (m, r); may be 16-bit and multiplied by the loss scale.
+        grad_B: gradient (n, r), like ``grad_A``.
+        moments_A: AdamW's (m, v) of A, each (m, r); empty before the first step.
+        moments_B: AdamW's (m, v) of B, each (n, r); empty before the first step.
+        carry: (C, D) with m and n rows, frozen; None: the layer has no carry.
     """
 
     name: str
@@ -34,12 +44,12 @@ class LayerShards:
 
 
 def factor_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
-    """A and B of each layer in turn: the order of every ``Layout`` over factors."""
+    """A and B of each layer in turn. Every ``Layout`` over factors has this order."""
     return [factor for layer in layers for factor in (layer.A, layer.B)]
 
 
 def gradient_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
-    """∇A and ∇B of each layer in turn, as ``factor_shards`` has A and B."""
+    """∇A and ∇B of each layer in turn, in the order of ``factor_shards``."""
     return [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
 
 
@@ -48,8 +58,11 @@ class TrainedShard:
     """This rank's range of one trained parameter, as views of the engine's own storage.
 
     Attributes:
-        master: fp32. gradient: may be 16-bit and carry the loss scale; stands for the master
-            where gradients were not asked for. moments: (m, v), empty before the first step.
+        name: the parameter's name.
+        master: fp32 master.
+        gradient: gradient; may be 16-bit and multiplied by the loss scale. The master, if gradients
+            were not asked for.
+        moments: AdamW's (m, v); empty before the first step.
     """
 
     name: str
@@ -59,7 +72,7 @@ class TrainedShard:
 
 
 class NamedShard(NamedTuple):
-    """A parameter under its name in the model and with its shape, as a flat range of a matrix."""
+    """This rank's shard of a parameter, with the parameter's name in the model and its shape."""
 
     name: str
     shape: torch.Size
@@ -67,5 +80,5 @@ class NamedShard(NamedTuple):
 
 
 def as_matrix(shape: torch.Size) -> tuple[int, int]:
-    """Any parameter's shape as (rows, cols), for a FlatShard."""
+    """The (rows, cols) of a FlatShard for a parameter of any shape."""
     return (shape[0], shape[1:].numel()) if len(shape) else (1, 1)

@@ -1,4 +1,4 @@
-"""One process, torch and nothing else: for a laptop, a debugger, and as the measure of the rest."""
+"""The engine for one process, with torch only: for laptops, debugging, and as the reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from scalora_dist.layers.adapted_linear import adapted_linear
 
 
 class LocalEngine(Engine):
-    """A whole model on one device. A and B are their own fp32 masters, whatever W's dtype.
+    """A full model on one device. A and B are their own fp32 masters, for any dtype of W.
 
-    Gradients are fp32 too: nothing needs a loss scale, so float16 is not offered.
+    Gradients are fp32 too. There is no loss scale, so float16 is not offered.
     """
 
     keeps_whole_weights = True
@@ -27,8 +27,8 @@ class LocalEngine(Engine):
     def __init__(self, world: World, *, dtype: torch.dtype, max_grad_norm: float) -> None:
         """
         Args:
-            dtype: of the frozen weights, float32 or bfloat16.
-            max_grad_norm: gradients are clipped to this norm; 0: never.
+            dtype: dtype of the frozen weights, float32 or bfloat16.
+            max_grad_norm: norm to which gradients are clipped; 0: no clipping.
         """
         self.world = world
         self.dtype = dtype
@@ -57,10 +57,10 @@ class LocalEngine(Engine):
         self.shards = self.make_shards()
 
     def place(self, model: nn.Module) -> None:
-        """Put ``model`` where it is trained."""
+        """Move ``model`` to the device on which it is trained."""
         model.to(self.world.device)
         if self.trains_weights and self.dtype != torch.float32:
-            # Its weights are fp32 masters now, and what they compute is 16-bit all the same.
+            # The weights are fp32 masters now, but the model still computes in 16 bits.
             cast = torch.autocast(self.world.device.type, self.dtype)
             model.forward = cast(model.forward)
 
@@ -80,11 +80,11 @@ class LocalEngine(Engine):
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """As torch's clip_grad_norm_, which cannot sum over ranks what is offloaded to the CPU."""
+        """Clip like torch's clip_grad_norm_, which cannot sum offloaded gradients over ranks."""
         if not self.max_grad_norm:
             return
         gradients = [parameter.gradient for parameter in self.trained_shards()]
-        # Replicas of a hybrid mesh add up alike but for rounding: all must clip by one number.
+        # Replicas of a hybrid mesh have the same sum up to rounding. All must clip by one number.
         (norm,) = self.world.max(global_norm(gradients, self.world.device))
         share = self.max_grad_norm / (norm + 1e-6)
         if share < 1:
@@ -97,14 +97,14 @@ class LocalEngine(Engine):
 
 
 class TorchShards(ParameterShards):
-    """Parameters, gradients and AdamW's moments as torch keeps them."""
+    """Finds parameters, gradients and AdamW's moments where torch keeps them."""
 
     def shard(self, tensor: Tensor) -> FlatShard:
         """This rank's part of a parameter."""
         return FlatShard(self.local(tensor), 0, as_matrix(tensor.shape))
 
     def local(self, tensor: Tensor) -> Tensor:
-        """The 1-D view of what this rank holds of a parameter, gradient or moment."""
+        """A 1-D view of this rank's part of a parameter, gradient or moment."""
         return tensor.detach().view(-1)
 
     def weight(self, p: Tensor) -> FlatShard:
@@ -114,7 +114,7 @@ class TorchShards(ParameterShards):
         return self.shard(p)
 
     def gradient(self, p: nn.Parameter) -> Tensor:
-        if p.grad is None:  # not reached by the forward: no movement, and moments that decay
+        if p.grad is None:  # the forward did not reach p: its gradient is zero, its moments decay
             p.grad = torch.zeros_like(p)
         return self.local(p.grad)
 

@@ -1,1 +1,1 @@
-"""Weights and adapters on disk: exports, imports, the files of a base model."""
+"""Reads and writes weights on disk: base models, merged models, LoRA adapters."""

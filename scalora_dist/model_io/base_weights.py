@@ -1,4 +1,4 @@
-"""The weights of a base model once more, from its safetensors files, on each rank's own ranges."""
+"""Reads a base model's weights again from its safetensors files, each rank its own ranges."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 class BaseWeights:
-    """Reads parts of a model's matrices as they were before training."""
+    """Reads parts of a model's matrices with their values from before training.
+
+    Attributes:
+        dtype: dtype that the values are rounded to, as in training.
+        places: {parameter: (file, key in that file)}.
+    """
 
     def __init__(
         self, model: str, loaded: Mapping[str, FlatShard], dtype: torch.dtype, world: World
     ) -> None:
-        """Find the matrices, and compare a row of each with what was loaded: one all-reduce.
+        """Find the matrices, and compare one row of each with the loaded model. One all-reduce.
 
         Args:
-            model: a folder or a hub name. loaded: {parameter: this rank's range of it}, unchanged.
-            dtype: that they were cast to.
+            model: a folder or a hub name.
+            loaded: {parameter: this rank's shard}, not changed since loading.
+            dtype: dtype that the loaded weights were cast to.
+            world: the ranks.
 
         Raises:
-            UserError: on every rank, where a matrix is not to be found or is another one.
+            UserError: on every rank, if a matrix is not found or differs from the loaded one.
         """
         self.dtype = dtype
         files = world.node_first(lambda: _files(model))
-        self.places: dict[str, tuple[str, str]] = {}  # {parameter: (file, key)}
+        self.places: dict[str, tuple[str, str]] = {}
         for name in loaded:
             key = find_key(name, files)
             if key is None:
@@ -48,11 +55,16 @@ class BaseWeights:
                 raise _unreadable(model, f"its files hold another {name} than was loaded")
 
     def range(self, name: str, shard: FlatShard) -> Tensor:
-        """The elements of a parameter that ``shard`` holds now, 1-D float32 on its device."""
+        """The original values of the range of ``shard``, 1-D float32 on its device. Local.
+
+        Args:
+            name: the parameter's name.
+            shard: this rank's shard of it.
+        """
         return self._read(name, shard, shard.local.numel()).to(shard.local.device)
 
     def _read(self, name: str, shard: FlatShard, count: int) -> Tensor:
-        """The first ``count`` elements of the range."""
+        """The first ``count`` elements of the shard's range, 1-D float32 on the CPU."""
         if not count:
             return torch.empty(0)
         file, key = self.places[name]
@@ -72,7 +84,7 @@ class BaseWeights:
 
 
 def _files(model: str) -> dict[str, str]:
-    """{key: the safetensors file that has it}"""
+    """The model's safetensors files, {key: path of the file that contains it}."""
     try:
         if one := _cached(model, ONE_FILE):
             with safe_open(one, framework="pt") as opened:
@@ -93,10 +105,16 @@ def _cached(model: str, file: str) -> str | None:
 
 
 def find_key(name: str, files: Mapping[str, str]) -> str | None:
-    """A parameter's key, which may begin otherwise: the only one that ends as its name does.
+    """The key of a parameter in the files; None if there is none, or no unique one.
 
-    Or of several (a vision tower's end alike) the one of the same words: Gemma 3's files have
-    ``language_model.model.layers…`` for ``model.language_model.layers…``.
+    A key may have another prefix than the parameter's name. So the only key that ends like the name
+    is taken. If several do (a vision tower's keys can), the only one that consists of the same
+    words is taken: Gemma 3's files have ``language_model.model.layers…`` for
+    ``model.language_model.layers…``.
+
+    Args:
+        name: the parameter's name in the model.
+        files: {key: path of the file that contains it}.
     """
     if name in files:
         return name

@@ -1,4 +1,4 @@
-"""What a run has trained as a LoRA adapter in PEFT's format, written layer by layer from shards."""
+"""Writes what a run has trained as a LoRA adapter in PEFT's format, layer by layer from shards."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_adapter_rank(options: Options, *, merges: bool) -> None:
-    """
+    """Check that ``--adapter_rank`` is only given for a run that merges into W.
+
     Args:
-        options: after ``resolve_merge_options``.
+        options: the options after ``resolve_merge_options``.
         merges: whether the method merges while it trains.
 
     Raises:
-        UserError: ``--adapter_rank`` for a run that merges nothing into W.
+        UserError: ``--adapter_rank`` is given for a run that merges nothing into W.
     """
     args = options.method
     if options.train.adapter_rank is None or (merges and args.merge_target == "weight"):
@@ -49,20 +50,28 @@ def check_adapter_rank(options: Options, *, merges: bool) -> None:
 
 
 class AdapterExport:
-    """Writes the adapter of a run: A and B (for a core A = U R, B = V), a carry's columns before
-    them; or the best approximation of what was merged into W, where its rank is given.
+    """Writes the adapter of a run.
+
+    The adapter has A and B. For a core, A = U R and B = V. The columns of a carry come before those
+    of A and B. With ``--adapter_rank``, it is the best approximation of ΔW of that rank instead.
 
     A run that has none of these (PEFT's layers, MoRA, full) writes nothing.
+
+    Attributes:
+        rank: value of ``--adapter_rank``; None: not given.
+        before: reads W before training, for ``--adapter_rank``; else None.
+        own: whether the layers' own factors are the complete ΔW.
     """
 
     def __init__(self, engine: Engine, options: Options, *, edits_weights: bool) -> None:
         """
         Args:
-            engine: sharded, its weights as they were loaded.
+            engine: the engine with the sharded model, before its weights change.
+            options: the run's options.
             edits_weights: whether W changes although it is not trained.
 
         Raises:
-            UserError: on every rank, where W_0 must be read once more and cannot be.
+            UserError: on every rank, if W before training is needed and cannot be read again.
         """
         self.engine = engine
         self.args = options.method
@@ -77,10 +86,13 @@ class AdapterExport:
 
     @torch.no_grad()
     def write(self, folder: Path, low_halves: Mapping[str, Tensor]) -> None:
-        """Called on every rank; only rank 0 writes. One layer's factors are whole at a time.
+        """Write the adapter. Collective: called on every rank, only rank 0 writes.
+
+        The factors are gathered one layer at a time.
 
         Args:
-            low_halves: {parameter: int16 remainders of its 16-bit values}.
+            folder: folder of the adapter; replaced if it exists.
+            low_halves: {parameter: low halves of its 16-bit values}, int16.
         """
         if not self.own and self.before is None:
             return
@@ -125,7 +137,11 @@ class AdapterExport:
             )
 
     def _ranks(self, sizes: Mapping[str, torch.Size]) -> tuple[dict[str, int], dict[str, float]]:
-        """{layer: columns} and {layer: s}."""
+        """The saved adapter's ranks {layer: r} and scalings {layer: s}.
+
+        Args:
+            sizes: {layer: shape (m, n) of W}.
+        """
         if self.rank is not None:
             ranks = {name: min(self.rank, *size) for name, size in sizes.items()}
             return ranks, dict.fromkeys(sizes, 1.0)
@@ -137,7 +153,7 @@ class AdapterExport:
         return dict.fromkeys(sizes, carried + self.args.rank), scalings
 
     def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor]:
-        """A (m, columns) and B (n, columns) float32 on every rank; a collective."""
+        """The full A (m, columns) and B (n, columns), float32, on every rank. Collective."""
 
         def part(key: str) -> Tensor:
             return merged.precise(f"{name}.{key}").float()
@@ -146,7 +162,7 @@ class AdapterExport:
         if isinstance(module, CoreLinear):
             return part("U") @ part("R"), part("V")
         a, b = part("A"), part("B")
-        if isinstance(module, CarryLinear):  # compressed to R columns when the training ended
+        if isinstance(module, CarryLinear):  # compressed to carry_rank columns at the end
             kept = self.args.carry_rank
             a, b = torch.cat([part("C")[:, :kept], a], 1), torch.cat([part("D")[:, :kept], b], 1)
         return a, b
@@ -154,9 +170,10 @@ class AdapterExport:
     def _approximation(
         self, merged: MergedWeights, layer: LayerShards, rank: int
     ) -> tuple[Tensor, Tensor, float]:
-        """A = U √S and B = V √S of ΔW's truncated SVD in the engine's dtype, and what they miss.
+        """A = U √S (m, r) and B = V √S (n, r) of ΔW's truncated SVD, and ‖ΔW − A Bᵀ‖ / ‖ΔW‖.
 
-        From each rank's own range of W: a collective, but W does not travel.
+        A and B have the engine's dtype. Collective. Each rank uses its own range of W, and W is not
+        gathered.
         """
         assert self.before is not None
         key, device = f"{layer.name}.weight", self.engine.world.device

@@ -1,7 +1,7 @@
-"""The merged model in Hugging Face format, written tensor by tensor from shards.
+"""Writes the merged model in Hugging Face format, tensor by tensor from shards.
 
-No rank ever holds the model: each tensor is gathered by itself, and rank 0 streams it into its
-place in a safetensors file (whose library can only write tensors that are all in memory).
+No rank ever holds the full model. Each tensor is gathered alone, and rank 0 appends it to a
+safetensors file. (The safetensors library can only write tensors that are all in memory.)
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     low_halves: Mapping[str, Tensor],
 ) -> None:
-    """Write every adapted layer's merged weight and all else as it is, in the model's dtype.
+    """Write all weights, those of adapted layers merged, in the engine's dtype.
 
-    Called on every rank; only rank 0 writes.
+    Collective: called on every rank, only rank 0 writes. Persistent buffers keep their own dtype.
 
     Args:
-        low_halves: {parameter: int16 remainders of its 16-bit values}.
+        folder: folder of the model; replaced if it exists.
+        engine: the engine with the sharded model.
+        model: the model, for its config and buffers.
+        tokenizer: saved beside the model.
+        low_halves: {parameter: low halves of its 16-bit values}, int16.
     """
     merged = MergedWeights(engine, low_halves)
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     entries = {name: (merged.shape(name), engine.dtype) for name in merged.base}
     entries |= {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
-    # The plan needs sizes only: meta tensors.
+    # The plan only needs sizes, so meta tensors are enough.
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(shape, dtype=d, device="meta") for name, (shape, d) in entries.items()}
     )
@@ -74,7 +78,8 @@ def export_model(
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        if model.config.get_text_config() is not model.config:  # it sees, which servers ask for
+        if model.config.get_text_config() is not model.config:
+            # Servers need the processor files of a multimodal model.
             for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
                 file = cached_file(
                     model.name_or_path, name, _raise_exceptions_for_missing_entries=False
@@ -85,9 +90,9 @@ def export_model(
 
 @contextmanager
 def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
-    """Where to write what is ``folder`` in the end, which so never holds half of it.
+    """A temporary folder that is renamed to ``folder`` at the end, so ``folder`` is never partial.
 
-    Only rank 0 makes, renames and removes anything.
+    Only rank 0 makes, renames and removes folders.
     """
     aside = folder.with_name(f"{folder.name}.partial")
     if is_main:

@@ -1,4 +1,4 @@
-"""Starting from a LoRA adapter in PEFT's format."""
+"""Reads a LoRA adapter in PEFT's format, to start training from it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class SavedAdapter:
-    """An adapter whose config and header were read; ``fill`` reads a layer's tensors at a time.
+    """A saved adapter. The constructor reads its config and header, ``fill`` its tensors.
 
-    Its r columns become A and B; of R + r columns, as a run with a carry leaves them, the first R
-    become the carry. Where its s is another than ours, A is multiplied by the quotient.
+    If the adapter has r columns, they become A and B. If it has R + r columns, as a run with a
+    carry writes them, the first R become the carry. If its s differs from this run's s, A is
+    multiplied by the quotient.
 
     Attributes:
         sizes: {layer: (m, n, columns)}.
@@ -46,10 +47,10 @@ class SavedAdapter:
     def __init__(self, options: Options) -> None:
         """
         Args:
-            options: settled by ``resolve_merge_options``.
+            options: the options after ``resolve_merge_options``.
 
         Raises:
-            UserError: there is no LoRA adapter, or its ranks are not the options'.
+            UserError: there is no LoRA adapter, or its ranks do not agree with the options.
         """
         args = options.method
         self.name = str(options.model.adapter_name_or_path)
@@ -73,10 +74,13 @@ class SavedAdapter:
             )
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:
-        """Whether the adapter is one of these layers.
+        """Check that the adapter fits these layers.
+
+        Args:
+            layers: {name: layer that the method adapts}.
 
         Raises:
-            UserError: it has other layers, of other shapes, or the method has no A and B.
+            UserError: the adapter has other layers or other shapes, or the method has no A and B.
         """
         names = " ".join(shortest_names(self.sizes, self.sizes))
         for name, layer in layers.items():
@@ -96,7 +100,7 @@ class SavedAdapter:
 
     @torch.no_grad()
     def fill(self, runner: MethodRunner) -> None:
-        """Write each rank's own ranges of A, B and the carry; local."""
+        """Write this rank's ranges of A, B and the carry, one layer at a time. No communication."""
         engine = runner.engine
         with engine.writing(), safe_open(self.file, framework="pt") as file:
             for layer in engine.layer_shards(gradients=False):
@@ -162,7 +166,12 @@ class SavedAdapter:
 
 
 def _carry(merger: Merger, layer: LayerShards, left: Tensor, right: Tensor) -> None:
-    """Into the carry, without the empty columns at the end."""
+    """Write ``left rightᵀ`` to the layer's carry, without the zero columns at the end.
+
+    Args:
+        left: factor (m, R) float32.
+        right: factor (n, R) float32.
+    """
     used = ((left != 0).any(0) & (right != 0).any(0)).nonzero()
     count = int(used.max()) + 1 if len(used) else 0
     merger.target.add(layer, left[:, :count], right[:, :count])

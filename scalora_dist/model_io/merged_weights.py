@@ -1,4 +1,4 @@
-"""Adapted layers' weights with what was trained merged in, whole, one at a time."""
+"""Gathers the merged model's weights, one full tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from scalora_dist.layers.peft_layers import merged_by_peft
 
 
 class MergedWeights:
-    """Gathers one parameter of the merged model at a time, and merges it on one rank."""
+    """Gathers one parameter of the merged model at a time, and merges it on one rank.
+
+    Attributes:
+        base: {name: this rank's shard of a parameter of the loaded model}.
+        added: {name: this rank's shard of a parameter that the method added}.
+        fourbit: {name of W: its 4-bit layer}.
+    """
 
     def __init__(self, engine: Engine, low_halves: Mapping[str, Tensor]) -> None:
         """
         Args:
-            low_halves: {parameter: int16 remainders of its 16-bit values}.
+            low_halves: {parameter: low halves of its 16-bit values}, int16.
         """
         self.engine = engine
         self.low_halves = low_halves
@@ -37,9 +43,14 @@ class MergedWeights:
 
     @torch.no_grad()
     def full_tensor(self, name: str, *, on_rank: int) -> Tensor | None:
-        """A parameter of the loaded model by name, merged if it is an adapted layer's W: float32.
+        """A full parameter of the loaded model; of an adapted layer, the merged W. Collective.
 
-        On rank ``on_rank``, None elsewhere; a collective. What no method touches keeps its dtype.
+        Args:
+            name: the parameter's name.
+            on_rank: the rank that gets the tensor. The others get None.
+
+        Returns:
+            The tensor: float32 for W of an adapted layer, else the same as from ``precise``.
         """
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer not in self.engine.adapted:
@@ -51,35 +62,41 @@ class MergedWeights:
         if self.engine.world.rank != on_rank:
             return None
         if weight.data_ptr() == self.base[name].shard.local.data_ptr():
-            weight = weight.clone()  # a whole fp32 W is the engine's own
+            weight = weight.clone()  # an fp32 W that is not sharded is the engine's own storage
         if isinstance(module, AdaptedLinear):
             module.merge_(weight, own)
             return weight
         if adapted_linear(module) is module:
-            return weight  # trained itself
+            return weight  # W itself is trained
         return cast(Tensor, merged_by_peft(module, weight, own))
 
     def shape(self, name: str) -> torch.Size:
-        """Of ``full_tensor(name)``."""
+        """The shape of ``full_tensor(name)``."""
         if fourbit := self.fourbit.get(name):
             return torch.Size([fourbit.out_features, fourbit.in_features])
         return (self.base.get(name) or self.added[name]).shape
 
     def precise(self, name: str) -> Tensor:
-        """A parameter as it is, on every rank: exact where it was merged into, 4 bits as float32.
+        """A full parameter without its adapter, on every rank. Collective.
 
-        A collective.
+        It is float32 if it has low halves (then exact) or is stored in 4 bits, else it keeps its
+        dtype.
         """
         return self.dense(name, self.precise_shard(name)).view(self.shape(name))
 
     def precise_shard(self, name: str) -> FlatShard:
-        """This rank's range of a parameter: float32 where 16 bits were merged into; local."""
+        """This rank's shard of a parameter: exact in float32 if it has low halves. Local."""
         shard = (self.base.get(name) or self.added[name]).shard
         low = self.low_halves.get(name)
         return shard if low is None else shard.like(join_halves(shard.local, low))
 
     def dense(self, name: str, shard: FlatShard) -> Tensor:
-        """``shard``, of the parameter ``name`` or a copy of it, whole; 4 bits as float32."""
+        """The full tensor of ``shard``; a 4-bit weight is dequantized to float32. Collective.
+
+        Args:
+            name: the parameter's name.
+            shard: this rank's shard of that parameter or of a copy.
+        """
         whole = shard.full_tensor(self.device)
         if fourbit := self.fourbit.get(name):
             return fourbit.dense(whole, torch.float32)

@@ -1,4 +1,4 @@
-"""A LoRA adapter's files in PEFT's format: tensor names and adapter_config.json. Needs no PEFT."""
+"""PEFT's file format of a LoRA adapter: tensor names and adapter_config.json. Needs no PEFT."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-PREFIX = "base_model.model."  # of a saved adapter's keys, before the model's own names
+PREFIX = "base_model.model."  # prefix of a saved adapter's keys, before the model's own names
 
 
-# Settings of a LoRA adapter with which it is more than s·A Bᵀ beside linear layers.
+# Settings that make a LoRA adapter more than s·A Bᵀ on linear layers.
 MORE_THAN_LORA = (
     "use_dora",
     "use_qalora",
@@ -28,17 +28,17 @@ MORE_THAN_LORA = (
 )
 
 
-# Starts that take from W what they put into A and B.
+# Initializations that subtract s·A Bᵀ from W, and so change the base model.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def saved_names(layer: str) -> tuple[str, str]:
-    """A saved adapter's keys for a layer's A (m, r) and Bᵀ (r, n)."""
+    """The keys of a layer's A (m, r) and Bᵀ (r, n) in a saved adapter."""
     return f"{PREFIX}{layer}.lora_B.weight", f"{PREFIX}{layer}.lora_A.weight"
 
 
 def layer_of(key: str) -> str | None:
-    """The layer that a saved A or Bᵀ belongs to; None: the key is of something else."""
+    """The layer of a saved A or Bᵀ; None if ``key`` belongs to another kind of tensor."""
     found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", key)
     return found and found[1]
 
@@ -46,11 +46,13 @@ def layer_of(key: str) -> str | None:
 def saved_config(
     base: str, modules: Collection[str], ranks: Mapping[str, int], scalings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter on the model ``base``.
+    """The content of adapter_config.json of a LoRA adapter.
 
     Args:
+        base: name of the base model.
         modules: the names of all modules of the model.
-        ranks, scalings: {layer: r} and {layer: s}.
+        ranks: {layer: r}.
+        scalings: {layer: s}.
     """
     alphas = {layer: _number(scalings[layer] * rank) for layer, rank in ranks.items()}
     (rank, _), (alpha, _) = (Counter(x.values()).most_common(1)[0] for x in (ranks, alphas))
@@ -75,24 +77,30 @@ def saved_config(
 
 
 def shortest_names(layers: Collection[str], modules: Collection[str]) -> list[str]:
-    """The layers' last name components, if no other module is called so; else their names."""
+    """The layers' last name components, or their full names if another module has one of these."""
     suffixes = {layer.rpartition(".")[2] for layer in layers}
     selected = {name for name in modules if name.rpartition(".")[2] in suffixes}
     return sorted(suffixes) if selected == set(layers) else list(layers)
 
 
 def saved_scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """s of a layer of a saved adapter."""
+    """s of one layer of a saved adapter.
+
+    Args:
+        config: content of adapter_config.json.
+        layer: the layer's name.
+        rank: the layer's r.
+    """
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):  # as PEFT does
+        if re.match(rf"(.*\.)?({pattern})$", layer):  # the same rule as in PEFT
             alpha = value
             break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def not_plain_lora(config: Mapping[str, Any]) -> str | None:
-    """Why a saved adapter is not s·A Bᵀ beside the linear layers of its base, or None."""
+    """Why a saved adapter is more than s·A Bᵀ on linear layers, for an error message, or None."""
     if config.get("peft_type") != "LORA":
         return f"has peft_type {config.get('peft_type')}"
     if config.get("bias", "none") != "none":
@@ -106,6 +114,6 @@ def not_plain_lora(config: Mapping[str, Any]) -> str | None:
 
 
 def _number(value: float) -> float | int:
-    """Without the last digits' rounding; whole numbers, which other readers ask for, as such."""
+    """``value`` in 12 digits, without rounding errors; an integer as int, as some readers need."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() else rounded

@@ -1,4 +1,4 @@
-"""A safetensors file written a tensor at a time; its own library needs all of them in memory."""
+"""Writes a safetensors file one tensor at a time. The library needs all tensors in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPE_NAMES = {
 
 
 class SafetensorsWriter:
-    """One safetensors file, written a tensor at a time: a JSON header, then the bytes in order."""
+    """Writes one safetensors file: first a JSON header, then the tensors' bytes in order."""
 
     def __init__(
         self,
@@ -34,8 +34,9 @@ class SafetensorsWriter:
     ) -> None:
         """
         Args:
-            entries: {name: (shape, dtype)} in the order in which ``write`` will be called.
-            metadata: goes into the header.
+            file: the open file.
+            entries: {name: (shape, dtype)} in the order of the later calls of ``write``.
+            metadata: {key: text} for the header.
         """
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         end = 0
@@ -47,7 +48,7 @@ class SafetensorsWriter:
                 "data_offsets": [start, end],
             }
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the data begins aligned
+        text += b" " * (-len(text) % 8)  # align the data to 8 bytes
         file.write(len(text).to_bytes(8, "little") + text)
         self.file = file
 

@@ -1,1 +1,1 @@
-"""A base model by name, and the loss on its target tokens."""
+"""Loads base models and computes their loss on target tokens."""

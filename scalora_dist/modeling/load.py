@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: loaded, or refused in one sentence."""
+"""Loads base models and tokenizers by name, or refuses them with a one-sentence error."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseModelSpec:
-    """What is known of a base model before it is loaded.
+    """Facts about a base model that are known before it is loaded.
 
     Attributes:
-        hidden_size: its width, which engines size their buffers by.
-        fourbit: how its linear layers are kept; None: dense.
-        quantized: whether its files hold them so already.
-        attention: the implementation to load it with; None: transformers' own choice.
+        hidden_size: the model's width; engines choose buffer sizes by it.
+        fourbit: 4-bit format of the linear layers; None: they are dense.
+        quantized: whether the model's files already store them in 4 bits.
+        attention: attention implementation to load the model with; None: transformers chooses.
     """
 
     hidden_size: int
@@ -53,20 +53,22 @@ class BaseModelSpec:
 def read_base_model(
     args: ModelArguments, dtype: torch.dtype, device: torch.device
 ) -> BaseModelSpec:
-    """What the model's config.json and the options say.
+    """Read the model's config.json and check it against the options.
 
     Args:
-        dtype: of the training. device: this rank's.
+        args: the model's options.
+        dtype: dtype of the training.
+        device: this rank's device; "meta" for a plan.
 
     Raises:
-        UserError: a base quantized in a way that cannot be trained here, 4-bit settings that would
-            corrupt it, no bitsandbytes.
+        UserError: the base is quantized in a way that cannot be trained here, 4-bit settings would
+            corrupt it, or bitsandbytes is missing.
     """
     with _known_model(args) as name:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         attention = pick_attention(
             args.attn_implementation,
-            # Which wants an Ampere GPU or a later one.
+            # FlashAttention 2 needs an Ampere GPU or a later one.
             installed=is_flash_attn_2_available()
             and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)),
             device=device,
@@ -99,7 +101,7 @@ def read_base_model(
             f"--bnb_4bit_quant_storage {_name(fourbit.storage)} is cast to the training's "
             f"{_name(dtype)} by engines, which destroys the codes: set uint8 or {_name(dtype)}"
         )
-    if device.type != "meta":  # a plan's, which multiplies nothing
+    if device.type != "meta":  # "meta" is for plans, which compute no products
         check_products(fourbit, device)
     return BaseModelSpec(width, fourbit, saved is not None, attention)
 
@@ -112,10 +114,17 @@ def pick_attention(
     dtype: torch.dtype,
     supported: Callable[[], bool],
 ) -> str | None:
-    """What the user named, else FlashAttention 2 wherever it can be had, else None (SDPA).
+    """The attention implementation: what the user asked for, FlashAttention 2, or None (SDPA).
+
+    FlashAttention 2 is the default on GPUs in 16-bit training, if it is installed and the model
+    supports it.
 
     Args:
-        installed: whether it can be imported. supported: asks the model, which must be built.
+        asked: value of ``--attn_implementation``; None: not given.
+        installed: whether FlashAttention 2 can be imported.
+        device: this rank's device.
+        dtype: dtype of the training.
+        supported: tells whether the model supports it. Called last, as it builds the model.
     """
     if asked is not None:
         return asked
@@ -126,7 +135,7 @@ def pick_attention(
 def _builds_with(
     attention: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> bool:
-    """Whether transformers builds this model with ``attention``: tried without storage."""
+    """Whether transformers can build this model with ``attention``. Tried on the meta device."""
     try:
         with init_empty_weights():
             AutoModelForCausalLM.from_config(
@@ -164,13 +173,21 @@ def load_model(
     weights: bool,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The model in ``dtype``, sharded where the engine's ``loading()`` says so.
+    """Load the model in ``dtype``; inside an engine's ``loading()`` it may be sharded.
 
-    Its linear layers but the LM head are FourBitLinear where ``base`` says so: each is quantized as
-    its tensor is read, so that never more than one of them is dense.
+    With ``base.fourbit``, all linear layers except the LM head are FourBitLinear. Each tensor is
+    quantized when it is read, so at most one of them is dense at a time.
 
-    Without ``weights``, its parameters are on "meta" (its buffers are not, but for those of
-    FourBitLinear). Dense weights are read straight to ``device``, where it is given.
+    Args:
+        args: the model's options.
+        base: the result of ``read_base_model``.
+        dtype: dtype of the dense weights.
+        weights: whether to read the weights. If not, parameters are on "meta", and so are the
+            buffers of FourBitLinear; other buffers are not.
+        device: device to read dense weights to; None: transformers' default.
+
+    Raises:
+        UserError: the model cannot be loaded.
     """
     given: dict[str, Any] = {
         "dtype": dtype,
@@ -207,7 +224,7 @@ def load_model(
 
 
 def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The model all on "meta", dense and with eager attention: to be counted, not trained."""
+    """The full model on "meta", dense and with eager attention. Only for counting operations."""
     with _known_model(args) as name:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         _forget_quantization(config)
@@ -219,7 +236,7 @@ def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
                 trust_remote_code=args.trust_remote_code,
             )
         model.tie_weights()
-    return model.eval()  # of what some models want for training, products need nothing
+    return model.eval()  # some models need more inputs in training mode
 
 
 def _as_bnb_config(fourbit: FourBit) -> BitsAndBytesConfig:
@@ -227,12 +244,13 @@ def _as_bnb_config(fourbit: FourBit) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type=fourbit.quant_type,
         bnb_4bit_compute_dtype=fourbit.compute_dtype,
-        bnb_4bit_use_double_quant=False,  # done in `take_over`, alike on any number of threads
+        # `take_over` does it, with the same result for any number of threads.
+        bnb_4bit_use_double_quant=False,
     )
 
 
 def _saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """What config.json says of quantized weights."""
+    """The quantization config in config.json, or None."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         found = getattr(config.get_text_config(), "quantization_config", None)
@@ -246,7 +264,7 @@ def _forget_quantization(config: PreTrainedConfig) -> None:
 
 
 def _as_dense(model: PreTrainedModel) -> None:
-    """Take off what transformers hung on a quantized model: it may be moved, cast and saved."""
+    """Remove transformers' marks of a quantized model, so it may be moved, cast and saved."""
     _forget_quantization(model.config)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
         if name in vars(model):
@@ -254,7 +272,7 @@ def _as_dense(model: PreTrainedModel) -> None:
 
 
 def _warn_of_dense(model: PreTrainedModel) -> None:
-    """Experts in 3-D tensors and linear layers with a class of their own are not quantized."""
+    """Warn of large dense weights: 3-D experts and custom linear classes are not quantized."""
     known = {model.get_input_embeddings(), model.get_output_embeddings()}
     dense = {
         name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
@@ -276,7 +294,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @contextmanager
 def _known_model(args: ModelArguments) -> Iterator[str]:
-    """The model's name; what transformers raises where it cannot be read, as one sentence."""
+    """Yield the model's name. Turns transformers' loading errors into a one-sentence UserError."""
     name = args.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing: name a folder or a model of the hub")

@@ -1,7 +1,7 @@
-"""The loss on target tokens, as a sum: the trainer divides by the global count of them.
+"""Computes the summed loss on target tokens. The trainer divides it by their global count.
 
-The logits of a whole micro-batch are never in memory: 16 thousand tokens of Gemma-3's vocabulary
-would take 17 GB in float32. The LM head itself sums the loss, over a chunk of tokens at a time.
+The logits of a full micro-batch are never in memory: 16 thousand tokens with Gemma-3's vocabulary
+would take 17 GB in float32. Instead, the LM head sums the loss over one chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from scalora_dist.data.tokenize import IGNORE
 
 logger = logging.getLogger(__name__)
 
-# Logits that are in memory at once: 256 MiB in float32, and their gradients as much again.
+# Number of logits in memory at once: 256 MiB in float32, and their gradients take the same again.
 CHUNK = 2**26
-FOR_LIGER = "cuda"  # the device that its kernels are for
-MARK = 12345.0  # not a number that a cast to 16 bits leaves alone
+FOR_LIGER = "cuda"  # device type of Liger's kernels
+MARK = 12345.0  # a cast to 16 bits would change this number
 
 
 class Targets(NamedTuple):
-    """
+    """The loss of one micro-batch, and which targets are predicted.
+
     Attributes:
-        loss: cross-entropy summed over the micro-batch's targets, float32 (0 where it has none).
-        right: (targets,) whether greedy decoding would produce each, example by example in order;
-            None where gradients are taken.
+        loss: cross-entropy summed over the micro-batch's targets, float32 scalar (0 without any).
+        right: whether greedy decoding would produce each target, bool (targets,), example by
+            example; None if gradients are enabled.
     """
 
     loss: Tensor
@@ -41,7 +42,12 @@ class Targets(NamedTuple):
 
 
 class TargetLoss:
-    """The loss of one model, computed inside its forward, where an engine has the head's weight."""
+    """Computes a model's loss inside its forward, where an engine has gathered the head's weight.
+
+    Attributes:
+        head: the model's LM head; None: the loss is computed from full logits.
+        checked: whether a first forward showed that the model returns the head's output unchanged.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
@@ -52,10 +58,12 @@ class TargetLoss:
         self.checked = False
 
     def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Targets:
-        """
+        """Compute the loss of one micro-batch.
+
         Args:
-            module: what an engine calls for a forward of the model.
-            batch: its inputs, and labels (examples, length) int64, IGNORE where there is no target.
+            module: the engine's module to call for a forward of the model.
+            batch: the model's inputs, and labels (examples, length) int64, IGNORE where there is no
+                target.
         """
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if self.head is None:
@@ -64,7 +72,7 @@ class TargetLoss:
         with self.head.expecting(batch["labels"]):
             found = module(**inputs, use_cache=False).logits.flatten()
             right = self.head.right
-        # Alike on all ranks: what a model does to its logits it does to the mark too.
+        # A model that changes its logits changes the mark too. The same on all ranks.
         if not self.checked and (len(found) != 2 or float(found[1].detach()) != MARK):
             logger.warning("the model changes its logits after the LM head: they are kept whole")
             self.head.__class__ = nn.Linear  # type: ignore[assignment]
@@ -75,14 +83,19 @@ class TargetLoss:
 
 
 class LossHead(nn.Linear):
-    """An LM head that gives the loss, and a mark, while it is told what to expect."""
+    """An LM head that returns the loss and a mark instead of logits, inside ``expecting``.
+
+    Attributes:
+        labels: labels (examples, length) int64 of the current batch; None: return logits.
+        right: as in ``Targets``, of the latest forward.
+    """
 
     labels: Tensor | None = None
     right: Tensor | None = None
 
     @contextmanager
     def expecting(self, labels: Tensor) -> Iterator[None]:
-        """Inside it, the forward gives [[[loss, MARK]]] in place of logits, and sets ``right``."""
+        """Inside it, the forward returns [[[loss, MARK]]] instead of logits, and sets ``right``."""
         self.labels = labels
         try:
             yield
@@ -90,9 +103,10 @@ class LossHead(nn.Linear):
             self.labels = self.right = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """
+        """The logits, or inside ``expecting`` [[[loss, MARK]]] (1, 1, 2) float32.
+
         Args:
-            input: (examples, length, width).
+            input: hidden states (examples, length, width).
         """
         if self.labels is None:
             return super().forward(input)
@@ -108,7 +122,7 @@ class LossHead(nn.Linear):
         chunks = list(zip(hidden.split(rows), wanted.split(rows), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             parts = [self._one(*chunk) for chunk in chunks]
-        else:  # a chunk's logits are computed again in the backward
+        else:  # the backward computes a chunk's logits again
             parts = [Targets(*checkpoint(self._one, *c, use_reentrant=False)) for c in chunks]
         loss = torch.stack([part.loss for part in parts]).sum()
         right = [part.right for part in parts if part.right is not None]
@@ -118,13 +132,13 @@ class LossHead(nn.Linear):
         return _cross_entropy(F.linear(hidden, self.weight, self.bias), wanted)
 
     def _fits_liger(self, hidden: Tensor) -> bool:
-        """Whether Liger is here for this device and tensors; it fails where there are none."""
+        """Whether Liger's kernel can be used. It fails without targets, and needs gradients."""
         alike = hidden.dtype == self.weight.dtype and len(hidden) > 0
         here = hidden.device.type == FOR_LIGER and is_liger_kernel_available()
         return torch.is_grad_enabled() and alike and here
 
     def _with_liger(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Gradients in the same pass, so that nothing is computed twice."""
+        """The loss by Liger, with its gradients in the same pass: no logits are computed twice."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -132,12 +146,17 @@ class LossHead(nn.Linear):
 
 
 def target_losses(logits: Tensor, labels: Tensor) -> Targets:
-    """What whole logits (examples, length, vocabulary) give; ``labels`` as for ``TargetLoss``."""
+    """The loss from full logits (examples, length, vocabulary); ``labels`` as in ``TargetLoss``."""
     return _cross_entropy(*_shifted(logits, labels))
 
 
 def _shifted(predicting: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(targets, …): what is there a token before each target, and (targets,) the targets."""
+    """The entries of ``predicting`` one token before each target (targets, …), and the targets.
+
+    Args:
+        predicting: hidden states or logits (examples, length, …).
+        labels: labels (examples, length) int64.
+    """
     counts = labels[:, 1:] != IGNORE
     return predicting[:, :-1][counts], labels[:, 1:][counts]
 

@@ -1,1 +1,1 @@
-"""What a run will need, from a trace of its model on tensors without storage."""
+"""Predicts a run's memory, messages and least times from a trace on tensors without storage."""

@@ -1,4 +1,4 @@
-"""The options that say where a run is planned."""
+"""The options of a plan: the model, and the cluster for which the run is planned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHIPPED = Path(__file__).parent / "models"
 
 @dataclass
 class PlanArguments:
-    """Fields for ``HfArgumentParser``; what is trained, and how, are the trainer's own options."""
+    """A plan's own options, for ``HfArgumentParser``. The run's options are the trainer's."""
 
     _argument_group_name = "plan"
 
@@ -49,7 +49,14 @@ class PlanArguments:
 
 
 def config_folder(model: str) -> str:
-    """What transformers reads a config from: a shipped one's folder, or what was given."""
+    """The folder or hub name from which transformers reads the config of ``model``.
+
+    Args:
+        model: a model with a shipped config, a hub name, a folder, or a config.json.
+
+    Raises:
+        UserError: a JSON file is given that does not exist or is not called config.json.
+    """
     if (SHIPPED / model / "config.json").is_file():
         return str(SHIPPED / model)
     path = Path(model)

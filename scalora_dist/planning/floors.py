@@ -1,4 +1,4 @@
-"""The least time that a step can take on a GPU and a network, if all else were perfect."""
+"""Computes lower bounds of a step's time, from the rates of a GPU and a network."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from scalora_dist.profiling.gpus import GPUS
 
 @dataclass(frozen=True)
 class Floors:
-    """Seconds. Products and messages may go on at once, so that a step takes at least the largest.
+    """Lower bounds of times, in seconds.
+
+    Products and messages may overlap, so a step takes at least the largest of these times.
 
     Attributes:
-        compute: of the products, recomputation included, at the data sheet's rate.
-        memory: to read the weights that they multiply from the GPU's memory.
-        links: for messages inside a node. network: between nodes.
-        rescale: for one rescale's messages, over the slower of the two.
+        compute: time of the products, recomputation included, at the data sheet's rate.
+        memory: time to read the weights of these products from the GPU's memory.
+        links: time of a step's messages inside a node.
+        network: time of a step's messages between nodes.
+        rescale: time of one rescale's messages: the larger of inside a node and between nodes.
     """
 
     compute: float
@@ -48,13 +51,13 @@ def floors_of(plan: Plan, where: PlanArguments) -> Floors:
 
 
 def _seconds(message: Message, where: PlanArguments) -> tuple[float, float]:
-    """Of a message over the links of a node, and between nodes."""
+    """Seconds of a message over the links inside a node, and between nodes."""
     inside = message.received / GPUS[where.gpu].link
     nodes = ceil_div(message.ranks, where.gpus_per_node)
     if nodes == 1:
         return inside, 0.0
     if not message.alike:
         return inside, message.received / (where.network * 1e9)
-    # A node receives what it lacks of the whole once, through all of its GPUs' network cards.
+    # A node receives the missing part of the full message once, through all its network cards.
     whole = message.received / others(message.ranks)
     return inside, others(nodes) * whole / (where.gpus_per_node * where.network * 1e9)

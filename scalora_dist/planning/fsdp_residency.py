@@ -1,4 +1,4 @@
-"""What FSDP2 keeps on one rank, and what it gathers when (measured with torch 2.13)."""
+"""Predicts what FSDP2 keeps on one rank and when it gathers weights (measured with torch 2.13)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scalora_dist.planning.trace import Event
 
 
 class FSDPResidency(Residency):
-    """FSDP2 on a 1-D or a hybrid mesh, one group of weights per block and one for the rest."""
+    """FSDP2 on a 1-D or a hybrid mesh, with one group of weights per block and one for the rest."""
 
     def __init__(self, config: FSDPConfig, world: int) -> None:
         super().__init__(world)
@@ -37,16 +37,16 @@ class FSDPResidency(Residency):
             host = held
         else:
             device = held
-        if micro_batches > 1:  # until the last one, gradients stay whole where they were computed
+        if micro_batches > 1:  # until the last micro-batch, full gradients stay on each rank
             device["whole gradients"] = sum(4 * weight.numel for weight in trained)
         return Held(device, host)
 
     def group(self, module: str) -> str:
-        """The block a module is in, or "" for the rest."""
+        """The name of the block that contains a module, or "" for the rest."""
         return next((b for b in self.blocks if module == b or module.startswith(f"{b}.")), "")
 
     def group_bytes(self, weights: Sequence[Weight]) -> dict[str, float]:
-        """Whole weights of each group, as they are gathered."""
+        """Bytes of each group's full weights, in the dtype in which they are gathered."""
         sizes: dict[str, float] = {}
         for weight in weights:
             group = self.group(weight.module)
@@ -57,7 +57,8 @@ class FSDPResidency(Residency):
         sizes = self.group_bytes(weights)
         keeps = self.config.reshard_after_forward is False
         group_of = self.config.reshard_after_forward
-        share = 0.0 if isinstance(group_of, bool) else 1 / group_of  # of what stays after a forward
+        # The part of a block that stays on a rank after its forward.
+        share = 0.0 if isinstance(group_of, bool) else 1 / group_of
         live: dict[str, float] = {}
         found = []
         for event in events:
@@ -66,8 +67,8 @@ class FSDPResidency(Residency):
             if block is not None and not event.recomputed:
                 if event.enters:
                     live[block] = sizes.get(block, 0)
-                    # The message and what is copied out of it, and in the backward the next
-                    # block's, which is under way.
+                    # The all-gather's buffer exists beside the weights copied out of it. In the
+                    # backward, the next block's all-gather already runs.
                     copies = 0.0 if event.backward and not block else sizes.get(block, 0)
                     if event.backward and block:
                         copies += self._before(block, sizes)
@@ -94,7 +95,7 @@ class FSDPResidency(Residency):
             Message("gathered weights", gathered, self.ranks),
             Message("gradients", others(self.ranks) * gradients, self.ranks),
         ]
-        if self.world > self.ranks:  # each rank's share, between the replicas
+        if self.world > self.ranks:  # an all-reduce of each rank's shard over the replicas
             replicas = self.world // self.ranks
             received = 2 * others(replicas) * gradients / self.ranks
             messages.append(Message("gradients of replicas", received, self.world, alike=False))

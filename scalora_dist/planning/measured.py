@@ -1,4 +1,4 @@
-"""A real run in which a step's memory and messages are measured, to hold a plan against."""
+"""Measures a step's memory and messages in a real run, for comparison with a plan."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.training.trainer import MicroBatches, Trainer
 
-# The first steps also make the optimizer's state and find the order of modules.
+# The first steps are not measured: they create the optimizer's state and record module order.
 TRACKED, COUNTED, ALONE = 2, 3, 4
 STEPS = ALONE + 1
 
 
 class MeasuredTrainer(Trainer):
-    """Takes ``STEPS`` steps on random tokens, as many as the options allow.
+    """Takes ``STEPS`` steps on random tokens, with the largest batches that the options allow.
+
+    Each measurement has a step of its own.
 
     Attributes:
-        tracked: the most bytes of tensors that lived on this rank in a step.
-        peak: bytes that the process needed in a step that nothing else watched: resident memory
-            on a CPU, the allocator's on a GPU; None where the kernel keeps no count.
-        traffic: what collectives carried in a step.
+        tracked: largest number of bytes of live tensors on this rank in a step.
+        peak: peak memory of the process in a step, bytes: resident memory on a CPU, the allocator's
+            on a GPU; None if the kernel cannot reset its count.
+        traffic: bytes and calls of collectives in a step.
+        others: bytes of tensors that were alive before this trainer was made.
     """
 
     tracked = 0
@@ -36,11 +39,11 @@ class MeasuredTrainer(Trainer):
 
     def __init__(self, *args: Any) -> None:
         gc.collect()
-        self.others = LiveBytes(existing=living_tensors()).now  # of whoever was here before
+        self.others = LiveBytes(existing=living_tensors()).now
         super().__init__(*args)
 
     def micro_batches(self, first_step: int) -> MicroBatches:
-        """All of ``max_length``, but that the last example is padded: real ones need a mask too."""
+        """Random examples of ``max_length`` tokens. One token is padding, so there is a mask."""
         shape = self.options.train.per_device_train_batch_size, self.options.data.max_length
         generator = torch.Generator().manual_seed(self.world.rank)
         while True:
@@ -70,7 +73,7 @@ class MeasuredTrainer(Trainer):
 
 
 def _give_back() -> None:
-    """Let the C library give freed memory back to the system, where it can."""
+    """Make the C library return freed memory to the system, if it can."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""A plan: memory of a rank by part, at the worst moment of each phase of a step."""
+"""Makes a plan: a rank's memory by part at the peak of each phase of a step, and its messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes of one rank's device at the worst moment of a phase, by part."""
+    """Memory of one rank's device at the peak of a phase.
+
+    Attributes:
+        phase: forward, backward, rescale or optimizer.
+        parts: {part: bytes}.
+    """
 
     phase: str
     parts: Mapping[str, float]
@@ -32,14 +37,17 @@ class Moment:
 
 @dataclass(frozen=True)
 class Plan:
-    """
+    """The predicted memory, messages and work of one rank in a step.
+
     Attributes:
-        world: ranks. held: what a rank keeps all through a step.
-        phases: the worst moment of forward, backward, rescale and optimizer step.
-        messages: what a rank receives in a step. rescale: in a rescale; empty without.
-        flops: of a rank's step, recomputation included.
+        world: world size.
+        held: memory that a rank needs during the full step.
+        phases: memory at the peaks of forward, backward, rescale and optimizer step.
+        messages: messages that a rank receives in a step.
+        rescale: messages that a rank receives in a rescale; empty if there is none.
+        flops: floating-point operations of a rank's step, recomputation included.
         reads: bytes of weights that the products of a rank's step read.
-        trained: numbers, over all ranks.
+        trained: number of trained elements of the full model.
     """
 
     world: int
@@ -53,7 +61,7 @@ class Plan:
 
     @property
     def gathered(self) -> float:
-        """Bytes that all-gathers fill on a rank in a step with a rescale, its own part included."""
+        """Bytes that all-gathers fill on a rank in a step with a rescale, own part included."""
         messages = [*self.messages, *self.rescale]
         parts = [m for m in messages if "gradients" not in m.what and m.what != "grams"]
         return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
@@ -66,7 +74,7 @@ class Plan:
 def pick_residency(
     options: Options, base: BaseModelSpec, world: int
 ) -> tuple[Residency, torch.dtype]:
-    """What knows the engine that a command line asks for, and the dtype it computes in."""
+    """The ``Residency`` of the engine that the command line asks for, and its compute dtype."""
     launch, train = options.launch, options.train
     if launch.ds_config:
         from scalora_dist.engines.ds_config import load_ds_config
@@ -133,7 +141,13 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
 
 
 def _logits(events: Sequence[Event], worst: int, head: str) -> int:
-    """How much of an event's activations the LM head made, while it is at work on both passes."""
+    """Bytes of an event's activations that the LM head made; 0 outside the head's passes.
+
+    Args:
+        events: the trace's events in order.
+        worst: index of the event.
+        head: the LM head's name.
+    """
     begins = next((i for i, event in enumerate(events) if event.module == head), len(events))
     event = events[worst]
     if worst < begins or (event.backward and event.module not in ("", head)):

@@ -1,4 +1,4 @@
-"""Plans of one run and of others like it: what to change where it does not fit."""
+"""Plans a run and variants of it, and finds what to change if the run does not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ MOST_GPUS = 1024
 
 
 class Planner:
-    """Plans of one run; a micro-batch is traced once for all that differ in other things."""
+    """Plans one run and its variants. Variants that have the same micro-batch share one trace.
+
+    Attributes:
+        options: options of the run.
+        where: the cluster.
+        traces: {settings that change the trace: trace}.
+    """
 
     def __init__(self, options: Options, where: PlanArguments) -> None:
         self.options = options
@@ -34,15 +40,19 @@ class Planner:
         self.traces: dict[tuple[object, ...], Traced] = {}
 
     def plan(self, options: Options, gpus: int) -> Plan:
-        """A plan of ``options`` on so many ranks; loads no weights.
+        """Plan a run. Loads no weights.
+
+        Args:
+            options: options of the run; not changed.
+            gpus: number of ranks.
 
         Raises:
-            UserError: as the trainer would.
+            UserError: the trainer would refuse these options.
         """
         options = copy.deepcopy(options)
         options.train.settle_batch(gpus)
         check_engine_choice(options, gpus)
-        # Of flash attention's kinds the trace needs the one that runs everywhere.
+        # The trace uses SDPA's flash attention, which runs on every machine.
         if (options.model.attn_implementation or "").startswith("flash"):
             options.model.attn_implementation = None
         base = read_base_model(options.model, options.train.dtype, torch.device("meta"))
@@ -62,20 +72,23 @@ class Planner:
 
     @property
     def room(self) -> float:
-        """Bytes of a GPU that a plan may use."""
+        """Bytes of one GPU's memory that a plan may use."""
         return (GPUS[self.where.gpu].memory_gib - self.where.reserve) * GIB
 
     def fits(self, plan: Plan) -> bool:
         return plan.peak.total <= self.room
 
     def what_to_change(self) -> tuple[str, Plan] | None:
-        """The first change that makes the run fit where it is planned, or all up to one."""
+        """The options to add so that the run fits on its GPUs, and the changed plan; None: none.
+
+        Tries each change of ``CHANGES`` alone, and together with all changes before it.
+        """
         together = copy.deepcopy(self.options)
         words: list[str] = []
         for change in CHANGES:
             alone = copy.deepcopy(self.options)
             if word := change(alone, self.where.gpus):
-                if word.startswith("--ds_config"):  # the last one counts
+                if word.startswith("--ds_config"):  # replaces an earlier one
                     words = [x for x in words if not x.startswith("--ds_config")]
                 words.append(change(together, self.where.gpus))
                 for options, said in ((alone, word), (together, " ".join(words))):
@@ -85,14 +98,14 @@ class Planner:
         return None
 
     def smallest(self) -> tuple[int, str, Plan] | None:
-        """The fewest GPUs of this kind that hold the run, and what to change for it.
+        """The fewest GPUs of this kind on which the run fits, the options to change, and the plan.
 
-        Powers of two, with gradient checkpointing, one example at a time, and stage 3.
+        Tries powers of two, with gradient checkpointing, one example per micro-batch, and stage 3.
         """
         for gpus in (2**i for i in range(MOST_GPUS.bit_length())):
             options = copy.deepcopy(self.options)
             words = [change(options, gpus) for change in (_any_mesh, *CHANGES[:3])]
-            # How many examples a step takes need not divide by these GPUs.
+            # The global batch size need not be divisible by this number of GPUs.
             options.train.train_batch_size, options.train.gradient_accumulation_steps = None, 1
             plan = self._try(options, gpus)
             if plan and self.fits(plan):
@@ -102,11 +115,12 @@ class Planner:
     def _try(self, options: Options, gpus: int) -> Plan | None:
         try:
             return self.plan(options, gpus)
-        except UserError:  # a mesh or a batch that these GPUs do not divide, say
+        except UserError:  # for example a mesh or a batch that does not fit this number of GPUs
             return None
 
 
-# A change makes options smaller and says how, or says nothing where there is nothing to change.
+# A change edits the options so that the run needs less memory. It returns the words of the command
+# line for this, or "" if there is nothing to change.
 
 
 def _checkpoint(options: Options, gpus: int) -> str:
@@ -123,7 +137,7 @@ def _one_example(options: Options, gpus: int) -> str:
     if train.train_batch_size is None:
         train.gradient_accumulation_steps *= train.per_device_train_batch_size
     else:
-        train.gradient_accumulation_steps = 1  # follows from the global batch
+        train.gradient_accumulation_steps = 1  # computed again from the global batch size
     train.per_device_train_batch_size = 1
     return "--per_device_train_batch_size 1"
 
@@ -135,7 +149,7 @@ def _cut_up(options: Options, gpus: int) -> str:
 
 
 def _any_mesh(options: Options, gpus: int) -> str:
-    """A mesh is one of so many GPUs and no others."""
+    """Drop the FSDP config: its mesh fits only one number of GPUs."""
     if not options.launch.fsdp_config:
         return ""
     options.launch.fsdp_config = None

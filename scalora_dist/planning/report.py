@@ -1,4 +1,4 @@
-"""A plan as people read it: what is needed, whether it fits, what to change."""
+"""Writes a plan for the user: what the run needs, whether it fits, what to change."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def report(options: Options, where: PlanArguments) -> str:
-    """Plan the run of ``options``; also writes ``where.json``.
+    """Plan a run and return the text of the plan. Also writes the file ``where.json``, if given.
+
+    Args:
+        options: options of the run.
+        where: the model and the cluster. ``where.model`` is set if it is None.
 
     Raises:
-        UserError: as the trainer would for these options.
+        UserError: no model is given, or the trainer would refuse these options.
     """
     options = copy.deepcopy(options)
     where.model = where.model or options.model.model_name_or_path
@@ -63,9 +67,9 @@ def report(options: Options, where: PlanArguments) -> str:
 
 
 def where_we_are() -> PlanArguments:
-    """The ranks that a launcher's environment describes, on GPUs of this machine's kind.
+    """The ranks from the launcher's environment variables, on GPUs of this machine's kind.
 
-    Where it has none, or one that is not known, on those that a plan is for by default.
+    If this machine has no GPU, or an unknown one, the GPU is that of a plan by default.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(ranks))))

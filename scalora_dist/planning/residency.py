@@ -1,4 +1,4 @@
-"""What an engine keeps on one rank, for a plan made before it exists."""
+"""The interface that predicts an engine's memory and messages on one rank, for plans."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ Part = Literal["base", "carry", "adapters"]
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of a model that has no storage.
+    """Facts about one parameter of a model without storage.
 
     Attributes:
+        name: the parameter's name.
         module: the name of the module that owns it.
-        itemsize: bytes of an element as an engine computes with it. stored: as it keeps it.
-        part: of the model, a frozen carry, or what the method added.
-        merged: whether a method adds to it and keeps its low halves.
+        shape: its full shape.
+        itemsize: bytes of an element in the engine's compute dtype.
+        stored: bytes of an element in the dtype that the engine stores.
+        trained: whether it is trained.
+        part: the base model, a frozen carry, or the other parameters that the method added.
+        merged: whether a method merges into it and keeps its low halves.
     """
 
     name: str
@@ -44,11 +48,12 @@ class Weight:
 
 @dataclass
 class Held:
-    """Bytes of one rank, between steps and all through them.
+    """Memory that one rank needs at all times, during steps and between them.
 
     Attributes:
-        device: by part. host: by part, of engines that offload.
-        during_step: more on the device while the optimizer steps.
+        device: {part: bytes} on the device.
+        host: {part: bytes} on the host, if the engine offloads.
+        during_step: additional bytes on the device during the optimizer's step.
     """
 
     device: dict[str, float]
@@ -58,11 +63,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Message:
-    """What one rank receives from the others of its group in a step.
+    """Data that one rank receives from the other ranks of its group in a step.
 
     Attributes:
-        received: bytes. ranks: of the group.
-        alike: whether all GPUs of a node need the same, which then comes to the node once.
+        what: the kind of data, as shown to the user.
+        received: bytes that one rank receives.
+        ranks: number of ranks in the group.
+        alike: whether all GPUs of a node need the same data, which then enters the node once.
     """
 
     what: str
@@ -72,39 +79,44 @@ class Message:
 
 
 class Residency(ABC):
-    """One engine on so many ranks.
+    """Predicts what one engine keeps on a rank and sends between ranks.
 
     Attributes:
-        ranks: that a weight is cut up over, or gathered from.
-        world: all of them.
+        ranks: number of ranks over which a weight is sharded, or from which it is gathered.
+        world: world size.
     """
 
     def __init__(self, world: int) -> None:
         self.world = self.ranks = world
 
     def see(self, blocks: Sequence[str]) -> None:  # noqa: B027
-        """Be told the names of the model's decoder blocks."""
+        """Take the names of the model's decoder blocks. Called before the other methods."""
 
     @abstractmethod
     def share(self, weight: Weight) -> int:
-        """Elements of a frozen weight that one rank keeps, the fullest one's."""
+        """Number of elements of a frozen weight on the rank that keeps most of it."""
 
     @abstractmethod
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
-        """Weights, masters, moments, gradients, buffers."""
+        """Memory of weights, masters, moments, gradients and the engine's buffers.
+
+        Args:
+            weights: all parameters of the model.
+            micro_batches: number of micro-batches in a step.
+        """
 
     def gathers(self, weights: Sequence[Weight], events: Sequence[Event]) -> list[float]:
-        """Bytes of gathered weights during each event of a micro-batch."""
+        """Bytes of gathered weights on a rank, from each event of a micro-batch to the next."""
         return [0.0] * len(events)
 
     @abstractmethod
     def wire(
         self, weights: Sequence[Weight], events: Sequence[Event], micro_batches: int
     ) -> list[Message]:
-        """What travels for this engine's own sake in a step, the rescale's messages apart."""
+        """Messages of this engine in a step, without those of the rescale."""
 
     def kept_parts(self, weights: Sequence[Weight]) -> dict[str, float]:
-        """Bytes of the frozen weights and their low halves on one rank, by part."""
+        """Memory of the frozen weights and their low halves on one rank, {part: bytes}."""
         parts: dict[str, float] = {}
         for weight in weights:
             if not weight.trained:
@@ -116,7 +128,7 @@ class Residency(ABC):
 
 
 class LocalResidency(Residency):
-    """One process: everything once, A and B in fp32."""
+    """One process, which keeps everything. A and B are in fp32."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -138,5 +150,5 @@ class LocalResidency(Residency):
 
 
 def others(ranks: int) -> float:
-    """The share of a whole that a rank does not have itself."""
+    """The fraction of a full tensor that a rank does not have, if each rank has an equal part."""
     return (ranks - 1) / ranks

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""Formats a plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalora_dist.profiling.gpus import GPUS
 
 
 def describe(options: Options, where: PlanArguments) -> str:
-    """What is planned, in a line or two."""
+    """The run and the cluster, in two lines."""
     train, method, launch = options.train, options.method, options.launch
     engine = launch.ds_config or (
         f"FSDP2 {launch.fsdp_config or ''}" if launch.fsdp else "no engine"
@@ -30,7 +30,7 @@ def describe(options: Options, where: PlanArguments) -> str:
 
 
 def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -> str:
-    """Memory by part and phase, messages, least times."""
+    """Tables of memory by part and phase, of messages, and of least times."""
     names = list(dict.fromkeys(name for moment in plan.phases for name in moment.parts))
     unit, size = ("GiB", GIB) if plan.peak.total > 4 * GIB else ("MiB", 2**20)
 

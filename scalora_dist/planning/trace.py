@@ -1,4 +1,4 @@
-"""One micro-batch's forward and backward on tensors without storage: what lives, and when."""
+"""Traces the activations of one micro-batch's forward and backward on tensors without storage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from scalora_dist.profiling.live import LiveBytes
 
 @dataclass
 class Event:
-    """A module begins or ends.
+    """The begin or end of a module's forward or backward.
 
     Attributes:
-        module: its name. enters: else it leaves.
-        backward: during the backward (what is recomputed is forward and backward).
-        recomputed: a forward of gradient checkpointing's.
-        live, most: bytes of activations at this moment, and the most from here to the next event.
+        module: the module's name.
+        enters: whether the module begins; else it ends.
+        backward: whether it happens during the backward, as gradient checkpointing's forwards do.
+        recomputed: whether it is a forward of gradient checkpointing.
+        live: bytes of activations at this event.
+        most: largest number of bytes of activations from this event to the next.
     """
 
     module: str
@@ -41,10 +43,11 @@ class Event:
 
 @dataclass
 class Trace:
-    """
+    """The trace of one micro-batch.
+
     Attributes:
-        events: in order; the first and last are the whole model's ("").
-        flops: of one micro-batch's forward and backward, what is recomputed included.
+        events: all events in order. The first and last belong to the model itself ("").
+        flops: floating-point operations of forward and backward, recomputation included.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -52,14 +55,17 @@ class Trace:
 
 
 def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Trace:
-    """Run a model without storage on ``examples`` sequences of ``length`` tokens, some padded.
+    """Run forward and backward of a model without storage, with an attention mask.
 
-    Activations are those of scaled dot-product attention in its flash form with a mask, which is
-    what a GPU, and torch's CPU kernel, keep. Gradients of parameters are not among them: an
-    engine has its own place for those.
+    The activations are those of scaled dot-product attention in its flash form with a mask: a GPU
+    and torch's CPU kernel keep these. Gradients of parameters are not counted, because an engine
+    stores them elsewhere.
 
     Args:
-        model: on the meta device, in the dtypes that an engine computes in; is used up.
+        model: the model on the meta device, in the dtypes that an engine computes in. It cannot be
+            used afterwards.
+        examples: number of sequences.
+        length: tokens of each sequence.
     """
     trace = Trace()
     with ExitStack() as stack:
@@ -84,7 +90,7 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
                 trace.events.clear()
             else:
                 _loss(logits, tokens).backward()
-        if changed:  # after its head, so that they are kept whole: as `TargetLoss` does
+        if changed:  # the model changes its logits after the head: use full logits, like TargetLoss
             head.__class__, head.given, logits = nn.Linear, None, None
             products.total = 0
             with _hooks(model, trace.events, live, before):
@@ -94,9 +100,9 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
 
 
 class _Products(TorchDispatchMode):
-    """Floating-point operations of the products inside it, by torch's formulas.
+    """Counts the floating-point operations of products inside ``with``, by torch's formulas.
 
-    torch's own FlopCounterMode keeps what it has counted alive.
+    torch's own FlopCounterMode is not used: it keeps the tensors that it has seen alive.
     """
 
     def __init__(self) -> None:
@@ -121,7 +127,7 @@ _SAME_FLOPS = {
 
 
 class _EveryToken(LossHead):
-    """The head as it is trained, where every token is a target (which ones are is not known)."""
+    """The LM head in training, with every token a target: a plan does not know the real targets."""
 
     given: Tensor | None = None
 
@@ -133,7 +139,7 @@ class _EveryToken(LossHead):
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of what a model gives: the loss itself, whole logits of every token, or of an example."""
+    """The loss from a model's output: the loss itself, logits per token, or logits per example."""
     if logits.numel() == 1:
         return logits.sum()
     if logits.dim() == 3:
@@ -146,7 +152,10 @@ def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
 
 
 def _without_storage(model: nn.Module) -> None:
-    """Put tensors of the surrounding FakeTensorMode in place of all; tied ones stay tied."""
+    """Replace all parameters and buffers by fake tensors. Tied ones stay tied.
+
+    Called inside a FakeTensorMode.
+    """
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -167,7 +176,13 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 @contextmanager
 def _hooks(model: nn.Module, events: list[Event], live: LiveBytes, before: int) -> Iterator[None]:
-    """Note when modules begin and end, forward and backward; ``before``: bytes that don't count."""
+    """Record when modules begin and end, in forward and backward.
+
+    Args:
+        events: list to which the events are added.
+        live: count of live bytes.
+        before: bytes to subtract from ``live``: parameters, buffers and inputs.
+    """
 
     def note(name: str, *, enters: bool, backward: bool, recomputed: bool = False) -> None:
         if events:
@@ -175,7 +190,7 @@ def _hooks(model: nn.Module, events: list[Event], live: LiveBytes, before: int) 
         live.most = live.now
         now = live.now - before
         event, place = Event(name, enters, backward, recomputed, now, now), len(events)
-        # One gradient may be an outer module's and an inner one's: the outer one begins first.
+        # One gradient may belong to an outer and an inner module: the outer one begins first.
         while backward and not recomputed and place and _nested(events[place - 1], event):
             place -= 1
         events.insert(place, event)
@@ -216,7 +231,7 @@ def _with_gradient(values: Any) -> list[Tensor]:
 
 
 def _nested(earlier: Event, event: Event) -> bool:
-    """Whether an event that was noted later belongs before ``earlier``."""
+    """Whether ``event``, which was recorded after ``earlier``, belongs before it."""
     if not earlier.backward or earlier.recomputed or earlier.enters != event.enters:
         return False
     outer, inner = (event, earlier) if event.enters else (earlier, event)

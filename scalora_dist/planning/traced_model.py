@@ -1,4 +1,4 @@
-"""A model without storage, as a method trains it: its parameters and one micro-batch's trace."""
+"""Builds a method's model without storage, lists its parameters and traces one micro-batch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from scalora_dist.training.optimizer import make_optimizer
 
 @dataclass(frozen=True)
 class Traced:
-    """
+    """The parameters and the trace of a model with a method's layers.
+
     Attributes:
-        weights: every parameter once, in model order. buffers: bytes of those, whole everywhere.
-        trace: of one micro-batch.
-        blocks: the names of the decoder blocks.
+        weights: every parameter once, in model order.
+        buffers: bytes of the buffers, which every rank has in full.
+        trace: trace of one micro-batch.
+        blocks: names of the decoder blocks.
         head: the LM head's name, or "".
-        layers: how many have factors A and B. factors: numbers in all of them.
+        layers: number of adapted layers.
+        factors: number of trained elements that the method added.
     """
 
     weights: list[Weight]
@@ -50,11 +53,12 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     """Build the model with the method's layers, and trace one micro-batch at ``max_length``.
 
     Args:
-        options: settled (batch, merges).
-        compute: the dtype that an engine computes in.
+        options: options with the batch and the merge options settled.
+        base: facts about the base model.
+        compute: dtype that the engine computes in.
 
     Raises:
-        UserError: as the trainer would for this model, method and these options.
+        UserError: the trainer would refuse this model, method or these options.
     """
     args, train = options.method, options.train
     method = find_method(args)
@@ -108,22 +112,22 @@ def _make(options: Options, base: BaseModelSpec, dtype: torch.dtype) -> PreTrain
     config = AutoConfig.from_pretrained(name, trust_remote_code=options.model.trust_remote_code)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or base.fourbit:
         return load_model(options.model, base, dtype, weights=False)
-    with init_empty_weights():  # an encoder, with the head that GLUE's tasks take
+    with init_empty_weights():  # an encoder, with the head for GLUE's tasks
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    if options.method.target_modules == [ALL_LINEAR]:  # but for that head
+    if options.method.target_modules == [ALL_LINEAR]:  # all except that head
         linear = {n.split(".")[-1] for n, x in model.named_modules() if type(x) is nn.Linear}
         options.method.target_modules = sorted(linear - {"classifier"})
     return model
 
 
 def _dense(layer: FourBitLinear, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for W in place of its values, which the codes of a traced layer do not have."""
+    """An empty W (m, n) instead of the dequantized one: a traced layer's codes have no values."""
     return codes.new_empty(layer.out_features, layer.in_features, dtype=dtype)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A plan has no use for what loading and adapting say."""
+    """Hide the log lines of loading and adapting, which a plan does not need."""
     logger = logging.getLogger("scalora_dist")
     level = logger.level
     logger.setLevel(logging.ERROR)

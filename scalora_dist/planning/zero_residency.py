@@ -1,4 +1,7 @@
-"""What ZeRO keeps on one rank, and what stage 3 gathers when (read and measured with 0.19.8)."""
+"""Predicts what ZeRO keeps on one rank, and when stage 3 gathers weights.
+
+From the source of DeepSpeed 0.19.8 and from measurements with it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class ZeroResidency(Residency):
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
         trained = [weight for weight in weights if weight.trained]
         numel = sum(weight.numel for weight in trained)
-        low = sum(weight.nbytes for weight in trained)  # as they are computed with
+        low = sum(weight.nbytes for weight in trained)  # bytes in the compute dtype
         part = self.world if self.stage else 1
         device: dict[str, float] = self.kept_parts(weights)
         host: dict[str, float] = {}
@@ -51,7 +54,7 @@ class ZeroResidency(Residency):
         adapters = low / self.world if self.stage == 3 else low
         device["adapters"] = device.get("adapters", 0) + adapters
         states = {"masters": masters, "moments": 8 * numel / part}
-        # Stage 1 adds up whole gradients; so does stage 2 between the micro-batches of a step.
+        # Stage 1 accumulates full gradients. So does stage 2 between the micro-batches of a step.
         gradients = low / self.world if self.stage == 3 else low
         if self.states_on_host:
             host |= states | {"gradients": 4 * numel / part}
@@ -91,7 +94,7 @@ class ZeroResidency(Residency):
             ]
         fetches = [fetched for _, fetched in self._coordinate(weights, events)]
         far, near = micro_batches * sum(fetches), 0.0
-        if self.secondary > 1:  # a node has copies from a step's first forward on
+        if self.secondary > 1:  # after the step's first forward, each node has a copy
             once = zip(events, fetches, strict=True)
             whole, far = far, sum(fetched for event, fetched in once if not event.backward)
             near = whole - far
@@ -109,13 +112,13 @@ class ZeroResidency(Residency):
     def _coordinate(
         self, weights: Sequence[Weight], events: Sequence[Event]
     ) -> list[tuple[float, float]]:
-        """Bytes of gathered weights during each event, and those fetched at it.
+        """For each event: bytes of gathered weights during it, and bytes fetched at it.
 
-        As DeepSpeed's coordinator does it once it has seen a step: a weight that is used again
-        within ``stage3_max_reuse_distance`` elements is kept, others are freed when their module
-        ends, and the next ``stage3_prefetch_bucket_size`` elements are fetched ahead. What gradient
-        checkpointing has fetched to compute a block again goes when the module ends that asked for
-        it, although the block's own backward is still to come.
+        Follows DeepSpeed's coordinator after it has recorded a step. A weight that is used again
+        within ``stage3_max_reuse_distance`` elements is kept. Other weights are freed when their
+        module ends. The next ``stage3_prefetch_bucket_size`` elements are fetched ahead. Weights
+        that gradient checkpointing fetched to recompute a block are freed when the module ends
+        whose backward asked for it, although the block's own backward is still to come.
         """
         owned: dict[str, list[Weight]] = defaultdict(list)
         for weight in weights:
@@ -125,7 +128,8 @@ class ZeroResidency(Residency):
         uses = [(step, weight) for step, name in enumerate(order) for weight in owned[name]]
         step, queued = 0, 0
         live: dict[str, Weight] = {}
-        asking: dict[str, list[Weight]] = {}  # modules in their backward, and what they recomputed
+        # Modules in their backward, with the frozen weights that were recomputed for them.
+        asking: dict[str, list[Weight]] = {}
         found = []
         for event in events:
             fetched: list[Weight] = []
@@ -145,7 +149,7 @@ class ZeroResidency(Residency):
                 step += 1
                 live |= {weight.name: weight for weight in fetched}
             elif mine:
-                # Nor is one freed that the prefetch has passed by in the queue.
+                # A weight that the prefetch has already passed in the queue is not freed either.
                 soon = self._used_soon(order[step:], owned)
                 soon |= {weight.name for when, weight in uses[:queued] if when >= step}
                 for weight in mine:
@@ -176,5 +180,9 @@ class ZeroResidency(Residency):
 
 
 def offloads(zero: dict[str, Any], part: str) -> bool:
-    """Whether a ``zero_optimization`` section keeps ``part`` on the CPU."""
+    """Whether the ``zero_optimization`` section ``zero`` keeps ``part`` on the CPU.
+
+    Args:
+        part: ``offload_param`` or ``offload_optimizer``.
+    """
     return (zero.get(part) or {}).get("device") == "cpu"

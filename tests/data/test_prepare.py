@@ -46,6 +46,7 @@ def test_held_out_questions_do_not_occur_in_training(tokenizer):
     assert texts(again.train, tokenizer) == train
 
 
+@pytest.mark.floors
 def test_holds_out_of_a_shuffled_file(tokenizer, numbers):
     whole = prepare(tokenizer, dataset=numbers)
     assert len(whole.train) == 30 and whole.evaluation is None

@@ -29,6 +29,7 @@ def write_jsonl(path, rows=ROWS):
     return path
 
 
+@pytest.mark.floors
 def test_reads_each_kind_of_file(tmp_path):
     data = Dataset.from_list(ROWS)
     data.to_csv(tmp_path / "d.csv")
@@ -116,6 +117,7 @@ def test_missing_and_unknown_names(tmp_path):
     assert ".jsonl" in refused(tmp_path / "notes.txt")
 
 
+@pytest.mark.floors
 def test_generates_from_the_seed_without_duplicates():
     data = load("reasoning_gym:chain_sum", size=60, min_terms=2, max_terms=2, max_digits=1)
     questions = data["query"][:]

@@ -83,6 +83,7 @@ def test_conversational_prompt_completion_trains_the_completion_only(chat_tokeni
     assert split(row, chat_tokenizer) == (RENDERED, "dos</s>")
 
 
+@pytest.mark.floors
 def test_generation_marks_of_the_template_are_used(make_tokenizer):
     marked = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"

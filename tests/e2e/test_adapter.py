@@ -27,6 +27,7 @@ ENGINES = ["local", "zero3", "fsdp", pytest.param("zero2", marks=HEAVY)]
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_carry_is_an_adapter_of_the_4_bit_base(
     ranks: GetRanks, even: Path, tmp_path: Path, engine: str

@@ -58,6 +58,7 @@ def test_a_run_goes_on_from_an_adapter(
     assert end < start
 
 
+@pytest.mark.floors
 def test_a_run_goes_on_from_peft_s_adapter(ranks: GetRanks, odd: Path, tmp_path: Path) -> None:
     """One that PEFT wrote, with rsLoRA's scaling and two layers that differ."""
     from peft import LoraConfig, get_peft_model

@@ -237,6 +237,7 @@ def test_lora_alpha_is_what_the_paper_tabulates(rank: int) -> None:
     assert round(math.sqrt(3 * 4096)) == 111
 
 
+@pytest.mark.floors
 def test_pefts_lora_trains_as_ours(ranks: GetRanks, folder: Path, tmp_path: Path) -> None:
     losses = []
     for method in ("lora", "peft-lora"):
@@ -248,6 +249,7 @@ def test_pefts_lora_trains_as_ours(ranks: GetRanks, folder: Path, tmp_path: Path
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("method", ["pissa", "lora-ga"])
 def test_starts_are_pefts_own(
     ranks: GetRanks,

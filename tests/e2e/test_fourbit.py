@@ -39,6 +39,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(
     ("method", "engine"),
     [
@@ -244,6 +245,7 @@ def test_storage_changes_nothing(ranks: GetRanks, task: Path, tmp_path: Path) ->
     assert runs.losses(tmp_path / "b") == runs.losses(tmp_path / "a")
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(
     ("engine", "double_quant"),
     [

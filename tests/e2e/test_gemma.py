@@ -64,6 +64,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return loaded.state_dict()
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(
     ("engine", "others"),
     [

@@ -40,6 +40,7 @@ def options(model: str, folder: Path, **others: Any) -> list[str]:
     return runs.words(given)
 
 
+@pytest.mark.floors
 def test_the_launcher_trains_and_shows_one_table(tiny_model: str, tmp_path: Path) -> None:
     done = launch(*options(tiny_model, tmp_path / "run", scaling_rule="nnls"), ranks=2)
     assert done.returncode == 0, done.stderr

@@ -66,6 +66,7 @@ def plain(model: PreTrainedModel, batch: dict[str, Tensor]) -> Targets:
     return target_losses(model(**inputs).logits, batch["labels"])
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_chunks_give_what_whole_logits_give(

@@ -48,6 +48,7 @@ def check_goes_on(ranks: Ranks, work: Any, case: dict[str, Any]) -> list[dict[st
 SOMETIMES = (("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16"))
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(
     ("size", "engine", "dtype"),
     [

@@ -56,6 +56,7 @@ def test_losses_of_the_demo_model_do_not_depend_on_the_sharding(
     assert max(largest.values()) < 1e-4
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(
     ("world", "engine", "others"),
     [
@@ -137,6 +138,7 @@ def test_without_held_out_data_the_model_is_in_training_mode(
     assert modes == [True, True]
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_persistent_buffers_are_part_of_the_model(
     ranks: GetRanks, demo_model: str, tmp_path: Path, engine: str

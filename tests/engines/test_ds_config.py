@@ -67,6 +67,7 @@ def test_shipped_configs_load(path: Path, world_size: int, precision: dict[str, 
         assert config["zero_optimization"]["reduce_bucket_size"] == 576**2
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_deepspeed_takes_the_shipped_configs(path: Path) -> None:
     """DeepSpeed's own checks, as it makes them where there is one rank."""

@@ -78,6 +78,7 @@ def job() -> dict[str, Any]:
     return copy.deepcopy(yaml.safe_load(FILE.read_text()))
 
 
+@pytest.mark.floors
 def test_the_example_is_valid(job: dict[str, Any]) -> None:
     for template in check(job):
         (container,) = template["spec"]["containers"]

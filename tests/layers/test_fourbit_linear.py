@@ -51,6 +51,7 @@ def by_hand(layer: FourBitLinear) -> Tensor:
     return (numbers * sizes.repeat_interleave(BLOCK)[: m * n]).view(m, n)
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("double_quant", NESTED)
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_numbers_are_what_codes_and_sizes_say(m: int, n: int, double_quant: bool) -> None:
@@ -70,6 +71,7 @@ def test_bytes_per_weight() -> None:
     assert single.sizes.nbytes == 4 * 4096
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_codes_are_the_same_bits_in_any_storage(m: int, n: int, storage: torch.dtype) -> None:
@@ -82,6 +84,7 @@ def test_codes_are_the_same_bits_in_any_storage(m: int, n: int, storage: torch.d
     assert torch.equal(layer.dense(layer.weight, torch.float32), by_hand(bytes_))
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_the_product_and_its_gradient(m: int, n: int) -> None:
     _, layer = made(m, n)

@@ -371,6 +371,7 @@ def test_output_has_the_bases_dtype() -> None:
     torch.testing.assert_close(y.double(), expected + linear.bias.double(), rtol=0.02, atol=0.1)
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("build", [llama, gemma3])
 def test_output_equals_pefts(build: Callable[[], Any]) -> None:
     ours, theirs = build(), build()

@@ -61,6 +61,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_task(tmp_path_factory.mktemp("planned"), **SIZES)
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize(
     "setup", [pytest.param(x, marks=() if x in QUICK else pytest.mark.heavy) for x in SETUPS]
 )
@@ -91,6 +92,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.floors
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_the_papers_models_are_here(model: str) -> None:
     from accelerate import init_empty_weights

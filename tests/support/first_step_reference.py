@@ -1,7 +1,8 @@
-"""Every method's start and steps, densely in float64 on one whole model, from the papers' formulas.
+"""Reference of each method's initialization and steps: dense float64, from the papers' formulas.
 
-A layer's names are ours: A (m, r), B (n, r), U (m, r), R (r, r), V (n, r), M (r̂, r̂), and DoRA's
-magnitudes, "size" (m,). What is drawn at random is data: it is taken from the run under test.
+A layer's tensors have the project's names: A (m, r), B (n, r), U (m, r), R (r, r), V (n, r),
+M (r̂, r̂), and DoRA's magnitudes, "size" (m,). Random draws are data: they are taken from the run
+under test.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ BETAS = (0.9, 0.999)
 
 @dataclass
 class Layer:
-    """One layer, whole: W (m, n), what a method added, AdamW's moments of what is trained."""
+    """One layer with full tensors.
+
+    Attributes:
+        name: name of W in the model.
+        W: weight (m, n).
+        own: {name: tensor that the method added}.
+        m: {name: AdamW's first moment of a trained tensor}.
+        v: {name: AdamW's second moment of a trained tensor}.
+    """
 
     name: str
     W: Tensor
@@ -37,16 +46,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Reference:
-    """One method.
+    """One method, as functions.
 
     Attributes:
-        weight: (W, own, options) → the weight that the layer acts with.
-        start: (name, W, what the run has at its start, ∇W of the samples, options) → (W, own).
-        trained: names of ``own``.
-        count: (m, n, r) → how many numbers of a layer are trained; None: every parameter is.
-        change: (layer, G, gradients, options): in place, between backward and step.
-        after: (layer, options, steps taken): in place, after the step.
-        rate: (name, options, steps taken) → multiple of the learning rate.
+        weight: (W, own, options) → the layer's effective weight.
+        start: (name, W, the run's own tensors at its start, ∇W of the samples, options) → (W, own).
+        trained: names in ``own`` that are trained.
+        count: (m, n, r) → number of trained elements of a layer; None: every parameter is trained.
+        change: (layer, G, gradients, options): edit in place between backward and step.
+        after: (layer, options, steps taken): edit in place after the step.
+        rate: (name, options, steps taken) → factor of the learning rate.
     """
 
     weight: Callable[[Tensor, Own, Options], Tensor]
@@ -62,7 +71,7 @@ class Reference:
 
 
 def mean_loss(model: nn.Module, weights: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
-    """The mean over a batch's target tokens, with ``weights`` in the place of the model's own."""
+    """The mean loss over a batch's target tokens, with ``weights`` instead of the model's own."""
     inputs = {name: torch.tensor(batch[name]) for name in ("input_ids", "attention_mask")}
     logits = functional_call(model, dict(weights), (), {**inputs, "use_cache": False}).logits
     labels = torch.tensor(batch["labels"])
@@ -72,7 +81,7 @@ def mean_loss(model: nn.Module, weights: Mapping[str, Tensor], batch: Mapping[st
 def gradients(
     model: nn.Module, weights: Mapping[str, Tensor], batch: Mapping[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:
-    """The loss, and ∂ℓ/∂W of each of ``weights``."""
+    """The loss, and the gradient ∂ℓ/∂W of each of ``weights``."""
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     loss = mean_loss(model, leaves, batch)
     found = torch.autograd.grad(loss, list(leaves.values()))
@@ -86,7 +95,10 @@ def train(
     batches: Sequence[Mapping[str, Any]],
     options: Options,
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """(the loss of each step; the effective weights at the start and after each step)."""
+    """Train. Returns each step's loss, and the effective weights at the start and after each step.
+
+    Losses are one per batch; weights one more.
+    """
 
     def weights() -> dict[str, Tensor]:
         return {layer.name: method.weight(layer.W, layer.own, options) for layer in layers}
@@ -111,7 +123,7 @@ def train(
 
 
 def factor_gradients(method: Reference, layer: Layer, G: Tensor, options: Options) -> Own:
-    """∂ℓ/∂ of all that is trained, from G: ∇A = s·G B and so on, by autograd of ``weight``."""
+    """Gradients of the trained tensors from G = ∂ℓ/∂W, by autograd of ``weight``: ∇A = s·G B etc."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in layer.own.items()}
     own = [leaves[name] for name in method.trained]
     found = torch.autograd.grad(method.weight(layer.W, leaves, options), own, G)
@@ -153,7 +165,7 @@ def core(s: Callable[[Options, int], float]) -> Callable[[Tensor, Own, Options],
 
 
 def dora(W: Tensor, own: Own, o: Options) -> Tensor:
-    """m ⊙ V / ‖V‖ by rows, V = W + s·A Bᵀ; no gradient through the norm (its section 4.3)."""
+    """m ⊙ V / ‖V‖ by rows, with V = W + s·A Bᵀ. No gradient through the norm (DoRA, section 4.3)."""
     V = low_rank(s_lora)(W, own, o)
     return own["size"][:, None] * V / V.detach().norm(dim=1, keepdim=True)
 
@@ -167,7 +179,7 @@ def mora(W: Tensor, own: Own, o: Options) -> Tensor:
 
 
 def mora_outputs(x: Tensor, M: Tensor, out_features: int) -> Tensor:
-    """Equation 9 on rows x (k, n): complex numbers (z_i, z_{i + r̂/2}) turned piece by piece."""
+    """MoRA's equation 9 on rows x (k, n): rotates the complex (z_i, z_{i + r̂/2}) of each piece."""
     side, (k, n) = len(M), x.shape
     pieces = math.ceil(n / side)
     z = x[:, torch.arange(pieces * side) % n].view(k, pieces, side)
@@ -215,7 +227,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def alike(columns: Tensor, found: Tensor) -> Tensor:
-    """(r,) ±1: which columns point away from those found. A triple's sign is free in an SVD."""
+    """The sign ±1 (r,) that turns each column to the one found. An SVD leaves signs free."""
     return torch.where((columns * found).sum(0) < 0, -1.0, 1.0).double()
 
 
@@ -228,7 +240,7 @@ def init_lora_xs(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[
 def init_lora_sb(
     name: str, W: Tensor, found: Own, G: Tensor | None, o: Options
 ) -> tuple[Tensor, Own]:
-    """The SVD of −η·sign(ΣG), R = Σ_r (equations 7 and 8 with s = 1)."""
+    """LoRA-SB: the SVD of −η·sign(ΣG), with R = Σ_r (equations 7 and 8 with s = 1)."""
     assert G is not None
     U, S, V = (part[..., : o["rank"]] for part in svd(-o["learning_rate"] * G.sign()))
     sign = alike(V, found["V"])
@@ -246,7 +258,10 @@ def init_pissa(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Te
 def init_lora_ga(
     name: str, W: Tensor, found: Own, G: Tensor | None, o: Options
 ) -> tuple[Tensor, Own]:
-    """A from the second r left vectors times Σ·m^¼/√16, B the first r right ones; W −= s·A Bᵀ."""
+    """LoRA-GA, and W −= s·A Bᵀ.
+
+    A is the second r left singular vectors times Σ·m^¼/√16. B is the first r right ones.
+    """
     assert G is not None
     r, (U, S, V) = o["rank"], svd(G)
     A = (U * S)[:, r : 2 * r] * len(W) ** 0.25 / 16**0.5
@@ -258,7 +273,7 @@ def init_lora_ga(
 
 
 def rescale(layer: Layer, G: Tensor, grads: Own, o: Options) -> None:
-    """ScaLoRA's transform, of what is written out in ``reference``."""
+    """ScaLoRA's transform, from the formulas in ``reference``."""
     s = s_lora(o, G.shape[1])
     W, A, B, G, gA, gB = (
         tensor.numpy() for tensor in (layer.W, layer.own["A"], layer.own["B"], G, *grads.values())
@@ -281,10 +296,11 @@ def project(layer: Layer, G: Tensor, grads: Own, o: Options) -> None:
 
 
 def lora_pro(A: Tensor, B: Tensor, G: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Of all θ = (dA, dB) that minimise ‖Tθ − G‖, Tθ = s(dA Bᵀ + A dBᵀ), the nearest to (∇A, ∇B).
+    """LoRA-Pro's gradients: the minimiser of ‖Tθ − G‖ that is nearest to ∇ = (∇A, ∇B).
 
-    θ = ∇ + T⁺(G − T∇) and T⁺ = Tᵀ(T Tᵀ)⁺, where T Tᵀ X = s²(X B Bᵀ + A Aᵀ X) multiplies the entry
-    (i, j) of X, in the eigenvectors of A Aᵀ and B Bᵀ, by s²(a_i² + b_j²).
+    θ = (dA, dB) and Tθ = s(dA Bᵀ + A dBᵀ). So θ = ∇ + T⁺(G − T∇) with T⁺ = Tᵀ(T Tᵀ)⁺. Here
+    T Tᵀ X = s²(X B Bᵀ + A Aᵀ X). In the eigenvectors of A Aᵀ and B Bᵀ, it multiplies the entry
+    (i, j) of X by s²(a_i² + b_j²).
     """
     (U, a), (V, b) = (torch.linalg.svd(factor)[:2] for factor in (A, B))
     a, b = F.pad(a, (0, len(A) - len(a))), F.pad(b, (0, len(B) - len(b)))
@@ -296,7 +312,7 @@ def lora_pro(A: Tensor, B: Tensor, G: Tensor, s: float) -> tuple[Tensor, Tensor]
 
 
 def restart(layer: Layer, o: Options, steps: int) -> None:
-    """ReLoRA: merge, A = 0, B anew, the smaller part of m zero and v with it."""
+    """ReLoRA: merge, A = 0, re-initialize B, and zero the smallest part of m and the same of v."""
     if steps % o["relora_interval"]:
         return
     layer.W = low_rank(s_lora)(layer.W, layer.own, o)
@@ -310,7 +326,7 @@ def restart(layer: Layer, o: Options, steps: int) -> None:
 
 
 def warmed_up(name: str, o: Options, steps: int) -> float:
-    """After a restart the rate rises again, 1/(w + 1) … 1 over w steps and one."""
+    """ReLoRA's factor of the rate: after a restart it rises from 1/(w + 1) to 1 in w + 1 steps."""
     since, rise = steps % o["relora_interval"], o["relora_warmup_steps"] + 1
     return 1.0 if steps < o["relora_interval"] else min(1.0, (since + 1) / rise)
 

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: a command, its ranks' processes, and signals to them."""
+"""Starts runs by their command like a user, finds their ranks' processes and signals them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAUNCHERS = {
 
 
 class Launched:
-    """One started command with everything it started; ``with`` leaves none of it behind."""
+    """A started command with all its processes. At the end of ``with``, all of them are killed."""
 
     def __init__(self, engine: str, case: dict[str, Any], log: Path) -> None:
         with socket.socket() as probe:
@@ -51,7 +51,7 @@ class Launched:
                     "DS_ACCELERATOR": "cpu",
                     "OMP_NUM_THREADS": "1",
                     "TOKENIZERS_PARALLELISM": "false",
-                    # By these the processes are found, and nobody else's.
+                    # Marks this command's processes, so that no others are found.
                     "SMALL_RUN": str(log),
                 },
             )
@@ -64,7 +64,7 @@ class Launched:
         self.process.wait(60)
 
     def everyone(self) -> list[psutil.Process]:
-        """The launcher, if it lives, before all others; orphans too."""
+        """All processes of the command, orphans too. The launcher comes first, if it is alive."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -73,7 +73,7 @@ class Launched:
         return sorted(found, key=lambda process: process.pid != self.process.pid)
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks' processes in rank order; the launcher itself, where there is none."""
+        """The ranks' processes in rank order; the command's own process if there are none."""
         ranks = {}
         for process in self.everyone():
             with contextlib.suppress(psutil.Error):
@@ -85,9 +85,9 @@ class Launched:
         return [ranks[rank] for rank in sorted(ranks)] or [psutil.Process(self.process.pid)]
 
     def launcher(self) -> psutil.Process:
-        """What started the ranks: the command, or the process of this node under `deepspeed`.
+        """The process that started the ranks: the command, or `deepspeed`'s process of this node.
 
-        `deepspeed` itself dies of a SIGTERM without a word to anybody, and the ranks train on.
+        `deepspeed` itself dies of a SIGTERM without stopping the others, and the ranks train on.
         """
         return self.ranks()[0].parent()
 
@@ -98,7 +98,11 @@ class Launched:
                 process.send_signal(signal.SIGKILL)
 
     def wait_for(self, condition: Callable[[], object], pause: float = 0.005) -> bool:
-        """Until ``condition`` holds; False where the command ended before."""
+        """Wait until ``condition`` is true; False if the command ended before. At most 300 s.
+
+        Args:
+            pause: seconds between two checks.
+        """
         deadline = time.monotonic() + 300
         while not condition():
             if self.process.poll() is not None:
@@ -115,7 +119,7 @@ class Launched:
 
 
 def last_step(folder: Path) -> int:
-    """The last step whose line is whole; 0 before the first."""
+    """The last step that has a complete line in metrics.jsonl; 0 before the first."""
     try:
         text = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Nodes with a network between them: Linux's network namespaces, one group of ranks in each."""
+"""Simulates two networked nodes with Linux's network namespaces, with a group of ranks in each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
 class Node:
-    """One namespace, ``net0`` or ``net1`` being its cable to the other one."""
+    """One node: a network namespace. Its interface to the other node is ``net0`` or ``net1``."""
 
     def __init__(self, name: str, number: int, folder: Path) -> None:
         self.name, self.number, self.folder = name, number, folder
@@ -33,7 +33,12 @@ class Node:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, case: dict[str, Any], **env: Any) -> None:
-        """The shipped script with a run's options; one rank unless ``env`` says otherwise."""
+        """Start the shipped launch/node.sh with a run's options. One rank, unless ``env`` differs.
+
+        Args:
+            case: options of the run.
+            env: environment variables that replace or extend the defaults.
+        """
         given = {
             "NNODES": len(ADDRESSES),
             "NODE_RANK": self.number,
@@ -64,15 +69,15 @@ class Node:
         return self.log.read_text()
 
     def errors(self) -> list[str]:
-        """Behind a progress bar, too."""
+        """The error messages in the log, also those behind a progress bar on the same line."""
         return re.findall(r"\berror: .*", self.text())
 
     def tokenized(self) -> int:
-        """How many data sets it has tokenized."""
+        """Number of datasets that this node has tokenized."""
         return len(list(self.caches.glob("scalora_dist/tokens-*.arrow")))
 
     def received(self) -> int:
-        """Bytes that came over the cable."""
+        """Number of bytes that this node received from the other one."""
         shown = ip("-n", self.name, "-s", "-j", "link", "show", f"net{self.number}")
         return json.loads(shown)[0]["stats64"]["rx"]["bytes"]
 
@@ -80,7 +85,7 @@ class Node:
         ip("-n", self.name, "link", "set", f"net{self.number}", "down")
 
     def die(self) -> None:
-        """All its processes at once, which close their connections with that."""
+        """Kill all processes of the node. Their connections are closed by this."""
         for pid in ip("netns", "pids", self.name).split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -93,10 +98,10 @@ def ip(*words: str) -> str:
 
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[list[Node]]:
-    """Two connected nodes; the test is skipped, with a warning, where they cannot be made.
+    """Two connected nodes. If they cannot be made, the test is skipped with a warning.
 
-    This machine's name is 127.0.1.1 in them, as on Debian, so that whoever looks it up to tell it
-    to the other node fails.
+    In them this machine's name resolves to 127.0.1.1, as on Debian. So code that looks up the name
+    and sends the address to the other node fails.
     """
     nodes = [Node(f"scalora-{os.getpid()}-{n}", n, folder) for n in range(2)]
     try:

@@ -1,6 +1,6 @@
-"""What every rank of a test imports, imported once: ranks are forked from a process that has it.
+"""Imports once what every rank of a test needs: ranks are forked from a process that imported it.
 
-It has run no operator and opened no group, so that no thread is lost in a fork.
+That process runs no operator and opens no process group, so it has no threads that a fork loses.
 """
 
 from __future__ import annotations

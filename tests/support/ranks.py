@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that start once, join a gloo group and then run functions."""
+"""Real ranks for tests: processes that start once, join a gloo group, and then run functions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 
 def forkserver() -> ForkServerContext:
-    """What starts processes that have imported all that ranks need, in milliseconds each."""
+    """A context that starts processes in milliseconds, with all imports of a rank already done."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preloaded"])
     return context
 
 
 class Ranks:
-    """``size`` processes; ``run`` calls one function on all of them, with their World first."""
+    """``size`` processes. ``run`` calls a function on all of them; its first argument is World."""
 
     def __init__(self, size: int) -> None:
         context = forkserver()
@@ -42,7 +42,15 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = 300, **kwargs: Any
     ) -> list:
-        """The function's results in rank order; the first rank's error, if any, is raised here."""
+        """Call a function on all ranks. Returns its results in rank order.
+
+        Args:
+            timeout: seconds to wait for each rank's answer.
+
+        Raises:
+            RuntimeError: the function failed; with the traceback of the first rank that failed.
+            TimeoutError: a rank gave no answer in time.
+        """
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
         answers = []
@@ -78,7 +86,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
             pipe.send((True, function(world, *args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-        if first:  # what is loaded by now stays: let no collection look through it again
+        if first:  # objects loaded by now stay: exclude them from later garbage collections
             gc.collect()
             gc.freeze()
             first = False

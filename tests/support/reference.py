@@ -1,4 +1,4 @@
-"""ScaLoRA written out densely in float64, from the formulas: what the shards must agree with."""
+"""Reference of ScaLoRA: dense float64, from the formulas. The sharded code must agree with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class State:
-    """One layer, whole: W (m, n), A (m, r), B (n, r), gradients and moments like their factor."""
+    """One layer's full tensors: W (m, n), A (m, r), B (n, r). Gradients and moments like factors."""
 
     W: Array
     A: Array
@@ -25,7 +25,12 @@ class State:
     v_B: Array
 
     def largest_error(self, other: State, names: tuple[str, ...] = ()) -> float:
-        """The largest relative error (Frobenius norm) of any field (of ``names``) from ours."""
+        """The largest relative error (Frobenius norm) of ``other`` from ``self`` in any field.
+
+        Args:
+            other: the state to compare.
+            names: fields to compare; (): all.
+        """
         names = names or tuple(field.name for field in fields(self))
         return max(relative_error(getattr(other, name), getattr(self, name)) for name in names)
 
@@ -44,10 +49,10 @@ def factor_gradients(G: Array, A: Array, B: Array, s: float) -> tuple[Array, Arr
 def scales(
     G: Array, A: Array, B: Array, s: float, eta_lipschitz: float, bounds: tuple[float, float] | None
 ) -> tuple[Array, Array, str]:
-    """α, β by the paper's rule, from the dense m × n problem itself (no grams).
+    """α (r,), β (r,) and the rule's name, by the paper's rule, from the dense m × n problem.
 
-    ‖G − Σ_k z_k T_k‖² over z = ηL s² [α²; β²], T_k the terms a_k (Gᵀa_k)ᵀ and (G b_k) b_kᵀ.
-    A side without a gradient is free: its factors are 1.
+    Grams are not used. Minimises ‖G − Σ_k z_k T_k‖² over z = ηL s² [α²; β²], where T_k are the
+    terms a_k (Gᵀa_k)ᵀ and (G b_k) b_kᵀ. A side without a gradient is free: its factors are 1.
     """
     r = A.shape[1]
     terms = [np.outer(A[:, k], G.T @ A[:, k]) for k in range(r)]
@@ -75,7 +80,7 @@ def scales(
 
 
 def transform(state: State, alpha: Array, beta: Array, s: float) -> State:
-    """The ScaLoRA transform: the layer's function stays, its gradients and moments follow."""
+    """The ScaLoRA transform. The layer's function does not change; gradients and moments follow."""
     return replace(
         state,
         W=state.W + s * (state.A * (1 - alpha * beta)) @ state.B.T,
@@ -93,7 +98,7 @@ def transform(state: State, alpha: Array, beta: Array, s: float) -> State:
 def adamw(
     p: Array, g: Array, m: Array, v: Array, *, step: int, lr: float, clip: float = 1.0
 ) -> Array:
-    """The parameter after AdamW's step number ``step`` (from 1) on ``clip · g``, no decay."""
+    """The parameter after AdamW's step ``step`` (from 1) with gradient ``clip · g``, no decay."""
     m = 0.9 * m + 0.1 * clip * g
     v = 0.999 * v + 0.001 * (clip * g) ** 2
     return p - lr * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)

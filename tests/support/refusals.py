@@ -1,4 +1,4 @@
-"""What a refusal must look like, whoever refuses."""
+"""Checks the form of a UserError's message, for the tests of all packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scalora_dist.errors import UserError
 
 
 def one_sentence(error: pytest.ExceptionInfo[UserError]) -> str:
-    """The message, which must be there and on one line."""
+    """The error's message. Asserts that it is one non-empty line."""
     message = str(error.value)
     assert message and "\n" not in message
     return message

@@ -1,4 +1,4 @@
-"""Whole training runs on real ranks, for tests."""
+"""Runs complete trainings on real ranks, for tests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def words(options: dict[str, Any]) -> list[str]:
-    """Options as a command line."""
+    """Options as the words of a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
 
 
 def make(world: World, options: dict[str, Any], trainer: type[Trainer] = Trainer) -> Trainer:
-    """What launch/train.py makes after the launcher, on ranks that are there already."""
+    """Make the trainer like launch/train.py, on ranks that already run."""
     parsed = parse_options(words(options))
     parsed.train.settle_batch(world.size)
     base = read_base_model(parsed.model, parsed.train.dtype, world.device)
@@ -38,7 +38,7 @@ def run(world: World, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
-    """Whether all of the model was in training mode, step by step."""
+    """Train; for each step, whether all modules of the model were in training mode."""
     seen: list[bool] = []
 
     class Watched(Trainer):
@@ -51,7 +51,10 @@ def training_modes(world: World, options: dict[str, Any]) -> list[bool]:
 
 
 def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[str, float]]]:
-    """Train; for each step {layer: (its rule, how far its column solution is from a bound)}."""
+    """Train; for each step, {layer: (rule, distance of the column solution from a bound)}.
+
+    The distance is that of ``distances``.
+    """
     trainer = make(world, options)
     rescaler, seen = trainer.runner.transform, []
     assert isinstance(rescaler, Rescaler)
@@ -72,10 +75,11 @@ def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[s
 
 
 def distances(gram_a: Tensor, gram_b: Tensor, bounds: tuple[float, float]) -> list[float]:
-    """Per layer: what relative change of the grams would change whether z = H⁺λ is in the box.
+    """For each layer: the relative change of the grams at which z = H⁺λ enters or leaves the box.
 
-    To first order, entry by entry: x = C⁺c moves by at most |C⁺|(|c| + |C||x|) times that change,
-    x and C being z and H in the units where H has a unit diagonal. Negative: z is outside.
+    Negative: z is outside. To first order, entry by entry: x = C⁺c moves by at most
+    |C⁺|(|c| + |C||x|) times that change. Here x and C are z and H in units in which H has a unit
+    diagonal.
     """
     found = []
     H, lam = (part.numpy() for part in quadratic(gram_a, gram_b))
@@ -112,10 +116,11 @@ FSDP_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def engine_options(engine: str, folder: Path) -> dict[str, Any]:
-    """Options for "local" (none), a config of ds_configs/, "fsdp" or one of FSDP_CONFIGS.
+    """A run's options for an engine.
 
     Args:
-        folder: where an FSDP config may be written.
+        engine: "local", a config of ds_configs/ without .json, "fsdp" or a key of FSDP_CONFIGS.
+        folder: folder to which an FSDP config may be written.
     """
     if engine == "local":
         return {}

@@ -1,4 +1,4 @@
-"""Tiny random models with tokenizers and texts, saved as a user's files would be."""
+"""Saves tiny random models, tokenizers and texts in the file formats of users."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tools.loss_compare import SIZES, byte_tokenizer
+
 
 def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Two layers whose row lengths divide by nothing, tied embeddings, random weights."""
+    """A random Llama with two layers, tied embeddings, and row lengths that are hard to divide."""
     import torch
 
     torch.manual_seed(0)
@@ -37,42 +39,17 @@ def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per byte: with the demo model's 49152, the LM head would be all of a tiny model."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
 # Rows that neither 2, 3 nor 4 divides (35, 37, and a vocabulary of 259), fewer rows than 4 ranks
 # can share (6), and weights large enough for attention to matter.
-ODD_SIZES = {
-    "vocab_size": 259,
-    "hidden_size": 35,
-    "intermediate_size": 37,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 1,
-    "head_dim": 6,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+ODD_SIZES = SIZES
 
 
 def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
-    """A tiny random "llama" or "gemma3" whose rows divide by nothing, with a byte tokenizer.
+    """A tiny random model whose rows 2, 3 and 4 do not divide, with a byte tokenizer.
 
     Args:
-        sizes: others than ``ODD_SIZES``.
+        architecture: "llama" or "gemma3".
+        sizes: sizes that replace those of ``ODD_SIZES``.
     """
     import torch
 
@@ -93,7 +70,7 @@ def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
 
 
 def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
-    """texts.jsonl: random texts of these letters, from 8 letters to fewer than ``longest``."""
+    """Write texts.jsonl: ``count`` random texts of these letters, 8 to ``longest`` - 1 long."""
     generator, choices = np.random.default_rng(0), np.array(list(letters))
     with open(folder / "texts.jsonl", "w") as file:
         for length in generator.integers(8, longest, count):
@@ -101,7 +78,7 @@ def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
 
 
 def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A tiny random DeepSeek-V3, and its persistent buffers, {name: tensor}."""
+    """Save a tiny random DeepSeek-V3. Returns its persistent buffers, {name: tensor}."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -135,7 +112,7 @@ def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def save_task(folder: Path, **sizes: Any) -> Path:
-    """A tiny model with texts beside it; ``sizes`` as for ``save_odd_model``."""
+    """Save a tiny model and texts in one folder; ``sizes`` as for ``save_odd_model``."""
     save_odd_model(folder, "llama", **sizes)
     save_texts(folder, "abc ", longest=24, count=41)
     return folder

@@ -1,4 +1,4 @@
-"""Runs of a model of some kilobytes, on ranks that are there or as a user starts them."""
+"""Runs a model of some kilobytes on ranks that already run, and reads what a run leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scalora_dist.modeling.loss import target_losses
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
 
-# Dropout draws random numbers; the examples of three epochs are shuffled three times.
+# Dropout draws random numbers, and the examples of three epochs are shuffled three times.
 TASK: dict[str, Any] = {
     "max_length": 24,
     "eval_size": 5,
@@ -37,7 +37,7 @@ TASK: dict[str, Any] = {
     "update_rank_layers": 0,
 }
 TIMINGS = ("seconds", "seconds_per_step", "method_share", "tokens_per_second", "peak_memory_bytes")
-# Engines that cut weights up, on so many ranks.
+# (engine that shards weights, number of ranks)
 CUT_UP = [
     ("zero3", 2),
     ("fsdp", 2),
@@ -47,14 +47,14 @@ CUT_UP = [
 
 
 def options(task: Path, output_dir: Path, engine: str, **others: Any) -> dict[str, Any]:
-    """Options of a run on "local", "fsdp" or a ZeRO stage; None takes one back."""
+    """Options of a run on an engine of ``runs.engine_options``; None removes a default."""
     given = {"model_name_or_path": task, "dataset": task / "texts.jsonl", "output_dir": output_dir}
     given |= TASK | runs.engine_options(engine, output_dir.parent) | others
     return {name: value for name, value in given.items() if value is not None}
 
 
 def timeless(value: Any) -> Any:
-    """Without what two runs cannot have in common."""
+    """``value`` without timings and memory, in which two runs always differ."""
     if isinstance(value, list):
         return [timeless(item) for item in value]
     if isinstance(value, dict):
@@ -63,12 +63,12 @@ def timeless(value: Any) -> Any:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without timings."""
+    """The lines of metrics.jsonl without timings."""
     return timeless(runs.metrics(folder))
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """{safetensors file of the merged model: checksum}"""
+    """Checksums of the merged model, {safetensors file: SHA-256}."""
     files = folder.glob("model/*.safetensors")
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     assert found
@@ -76,7 +76,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
-    """Everything that must not depend on an interruption."""
+    """The results that must not depend on an interruption: metrics, summary and checksums."""
     summary = json.loads((folder / "summary.json").read_text())
     return lines(folder), timeless(summary), digests(folder)
 
@@ -86,7 +86,7 @@ def evaluations(folder: Path) -> list[float]:
 
 
 def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
-    """The mean loss over the evaluation set, by transformers alone, an example at a time."""
+    """The mean loss over the evaluation set by transformers alone, one example at a time."""
     parsed = parse_options(runs.words(case))
     tokenizer = load_tokenizer(parsed.model)
     data = prepare_data(parsed.data, tokenizer, parsed.train.seed).evaluation
@@ -103,12 +103,12 @@ def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
     return total / targets
 
 
-# On ranks that are there already.
+# Functions for ranks that already run.
 
 
 @contextlib.contextmanager
 def warnings_of(logger_name: str = "scalora_dist") -> Iterator[list[str]]:
-    """What is logged as a warning inside it; the ranks' processes have no other ear."""
+    """Collects the warnings that are logged inside ``with``. Ranks' processes have no other log."""
     heard: list[str] = []
 
     class Ear(logging.Handler):
@@ -126,7 +126,7 @@ def warnings_of(logger_name: str = "scalora_dist") -> Iterator[list[str]]:
 def train(
     world: World, case: dict[str, Any], trainer: type[Trainer] = Trainer
 ) -> tuple[int, dict[str, Any], list[str]]:
-    """Train; (the step it began at, the summary without timings, warnings)."""
+    """Train. Returns (first step of this run, summary without timings, warnings)."""
     with warnings_of() as heard:
         made = runs.make(world, case, trainer)
         summary = made.run()
@@ -134,7 +134,11 @@ def train(
 
 
 def fp16_options(engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
-    """fp16 under a ZeRO stage, with such settings of DeepSpeed; its config goes to ``folder``."""
+    """Options for fp16 under a ZeRO stage. Writes the DeepSpeed config to ``folder``.
+
+    Args:
+        settings: values for the config's fp16 section.
+    """
     config = json.loads(Path(runs.ds_config(engine)).read_text())
     config["fp16"] = {"enabled": "auto", **settings}
     (folder / "ds.json").write_text(json.dumps(config))
@@ -142,7 +146,7 @@ def fp16_options(engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def train_fp16(world: World, case: dict[str, Any]) -> tuple[int, dict[str, Any], list[str]]:
-    """As ``train``, where DeepSpeed is told that this CPU has fp16 (slow, but it has)."""
+    """Like ``train``, with DeepSpeed's check for fp16 disabled: CPUs have fp16, but it is slow."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -156,7 +160,7 @@ def train_fp16(world: World, case: dict[str, Any]) -> tuple[int, dict[str, Any],
 def refusal(
     world: World, case: dict[str, Any], trainer: type[Trainer] = Trainer
 ) -> tuple[str, int, list[str]]:
-    """The sentence a run ends with, its status, and the warnings before."""
+    """Run until a UserError. Returns (its message, its exit status, the warnings before it)."""
     with warnings_of() as heard:
         try:
             runs.make(world, case, trainer).run()

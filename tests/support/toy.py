@@ -1,6 +1,7 @@
-"""Two independent linear layers on fixed data: small enough to write everything out densely.
+"""A toy model for tests of engines: two independent linear layers on fixed data.
 
-The functions here run on real ranks (``ranks.Ranks``) and answer with whole float64 arrays.
+It is small enough for a dense reference. The functions here run on real ranks (``ranks.Ranks``) and
+return full float64 arrays.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ from scalora_dist.profiling.clock import Clock
 from tests.support.reference import State
 
 SHAPES = {"first": (31, 24), "second": (13, 11)}
-EXAMPLES = 12  # per step: a multiple of 1, 2, 3 and 4 ranks
+EXAMPLES = 12  # examples per step: a multiple of 1, 2, 3 and 4 ranks
 SCALING, ETA_LIPSCHITZ, BOUNDS = 2.0, 0.5, (0.05, 5.0)
 LEARNING_RATE = 1e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 ENGINES = (*ZERO, "fsdp", "hybrid", "local")
-KEPT = ("W", "A", "B", "m_A", "v_A", "m_B", "v_B")  # of a State, from step to step
-HYBRID_MESH = [2, 2]  # ranks 0 and 1 hold what ranks 2 and 3 hold
+KEPT = ("W", "A", "B", "m_A", "v_A", "m_B", "v_B")  # fields of a State that last between steps
+HYBRID_MESH = [2, 2]  # ranks 0 and 1 hold the same values as ranks 2 and 3
 
 
 def ranks_of(engine: str) -> int:
-    """On how many ranks an engine is tested where any number would do."""
+    """The default number of ranks for tests of an engine."""
     return {"local": 1, "hybrid": 4}.get(engine, 2)
 
 
 class Block(nn.Sequential):
-    """What a decoder block is to FSDP: a group of its own."""
+    """A decoder block for FSDP, with a group of its own."""
 
 
 class Toy(nn.Module):
-    """The first layer is in a block, the second is not: FSDP's two kinds of groups."""
+    """Two layers, for FSDP's two kinds of groups: the first is in a block, the second is not."""
 
     _no_split_modules = ("Block",)
 
@@ -73,7 +74,7 @@ class Toy(nn.Module):
 
 
 def data(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs and targets of one global batch, {layer: (EXAMPLES, features)}."""
+    """Inputs and targets of one step's global batch, each {layer: (EXAMPLES, features)}."""
     generator = torch.Generator().manual_seed(100 + step)
     x = {k: torch.randn(EXAMPLES, n, generator=generator) for k, (_, n) in SHAPES.items()}
     y = {k: torch.randn(EXAMPLES, m, generator=generator) for k, (m, _) in SHAPES.items()}
@@ -91,20 +92,24 @@ def make_engine(
     initial_scale_power: int = 8,
     reshard: bool | int = True,
 ) -> Engine:
-    """An engine by name: zero0 to zero3, local (one rank), fsdp, hybrid (four ranks).
+    """Make an engine by name.
 
     Args:
-        persist: ZeRO-3 keeps small parameters gathered.
-        initial_scale_power: of fp16's loss scale.
-        reshard: FSDP frees a block's gathered weights after its forward (a number: down to so
-            many ranks' shards).
+        name: zero0 to zero3, local (one rank), fsdp, or hybrid (four ranks).
+        dtype: fp32, bf16 or fp16.
+        offload: whether to offload to the CPU.
+        accumulation: micro-batches per step.
+        persist: whether ZeRO-3 keeps small parameters gathered.
+        initial_scale_power: binary logarithm of fp16's first loss scale.
+        reshard: whether FSDP frees a block's gathered weights after its forward; a number: it
+            reshards them to groups of that size.
     """
     if name in ZERO:
         config = ds_config(world, int(name[-1]), dtype, offload, accumulation)
         config["fp16"]["initial_scale_power"] = initial_scale_power
         if persist:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6
-        # DeepSpeed wants CPUs with fast fp16 for fp16; for a test the slow ones do.
+        # DeepSpeed requires a CPU with fast fp16. For a test, slow fp16 is enough.
         get_accelerator().is_fp16_supported = lambda: True
         return DeepSpeedEngine(world, config)
     if name == "local":
@@ -139,7 +144,7 @@ def ds_config(world: World, stage: int, dtype: str, offload: bool, accumulation:
 
 
 class Run:
-    """A toy on an engine, one step at a time, everything visible as whole arrays."""
+    """The toy model on an engine, run step by step, with its full tensors as arrays."""
 
     def __init__(
         self,
@@ -209,11 +214,11 @@ class Run:
         return self.finish_step(self.rescale().applied)
 
     def rescale(self) -> Report:
-        """The transform, on the gradients of the last backward."""
+        """Run ScaLoRA's transform, on the gradients of the last backward."""
         return self.rescaler(self.engine.layer_shards(), Clock())
 
     def finish_step(self, applied: bool) -> bool:
-        """As the trainer does it after the transform; returns ``applied``."""
+        """Step or discard the step, like the trainer after the transform. Returns ``applied``."""
         if applied:
             self.engine.step()
         else:
@@ -221,11 +226,11 @@ class Run:
         return applied
 
     def look(self) -> tuple[dict[str, State], dict[str, np.ndarray]]:
-        """Everything between two steps, and what the forward makes of it."""
+        """The state of all layers between two steps, and the module's outputs."""
         return self.whole(self.engine.layer_shards(gradients=False)), self.output()
 
     def whole(self, layers: list[LayerShards]) -> dict[str, State]:
-        """Every layer's state, gathered."""
+        """Every layer's gathered state, {layer: state}. Collective."""
         states = {}
         for layer in layers:
             W, low = layer.W, self.merger.target.low_halves.get(f"{layer.name}.weight")
@@ -247,7 +252,7 @@ class Run:
         return states
 
     def output(self) -> dict[str, np.ndarray]:
-        """The module's outputs on one batch, float64."""
+        """The module's outputs on one batch, {layer: (EXAMPLES, m) float64}."""
         x, _ = data(0)
         with torch.no_grad():
             out = self.engine.module({k: v.to(self.engine.dtype) for k, v in x.items()})
@@ -264,9 +269,10 @@ def whole(shard: Any) -> np.ndarray:
 
 
 def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> list[dict[str, Any]]:
-    """``count`` steps with a rescale each; what was seen before and after each transform.
+    """Run ``count`` steps with a rescale each. Returns the states around each transform.
 
-    With ``evaluate`` the model is called without a gradient between each backward and the edit.
+    With ``evaluate``, the model is also called without gradients between each backward and the
+    transform.
     """
     run = Run(world, **case)
     seen = []
@@ -291,7 +297,7 @@ def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> l
 
 
 def skipped_step(world: World, **case: Any) -> dict[str, Any]:
-    """Three steps, the second poisoned on the last rank only; states around it."""
+    """Three steps, the second with NaN gradients on the last rank only; the states around each."""
     run = Run(world, **case)
     results: dict[str, Any] = {}
     for step in range(3):
@@ -307,9 +313,9 @@ def skipped_step(world: World, **case: Any) -> dict[str, Any]:
 def unreached_layer(
     world: World, *, skip_first: bool, reached: str = "first", **case: Any
 ) -> list[dict[str, Any]]:
-    """Four steps; the forwards of the last two reach one layer only.
+    """Four steps; the forwards of the last two reach only one layer.
 
-    With ``skip_first`` the step before them is poisoned, and so discarded.
+    With ``skip_first``, the step before them has NaN gradients, and so is discarded.
     """
     run = Run(world, **case)
     seen = []
@@ -323,7 +329,7 @@ def unreached_layer(
 
 
 def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, bytes]]:
-    """After each step: the bytes of all that this rank holds, and of the last α and β."""
+    """After each step: the bytes of all tensors on this rank, and of the last α and β."""
     run = Run(world, **case)
     seen = []
     for step in range(count):
@@ -340,7 +346,11 @@ def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, by
 
 
 def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np.ndarray]]:
-    """{"W": {layer: merged weight}, "frozen": {parameter: as the engine lists it}}."""
+    """Frozen weights read by two ways after an evaluation.
+
+    Returns {"W": {layer: merged weight}, "frozen": {parameter: full matrix from the engine's list
+    of base shards}}.
+    """
     run = Run(world, **case)
     run.step(0)
     states = run.whole(run.engine.layer_shards(gradients=False))
@@ -354,7 +364,7 @@ def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np
 
 
 def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State], dict]]]:
-    """Step 3 of a run and of a fresh one into which its state after steps 0 to 2 was copied.
+    """Step 3 of a first run, and of a second run that got the first one's state of after step 2.
 
     Under "first" and "second": (state, output) after step 2 and after step 3.
     """
@@ -382,6 +392,6 @@ def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State]
 
 
 def checkpointed(run: Run) -> list[FlatShard]:
-    """All shards of the layers that a checkpoint holds."""
+    """All shards of the layers that belong into a checkpoint."""
     layers = run.engine.layer_shards(gradients=False)
     return [s for x in layers for s in (x.W, x.A, x.B, *x.moments_A, *x.moments_B)]

@@ -90,6 +90,7 @@ def converted(
     return Path(done.stdout.strip())
 
 
+@pytest.mark.floors
 def test_converted_tokenizer_is_smollm2s(converted: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -102,6 +103,7 @@ def test_converted_tokenizer_is_smollm2s(converted: Path) -> None:
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.floors
 def test_converted_model_answers_a_question(converted: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -68,6 +68,7 @@ def test_communication_is_part_of_the_step(profiles: list[dict[str, Any]]) -> No
         assert 0 < found["exposed"] <= found["seconds"] <= found["slowest"] <= profile["step"]
 
 
+@pytest.mark.floors
 def test_memory(profiles: list[dict[str, Any]], task: Path) -> None:
     """All is fp32 here: beside a copy that the forward reads, A and B have a gradient, m and v."""
     first, *later = (profile["memory"] for profile in profiles)
@@ -94,6 +95,7 @@ def test_peaks_of_all_parts(profiles: list[dict[str, Any]]) -> None:
         assert all(peak > 2**20 for peak in profile["peak"].values())
 
 
+@pytest.mark.floors
 def test_traces_show_the_windows_steps_and_their_parts(run: Path) -> None:
     found = {path.name for path in (run / "profile").glob("trace-*")}
     steps = range(WINDOW[0], WINDOW[1] + 1)
@@ -110,6 +112,7 @@ def test_traces_show_the_windows_steps_and_their_parts(run: Path) -> None:
         assert any(name.startswith("gloo:") for name in marks)
 
 
+@pytest.mark.floors
 def test_tensorboard_has_every_number(run: Path, profiles: list[dict[str, Any]]) -> None:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
