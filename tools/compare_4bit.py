@@ -1,6 +1,6 @@
 """Compares ScaLoRA's carry on a 4-bit base with QLoRA, and with requantizing after every merge.
 
-    python tools/compare_4bit.py --model_name_or_path MODEL --config launch/recipes/demo.yaml \\
+    python tools/compare_4bit.py --model_name_or_path MODEL --config launch/recipes/demo.yaml \
         --output_dir runs/compare_4bit --seeds 0 1 2
 
 Trains in one process, each way with the same data, rank and learning rate. Writes results.json and

@@ -4,10 +4,11 @@
 
 The tool runs a real training in one process, with a rescale before every step. It uses the demo's
 recipe with one example per step, and passes on other options of launch/train.py. It selects the
-linear layers of a few decoder blocks, and copies their weights, rounded to bf16. Each merge into these
-layers is also merged into the copies, by the project's own `add_low_rank_`. The reference adds the
-same in float64. No increments are replayed: real ones differ and have both signs (as 1 − α∘β has).
-Repeating a few of them, with random signs or in pairs, would make `nearest` look too good.
+linear layers of a few decoder blocks, and copies their weights, rounded to bf16. Each merge into
+these layers is also merged into the copies, by the project's own `add_low_rank_`. The reference
+adds the same in float64. No increments are replayed: real ones differ and have both signs (as
+1 − α∘β has). Repeating a few of them, with random signs or in pairs, would make `nearest` look too
+good.
 
     stored drift    ‖W − W_ref‖ / ‖W_ref − W_0‖ of the stored number (for split: both halves),
                     relative to the update accumulated so far

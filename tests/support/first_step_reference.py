@@ -123,7 +123,7 @@ def train(
 
 
 def factor_gradients(method: Reference, layer: Layer, G: Tensor, options: Options) -> Own:
-    """Gradients of the trained tensors from G = ∂ℓ/∂W, by autograd of ``weight``: ∇A = s·G B etc."""
+    """Gradients of the trained tensors from G = ∂ℓ/∂W, by autograd of ``weight``: ∇A = s·G B, …"""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in layer.own.items()}
     own = [leaves[name] for name in method.trained]
     found = torch.autograd.grad(method.weight(layer.W, leaves, options), own, G)
@@ -165,7 +165,7 @@ def core(s: Callable[[Options, int], float]) -> Callable[[Tensor, Own, Options],
 
 
 def dora(W: Tensor, own: Own, o: Options) -> Tensor:
-    """m ⊙ V / ‖V‖ by rows, with V = W + s·A Bᵀ. No gradient through the norm (DoRA, section 4.3)."""
+    """m ⊙ V / ‖V‖ by rows, with V = W + s·A Bᵀ; no gradient through the norm (DoRA, section 4.3)"""
     V = low_rank(s_lora)(W, own, o)
     return own["size"][:, None] * V / V.detach().norm(dim=1, keepdim=True)
 

@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class State:
-    """One layer's full tensors: W (m, n), A (m, r), B (n, r). Gradients and moments like factors."""
+    """One layer, full: W (m, n), A (m, r), B (n, r). Gradients and moments have factors' shapes."""
 
     W: Array
     A: Array

@@ -167,6 +167,3 @@ def refusal(
         except UserError as error:
             return str(error), error.status, heard
     raise AssertionError("nothing was refused")
-
-
-# As a user starts them.

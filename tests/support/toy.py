@@ -346,10 +346,9 @@ def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, by
 
 
 def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Frozen weights read by two ways after an evaluation.
+    """Frozen weights before an evaluation from layer shards, and after it from base shards.
 
-    Returns {"W": {layer: merged weight}, "frozen": {parameter: full matrix from the engine's list
-    of base shards}}.
+    Returns {"W": {layer: merged weight before}, "frozen": {parameter: full matrix after}}.
     """
     run = Run(world, **case)
     run.step(0)
@@ -364,7 +363,7 @@ def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np
 
 
 def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State], dict]]]:
-    """Step 3 of a first run, and of a second run that got the first one's state of after step 2.
+    """Step 3 of a first run, and of a second run into which the state after step 2 was copied.
 
     Under "first" and "second": (state, output) after step 2 and after step 3.
     """

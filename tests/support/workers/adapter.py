@@ -1,4 +1,4 @@
-"""Runs that write adapters or start from them, and how others load what they left."""
+"""Runs that write adapters or start from them, and loads their adapters with other libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CARRY = {"load_in_4bit": True, "carry_rank": 6, "carry_room": 4}
 
 
 def save_even_task(folder: Path) -> Path:
-    """A tiny model and texts, in multiples of what bitsandbytes' own layer can do on a CPU."""
+    """Save a tiny model and texts, of sizes that bitsandbytes' own layer supports on a CPU."""
     return tiny_models.save_task(
         folder,
         hidden_size=64,
@@ -60,7 +60,7 @@ def differ(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def train(world: World, case: dict[str, Any]) -> NDArray[np.float32]:
-    """Train; the logits of what was trained, by the engine's own module."""
+    """Train. Returns the trained model's logits, computed by the engine's own module."""
     made = runs.make(world, case)
     made.run()
     module = made.engine.module
@@ -71,7 +71,7 @@ def train(world: World, case: dict[str, Any]) -> NDArray[np.float32]:
 
 
 def train_and_merge(world: World, case: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """Train; {layer: its merged W with the halves that 16 bits lose}."""
+    """Train. Returns {layer: merged W (m, n), with low halves}, on rank 0 only."""
     made = runs.make(world, case)
     made.run()
     merged = MergedWeights(made.engine, made.runner.low_halves)
@@ -80,7 +80,7 @@ def train_and_merge(world: World, case: dict[str, Any]) -> dict[str, NDArray[np.
 
 
 def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, int, list[str]]:
-    """How a run ends that has loaded something else than its base's files hold."""
+    """The refusal of a run whose loaded model differs from the base's files."""
 
     def load(*args: Any, **kwargs: Any) -> Any:
         model = load_model(*args, **kwargs)
@@ -95,13 +95,13 @@ def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, in
 
 
 def logits(model: torch.nn.Module) -> NDArray[np.float32]:
-    """In training mode, there being no dropout: else bitsandbytes computes in bf16 on a CPU."""
+    """Logits in training mode (there is no dropout): else bitsandbytes uses bf16 on a CPU."""
     with torch.no_grad():
         return model.train()(input_ids=torch.tensor(IDS)).logits.float().numpy()
 
 
 def base(task: Path, *, fourbit: bool = False) -> Any:
-    """The base in fp32, as a user of transformers loads it."""
+    """The base model, loaded in fp32 by transformers alone."""
     given: dict[str, Any] = {"dtype": torch.float32}
     if fourbit:
         given["quantization_config"] = BitsAndBytesConfig(
@@ -114,7 +114,7 @@ def base(task: Path, *, fourbit: bool = False) -> Any:
 
 
 def by_peft(task: Path, run: Path, *, fourbit: bool = False) -> NDArray[np.float32]:
-    """The logits of the base with a run's adapter, by PEFT."""
+    """The logits of the base model with a run's adapter, loaded by PEFT."""
     return logits(PeftModel.from_pretrained(base(task, fourbit=fourbit), str(run / "adapter")))
 
 
@@ -123,7 +123,7 @@ def config(run: Path) -> dict[str, Any]:
 
 
 def products(run: Path) -> dict[str, Tensor]:
-    """{layer: lora_B lora_A} float64 of a run's adapter."""
+    """The products of a run's adapter, {layer: lora_B lora_A (m, n) float64}."""
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     layers = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors}
     found = {}

@@ -1,4 +1,4 @@
-"""What real ranks do with carries that are cut up, for tests/distributed/test_carry.py."""
+"""Functions that merge into sharded carries on real ranks, for tests/methods/test_carry.py."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ RANK, CARRIED, ROOM, SCALING = 3, 6, 7, 0.5
 
 
 def merges(world: World, kind: str, dtype: torch.dtype, count: int) -> list[dict[str, Any]]:
-    """``count`` merges into carries cut up in a certain way, the third into the first layer alone.
+    """Merge ``count`` times into carries that are sharded as ``kind``.
 
-    Returns, per merge, {layer: (columns, C Dᵀ whole, lost so far, the right C Dᵀ)}.
+    The third merge is only into the first layer.
+
+    Returns:
+        For each merge, {layer: (used columns, full C Dᵀ, lost norm so far, expected C Dᵀ)}.
     """
     wholes = [_factors(i, shape) for i, shape in enumerate(SHAPES)]
     shapes = [
@@ -55,7 +58,7 @@ def merges(world: World, kind: str, dtype: torch.dtype, count: int) -> list[dict
             right[i] += a * weights[i] @ b.T
         seen.append({x.name: (*_look(carry, x), right[i].clone()) for i, x in enumerate(layers)})
         for i, (layer, whole) in enumerate(zip(layers, wholes, strict=True)):
-            # As an optimizer's step would: all factors a little different.
+            # Like an optimizer's step: change all factors a little.
             generator = torch.Generator().manual_seed(10 * merge + i)
             for factor, shard in zip(whole, (layer.A, layer.B), strict=True):
                 factor += 0.3 * torch.randn(factor.shape, generator=generator)

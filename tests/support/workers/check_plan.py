@@ -1,4 +1,4 @@
-"""A measured run on ranks that are there, and its plan."""
+"""Measures a run on ranks that already run, and plans it, for tests/planning/test_plan.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Found(NamedTuple):
 
 
 def measured(world: World, options: dict[str, Any]) -> Found:
-    """Bytes of tensors at the worst moment of a step, and of all-gathers' results, on this rank."""
+    """This rank's peak bytes of live tensors in a step, and the bytes that all-gathers filled."""
     trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
     trainer.run()
     return Found(trainer.tracked, trainer.traffic.gathered)

@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run."""
+"""Functions that ranks run in tests/checkpoint/test_storage.py."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def whole(step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def cut(world: World, tensor: torch.Tensor) -> FlatPart:
-    """This rank's slice of a tensor; the last rank's is shorter, or empty."""
+    """This rank's slice of a tensor. The last ranks' slices are shorter, or empty."""
     share = -(-tensor.numel() // world.size)
     first = min(world.rank * share, tensor.numel())
     return FlatPart(tensor[first : first + share].clone(), first, tensor.numel())
 
 
 def parts(world: World, step: int) -> dict[str, FlatPart]:
-    """Two dtypes, a tensor with less elements than ranks, one that only this rank writes."""
+    """Parts of two dtypes, of a tensor with fewer elements than ranks, and of this rank only."""
     return {
         "wide": cut(world, whole(step)),
         "half": cut(world, whole(step, torch.bfloat16)),
@@ -47,21 +47,21 @@ def parts(world: World, step: int) -> dict[str, FlatPart]:
 
 
 def save(world: World, folder: Path, steps: list[int], keep: int = 3) -> list[str | None]:
-    """Save at each of ``steps`` and wait; how each ended."""
+    """Save at each of ``steps`` and wait. Returns each save's outcome: None, or the failure."""
     made = checkpoints(world, folder, keep)
     outcomes = []
     for step in steps:
         tensors = parts(world, step)
         made.save(step, tensors, {"step": step, "rank": world.rank})
         for part in tensors.values():
-            part.local.zero_()  # training goes on at once
+            part.local.zero_()  # training changes the tensors at once
         outcomes.append(made.outcome(wait=True))
         world.sum(0.0)
     return outcomes
 
 
 def load(world: World, folder: Path, step: int) -> bool:
-    """Whether everything comes back, on whatever ranks."""
+    """Load a checkpoint; whether all values come back. Any number of ranks may have saved it."""
     made = checkpoints(world, folder)
     assert made.faults(folder / f"checkpoint-{step}") == []
     empty = {
@@ -75,7 +75,7 @@ def load(world: World, folder: Path, step: int) -> bool:
 
 
 def find(world: World, folder: Path, wanted: str) -> tuple[str, list[str]]:
-    """(the name of the checkpoint that is found, "" for none, or the refusal; warnings)"""
+    """Find a checkpoint. Returns (its name, "" for none, or the refusal; warnings)."""
     heard: list[str] = []
 
     class Ear(logging.Handler):
@@ -94,7 +94,11 @@ def find(world: World, folder: Path, wanted: str) -> tuple[str, list[str]]:
 
 
 def shares(world: World, rows: int, cols: int, layout: str) -> list[list[tuple[int, list[float]]]]:
-    """Of a matrix that the layout cuts up: every rank's (offset, values) to be written."""
+    """Every rank's share of a sharded matrix to write: (offset, values, elements of the matrix).
+
+    Args:
+        layout: "whole" (not sharded), "mesh" (hybrid, two replicas), else sharded over all ranks.
+    """
     tensor = torch.arange(rows * cols, dtype=torch.float64)
     group: Any = None
     if layout == "whole":

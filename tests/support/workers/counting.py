@@ -1,4 +1,4 @@
-"""Training runs that count how often their method's start ran."""
+"""Runs a training and counts how often the method's initialization ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import runs
 
 
 def train(world: World, case: dict[str, Any]) -> tuple[int, int]:
-    """Train; (the step it began at, how often the method's start ran)."""
+    """Train. Returns (first step of this run, number of initializations)."""
     starts = 0
 
     class Counting(Trainer):

@@ -1,4 +1,4 @@
-"""What the ranks do in test_first_step.py."""
+"""Functions that ranks run in tests/e2e/test_first_step.py."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ Batch = dict[str, np.ndarray]
 
 
 class Found(NamedTuple):
-    """What a run has seen; all of it whole, so that any rank can tell.
+    """The full tensors and figures of a run, the same on every rank.
 
     Attributes:
-        added: {layer: {parameter: its value}} of what the method added, at the start.
-        weights: {parameter of the loaded model: its value, merged}, at the start and after steps.
-        batches, samples: the global batch of each step; the samples of the start.
+        added: {layer: {parameter that the method added: value}} at the start.
+        weights: {parameter of the loaded model: merged value}, at the start and after each step.
+        losses: loss of each step.
+        batches: global batch of each step.
+        samples: samples of the method's initialization.
+        parameters: number of trained parameters.
     """
 
     added: dict[str, dict[str, np.ndarray]]
@@ -39,7 +42,7 @@ class Found(NamedTuple):
 
 
 def steps(world: World, options: dict[str, Any]) -> Found:
-    """A run as ``Trainer.run`` would do it, but for what it looks at between the steps."""
+    """Train like ``Trainer.run``, and record the weights between the steps."""
     trainer = runs.make(world, options)
     micro_batches = trainer.start()
     trainer.engine.module.train()
@@ -95,10 +98,10 @@ def whole_added(trainer: Trainer) -> dict[str, dict[str, np.ndarray]]:
 def lora_pro(
     world: World, layers: list[tuple[Tensor, Tensor, Tensor, Tensor]], scaling: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """dA and dB whole, from (A, B, ∇A, ∇B) whole, each cut into equal flat ranges."""
+    """LoRA-Pro's full dA and dB from the full (A, B, ∇A, ∇B), sharded into equal flat ranges."""
 
     class Cut:
-        """As much of an engine as LoraPro asks for."""
+        """The part of an engine's interface that LoraPro uses."""
 
         def __init__(self) -> None:
             self.world, self.dtype = world, torch.float32

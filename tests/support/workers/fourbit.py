@@ -1,4 +1,4 @@
-"""Runs on 4-bit bases, and what ranks find out about them, for tests/e2e/test_fourbit*.py."""
+"""Runs on 4-bit bases, and measurements of them on ranks, for tests/e2e/test_fourbit*.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import runs, tiny_models, tiny_runs
 
 STEPS, SAVED = 8, 4
 RATES = {"lora-sb": 1e-3, "lora-alpha": 1e-3}
-# Carries that are compressed before the checkpoint and after it.
+# Carries of this size are compressed before the checkpoint and after it.
 CARRY = {"carry_rank": 8, "carry_room": 4}
 
 
@@ -47,18 +47,18 @@ def options(
 
 
 def save_even_model(folder: Path, **others: Any) -> Path:
-    """A tiny Llama of blocks of 64, with a byte tokenizer and texts."""
+    """Save a tiny Llama whose sizes are multiples of 64, with a byte tokenizer and texts."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.02}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     return tiny_models.save_task(folder, **sizes | others)
 
 
 def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, float]]]:
-    """Train; per rescale and layer, on rank 0, what it did to what the layer computes.
+    """Train. Returns, for each rescale and layer, how much the layer's function changed; on rank 0.
 
-    "weight": the relative change of W and all that is added to it, (m, n) float64. "allowed": the
-    same as far as the carry says that it lost it. On one process also "output": the relative change
-    of the layer's output.
+    "weight": relative change of the effective weight, W with carry and adapter. "allowed": the part
+    of it that the carry reports as lost. "output": relative change of the layer's output, in one
+    process only.
     """
     trainer = runs.make(world, case)
     transform, merger = trainer.runner.transform, trainer.runner.merger
@@ -105,9 +105,10 @@ def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, floa
 
 
 def held(world: World, case: dict[str, Any]) -> dict[str, int]:
-    """What this rank holds of a model, before it trains: bytes, and elements of all ranks.
+    """Sizes of a model before training.
 
-    Under ZeRO-3 also what it keeps gathered of small parameters, as "persistent".
+    Elements of the full model: "quantized" and "other" parameters. Bytes on this rank: all other
+    keys. Under ZeRO-3, "persistent" is the bytes of small parameters that stay gathered.
     """
     trainer = runs.make(world, case)
     engine = trainer.engine
@@ -136,7 +137,7 @@ def held(world: World, case: dict[str, Any]) -> dict[str, int]:
 
 
 def attributes(world: World, case: dict[str, Any]) -> set[str]:
-    """What 4-bit layers have that no linear layer has, besides parameters and buffers."""
+    """Names of instance attributes of 4-bit layers that plain linear layers do not have."""
     trainer = runs.make(world, case)
     trainer.close()
     plain = vars(torch.nn.Linear(1, 1)).keys()
@@ -144,7 +145,7 @@ def attributes(world: World, case: dict[str, Any]) -> set[str]:
 
 
 def on_meta(world: World, case: dict[str, Any]) -> list[str]:
-    """Parameters that this rank had no numbers of when the engine was given the model."""
+    """Names of parameters that were on "meta" on this rank when the engine got the model."""
     names: list[str] = []
 
     load = module.load_model

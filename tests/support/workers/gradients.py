@@ -1,4 +1,4 @@
-"""What the ranks do in tests/starts/test_gradients.py."""
+"""Functions that ranks run in tests/methods/init/test_gradients.py."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Rows = dict[str, tuple[int, tuple[int, int], np.ndarray]]  # name: (offset, shap
 
 
 class Found(NamedTuple):
-    """What one rank has seen."""
+    """The results of one call of ``weight_gradients`` on one rank."""
 
     rows: Rows
     batches: list[dict[str, np.ndarray]]  # of one pass
     forwards: int
-    blocks: int  # forwards of the first block, with those for gradient checkpointing
-    left: list[str]  # what a pass should not have left behind
-    sent: int  # elements of the largest whole gradient
-    whole: int  # how many of those were alive at once
-    passes: list[list[str]]  # the layers that came after each pass
+    blocks: int  # forwards of the first block, with those of gradient checkpointing
+    left: list[str]  # state that a pass should not have left behind, as in left_behind
+    sent: int  # elements of the largest full gradient
+    whole: int  # largest number of full gradients that were alive at once
+    passes: list[list[str]]  # layers whose gradients came from each pass
 
 
 class Messages:
-    """Inside it, the sizes and lifetimes of what goes through ``dist.reduce_scatter_tensor``."""
+    """Records, inside ``with``, sizes and lifetimes of inputs of ``dist.reduce_scatter_tensor``."""
 
     def __init__(self) -> None:
         self.sent = self.whole = 0
@@ -61,7 +61,7 @@ class Messages:
 
 
 def losses(trainer: Trainer, micro_batches: int) -> Iterator[Tensor]:
-    """The first step's loss, micro-batch by micro-batch, as the trainer normalises it."""
+    """The losses of the first step's micro-batches, normalised like in the trainer."""
     targets = trainer.feed.batches.target_tokens(0)
     for batch in itertools.islice(trainer.micro_batches(0), micro_batches):
         yield trainer.loss(trainer.model, batch).loss / targets
@@ -70,7 +70,7 @@ def losses(trainer: Trainer, micro_batches: int) -> Iterator[Tensor]:
 def gradients(
     world: World, options: dict[str, Any], budgets: list[int], loss_scale: float
 ) -> list[Found]:
-    """What is found with each budget, one after the other on the same engine."""
+    """Compute the weights' gradients with each budget (bytes), in turn on the same engine."""
     trainer = runs.make(world, options)
     trainer.engine.module.train()
     forwards: list[int] = []
@@ -78,14 +78,14 @@ def gradients(
     trainer.model.register_forward_hook(lambda *_: forwards.append(1))
     trainer.model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: blocks.append(1))
     for module in trainer.model.modules():
-        if hasattr(module, "attention_dropout"):  # whoever runs in training mode is found out
+        if hasattr(module, "attention_dropout"):  # makes a run in training mode visible
             module.attention_dropout = 0.5
     hooks = count_hooks(trainer.model)
     micro_batches = trainer.options.train.gradient_accumulation_steps
     found = []
     for budget in budgets:
         rows: Rows = {}
-        passes: dict[int, list[str]] = {}  # by the forwards until then
+        passes: dict[int, list[str]] = {}  # {number of forwards so far: layers}
         forwards.clear()
         blocks.clear()
         with Messages() as messages:
@@ -138,7 +138,7 @@ def left_behind(trainer: Trainer) -> list[str]:
 
 
 def train(world: World, options: dict[str, Any], budget: int | None) -> None:
-    """Train; with a budget, after a look at the gradients of the weights."""
+    """Train. With a budget (bytes), compute the weights' gradients before."""
 
     class Looking(Trainer):
         def _train(self) -> Any:
@@ -158,7 +158,7 @@ def train(world: World, options: dict[str, Any], budget: int | None) -> None:
 
 
 class Linears(nn.Sequential):
-    """Two frozen layers of bfloat16, of which the last has fewer rows than there are ranks."""
+    """Two frozen bfloat16 layers. The last has fewer rows than there are ranks."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(5, 7), nn.Linear(7, 1))
@@ -176,7 +176,7 @@ def inputs(rank: int, tokens: int = 1000) -> Tensor:
 
 
 def sixteen_bit(world: World) -> Rows:
-    """∇W of the sum of ``Linears`` over this rank's inputs, all ranks' in the end."""
+    """∇W of the sum of ``Linears``' outputs over the inputs of all ranks."""
     model = Linears()
     shards = weight_gradients(
         model,
@@ -190,7 +190,7 @@ def sixteen_bit(world: World) -> Rows:
 
 
 def other_ways(world: World) -> str:
-    """Ranks whose samples go through different layers; the hooks and modes that are left."""
+    """The refusal if ranks' samples go through different layers; checks remaining hooks, modes."""
     model = Linears()
     model[0].eval()  # and the rest in training mode
 

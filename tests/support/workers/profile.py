@@ -1,4 +1,4 @@
-"""What the ranks do in tests/profiling."""
+"""Functions that ranks run in tests/profiling and tests/training/test_step_profile.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LATE = 0.5  # seconds
 
 
 def two_waits(world: World) -> list[tuple[float, float]]:
-    """What is found of two all-reduces that the last rank is late for.
+    """The results of ``communication`` for two all-reduces to which the last rank is late.
 
-    The first is waited for; the others work beside the second until it is through.
+    Ranks wait for the first one. During the second, the other ranks compute until it is complete.
     """
     found, numbers, matrix = [], torch.ones(1000), torch.eye(300)
     for beside in (False, True):
@@ -41,7 +41,7 @@ def two_waits(world: World) -> list[tuple[float, float]]:
 
 
 def late_backward(world: World, case: dict[str, Any], late_step: int) -> None:
-    """Train; the last rank sleeps before the backward of one step."""
+    """Train. The last rank sleeps before the last backward of one step."""
     trainer = runs.make(world, case)
     backward, count = trainer.engine.backward, 0
 

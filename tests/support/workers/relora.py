@@ -1,4 +1,4 @@
-"""What the ranks do in test_relora.py."""
+"""Functions that ranks run in tests/methods/test_relora.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ INTERVAL, RESTARTS, SEED = 2, 2, 5
 
 @dataclass(frozen=True)
 class Restart:
-    """Around one restart: (states, outputs) before and after, and W without its low halves."""
+    """The toy around one restart.
+
+    Attributes:
+        before: (states, outputs) before the restart.
+        after: (states, outputs) after it.
+        high: {layer: W after it, without low halves}.
+    """
 
     before: tuple[dict[str, State], dict[str, np.ndarray]]
     after: tuple[dict[str, State], dict[str, np.ndarray]]
@@ -26,7 +32,7 @@ class Restart:
 
 
 def restarts(world: World, *, prune: float, **case: Any) -> list[Restart]:
-    """Plain AdamW steps on the toy, with a restart after every second."""
+    """Plain AdamW steps on the toy, with a restart after every second step."""
     run = toy.Run(world, **case)
     restart = Restarts(run.merger, interval=INTERVAL, prune=prune, seed=SEED)
     seen = []

@@ -1,4 +1,4 @@
-"""How matrices get cut up, and what real ranks do with the pieces in tests/test_shards.py."""
+"""Ways to shard matrices, and functions that ranks run in tests/core/test_flat_shard.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
 
 Shape = tuple[int, int]
-Ranges = list[tuple[int, int]]  # flat [lo, hi) of one matrix by rank
+Ranges = list[tuple[int, int]]  # flat range [lo, hi) of one matrix on each rank
 
 COLLECTIVES = (
     "all_reduce",
@@ -45,14 +45,14 @@ COLLECTIVES = (
 
 
 def zero3(shape: Shape, world: int) -> Ranges:
-    """ZeRO-3: ceil(numel / world) elements each, the last ones fewer or none."""
+    """ZeRO-3: ceil(numel / world) elements on each rank; the last ranks have fewer or none."""
     numel = math.prod(shape)
     share = -(-numel // world)
     return [(min(p * share, numel), min((p + 1) * share, numel)) for p in range(world)]
 
 
 def fsdp2(shape: Shape, world: int) -> Ranges:
-    """FSDP2's Shard(0): torch.chunk of the rows, ranks beyond the chunks empty."""
+    """FSDP2's Shard(0): torch.chunk of the rows. Ranks without a chunk are empty."""
     lengths = [len(chunk) for chunk in torch.arange(shape[0]).chunk(world)]
     lengths += [0] * (world - len(lengths))
     ends = torch.tensor(lengths).cumsum(0).mul(shape[1]).tolist()
@@ -60,7 +60,7 @@ def fsdp2(shape: Shape, world: int) -> Ranges:
 
 
 def buffer(shape: Shape, world: int, seed: int = 0) -> Ranges:
-    """ZeRO-1/2: cuts of a flattened buffer anywhere; rank 1 empty, with an offset of its own."""
+    """ZeRO-1/2: a flattened buffer, cut anywhere. Rank 1 is empty, with an arbitrary offset."""
     numel = math.prod(shape)
     generator = torch.Generator().manual_seed(seed + 31 * numel + world)
     cuts = torch.randint(0, numel + 1, (world - 2,), generator=generator).sort().values.tolist()
@@ -71,7 +71,7 @@ def buffer(shape: Shape, world: int, seed: int = 0) -> Ranges:
 
 
 def backwards(shape: Shape, world: int) -> Ranges:
-    """No engine's: the last rank holds the matrix's beginning. Offsets decide, not ranks."""
+    """The last rank has the matrix's beginning. No engine does this: offsets decide, not ranks."""
     return zero3(shape, world)[::-1]
 
 
@@ -84,7 +84,7 @@ def matrices(shapes: list[Shape], seed: int = 0) -> list[Tensor]:
 
 
 def shard_of(whole: Tensor, span: tuple[int, int], group: Any) -> FlatShard:
-    """A copy of flat [lo, hi) of ``whole``."""
+    """A shard with a copy of the flat range ``span`` = [lo, hi) of ``whole``."""
     rows, cols = whole.shape
     return FlatShard(whole.flatten()[slice(*span)].clone(), span[0], (rows, cols), group)
 
@@ -99,7 +99,7 @@ def my_shards(world: World, wholes: list[Tensor], kind: str) -> list[FlatShard]:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts every call of a torch.distributed collective, and the elements all-gathered."""
+    """Counts the calls of torch.distributed's collectives, and the all-gathered elements."""
     calls: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
@@ -122,7 +122,7 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def grams(world: World, shapes: list[Shape], kind: str) -> tuple[list[Tensor], dict[str, int]]:
-    """Grams of [M, N] for every matrix, and the collectives that took."""
+    """The grams of [M, N] for every matrix, and the number of calls of each collective."""
     stacks = list(
         zip(
             my_shards(world, matrices(shapes, 0), kind),
@@ -140,7 +140,7 @@ def grams(world: World, shapes: list[Shape], kind: str) -> tuple[list[Tensor], d
 
 
 def gram_of_ranges(world: World, shape: Shape, ranges: Ranges) -> tuple[Tensor, list[int]]:
-    """FlatShard.gram of one matrix cut at given places, and the rows that count as split."""
+    """FlatShard.gram of one matrix with the given ranges, and the indices of its split rows."""
     (whole,) = matrices([shape])
     shard = shard_of(whole, ranges[world.rank], dist.group.WORLD)
     return shard.gram(), Layout.of([shard]).split[0].tolist()
@@ -149,7 +149,12 @@ def gram_of_ranges(world: World, shape: Shape, ranges: Ranges) -> tuple[Tensor, 
 def gathered(
     world: World, shapes: list[Shape], kind: str, bucket_bytes: int, together: int
 ) -> tuple[list[Tensor], list[list[int]], dict[str, int]]:
-    """All matrices gathered bucket by bucket, the buckets, and the collectives that took."""
+    """All matrices gathered bucket by bucket, the buckets, and the calls of each collective.
+
+    Args:
+        bucket_bytes: limit in bytes of one bucket.
+        together: number of consecutive matrices that stay in one bucket.
+    """
     shards = my_shards(world, matrices(shapes), kind)
     layout = Layout.of(shards)
     usual = module.GATHER_BUCKET_BYTES
@@ -169,7 +174,11 @@ def norm(world: World, shapes: list[Shape], kind: str) -> float:
 
 
 def rescale_collectives(world: World, layers: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The collectives of a Rescaler's construction and of one call, on that many 31 × 24 layers."""
+    """The calls of collectives in a Rescaler's construction and in one call.
+
+    Args:
+        layers: number of layers, each 31 × 24.
+    """
     m, n, r = 31, 24, 3
 
     def layer(i: int) -> LayerShards:

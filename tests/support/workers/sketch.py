@@ -1,4 +1,4 @@
-"""Merges whose sum is known, and what real ranks do with their sketches in tests/test_sketch.py."""
+"""Merges with a known sum, and functions that ranks run in tests/core/test_rank_sketch.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH = 24  # the update's rank is at most (MERGES + 1) · RANK = 20
 
 
 def crumbs(shape: Shape, world: int) -> Ranges:
-    """One element for each rank but the last: a row of several owners, begun by the first."""
+    """One element on each rank except the last. So several ranks own the first row."""
     edges = [*range(world), shape[0] * shape[1]]
     return list(itertools.pairwise(edges))
 
@@ -33,20 +33,20 @@ ALL_CUTS = CUTS | {"crumbs": crumbs}
 
 
 def factors(moment: int) -> list[tuple[Tensor, Tensor]]:
-    """(A, B) of each layer at the n-th merge, float32; the one after the last is the present."""
+    """A (m, r) and B (n, r) float32 of each layer at merge ``moment``; ``MERGES``: the current."""
     shapes = [(height, RANK) for shape in SHAPES for height in shape]
     wholes = matrices(shapes, seed=100 + moment)
     return list(zip(wholes[0::2], wholes[1::2], strict=True))
 
 
 def weights(moment: int) -> Tensor:
-    """(layers, r) float64 of both signs, smaller with every merge."""
+    """Weights of a merge (layers, r) float64, of both signs, smaller with every merge."""
     (rows,) = matrices([(len(SHAPES), RANK)], seed=200 + moment)
     return rows.double() * 0.4**moment
 
 
 def exact() -> list[Tensor]:
-    """Δ of each layer after all merges, s·A Bᵀ included: float64."""
+    """ΔW (m, n) float64 of each layer after all merges, with the current s·A Bᵀ."""
     updates = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     for moment in range(MERGES + 1):
         rows = weights(moment)
@@ -58,7 +58,7 @@ def exact() -> list[Tensor]:
 
 
 def my_factors(world: World, moment: int, cut: str | None) -> list[tuple[FlatShard, FlatShard]]:
-    """This rank's shards of ``factors``; whole and without a group where ``cut`` is None."""
+    """This rank's shards of ``factors``; if ``cut`` is None, full and without a group."""
 
     def shard(whole: Tensor) -> FlatShard:
         rows, cols = whole.shape
@@ -80,7 +80,7 @@ def present(monitor: RankSketch, world: World, cut: str | None) -> list[Spectrum
 
 
 def watched(world: World, cut: str | None) -> dict[str, Any]:
-    """All merges, then two readings; the sketches, and the collectives of each part."""
+    """All merges, then two readings. Returns spectra, sketches, and collectives of each part."""
     made = monitor(world, cut)
     adds = []
     for moment in range(MERGES):
@@ -105,8 +105,8 @@ def watched(world: World, cut: str | None) -> dict[str, Any]:
 
 
 def save(world: World, folder: Path, cut: str | None) -> None:
-    """A checkpoint of the sketches after half of the merges."""
-    # Imported where it is used: it takes seconds, and most ranks never save.
+    """Save a checkpoint of the sketches after half of the merges."""
+    # Imported here because it takes seconds, and most ranks never save.
     from tests.support.workers.checkpoint import FlatPart, checkpoints
 
     made = monitor(world, cut)
@@ -119,7 +119,7 @@ def save(world: World, folder: Path, cut: str | None) -> None:
 
 
 def resume(world: World, folder: Path, cut: str | None) -> list[Spectrum]:
-    """The reading after the other half."""
+    """Load the checkpoint of ``save`` and do the other half. Returns the reading after it."""
     from tests.support.workers.checkpoint import FlatPart, checkpoints
 
     made = monitor(world, cut)
@@ -131,7 +131,7 @@ def resume(world: World, folder: Path, cut: str | None) -> list[Spectrum]:
 
 
 def broken(world: World, cut: str) -> list[Spectrum]:
-    """A reading of factors one of whose numbers, on one rank, is not finite."""
+    """A reading of factors with one NaN, on one rank only."""
     made = monitor(world, cut)
     mine = my_factors(world, 0, cut)
     if world.rank == world.size - 1:

@@ -1,4 +1,4 @@
-"""Matrices with known singular values, and what real ranks do in tests/starts/test_svd.py."""
+"""Matrices with known singular values, and functions for tests/core/test_sharded_svd.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shape = tuple[int, int]
 
 
 def with_values(shape: Shape, values: Tensor, seed: int = 0) -> Tensor:
-    """A float64 matrix of that shape with these singular values, then zeros."""
+    """A float64 matrix with these singular values; the others are zero."""
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randn(size, len(values), generator=generator).double() for size in shape)
     left, right = (torch.linalg.qr(draw).Q for draw in draws)
@@ -31,7 +31,7 @@ def signs(shape: Shape, seed: int = 0) -> Tensor:
 
 @contextmanager
 def message_sizes() -> Iterator[list[int]]:
-    """The elements of every all-reduced message."""
+    """Records the number of elements of every all-reduce inside ``with``."""
     sizes: list[int] = []
     original = dist.all_reduce
 
@@ -47,7 +47,7 @@ def message_sizes() -> Iterator[list[int]]:
 
 
 def svd_of_ranges(world: World, whole: Tensor, rank: int, ranges: Ranges) -> TruncatedSVD:
-    """Of one matrix cut at given places; its shard must come out as it went in."""
+    """The SVD of one matrix with the given ranges. Asserts that the shard is not changed."""
     shard = shard_of(whole, ranges[world.rank], dist.group.WORLD)
     before = shard.local.clone()
     svd = truncated_svd(shard, rank, device=world.device)
@@ -56,7 +56,7 @@ def svd_of_ranges(world: World, whole: Tensor, rank: int, ranges: Ranges) -> Tru
 
 
 def svds(world: World, problems: list[tuple[Tensor, int]], kind: str) -> list[TruncatedSVD]:
-    """Of each (matrix, rank), cut up as an engine does."""
+    """The SVD of each (matrix, rank), sharded as ``kind``."""
     return [
         svd_of_ranges(world, whole, rank, CUTS[kind]((len(whole), whole.shape[1]), world.size))
         for whole, rank in problems
@@ -64,14 +64,14 @@ def svds(world: World, problems: list[tuple[Tensor, int]], kind: str) -> list[Tr
 
 
 def messages(world: World, whole: Tensor, rank: int, kind: str) -> tuple[dict[str, int], list[int]]:
-    """The collectives of one call, and the sizes of the all-reduced messages."""
+    """The calls of collectives in one SVD, and the elements of each all-reduce."""
     with counted() as calls, message_sizes() as sizes:
         svds(world, [(whole, rank)], kind)
     return dict(calls), sizes
 
 
 def alone(world: World, whole: Tensor, rank: int) -> tuple[dict[str, int], TruncatedSVD]:
-    """The collectives of one call on a matrix without a group, and its answer."""
+    """The calls of collectives in an SVD of a matrix without a group, and the SVD."""
     with counted() as calls:
         svd = truncated_svd(shard_of(whole, (0, whole.numel()), None), rank, device=world.device)
     return dict(calls), svd

@@ -1,4 +1,4 @@
-"""One rank of the runs in test_watch."""
+"""One rank of the runs in tests/distributed/test_watchdog.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from scalora_dist.distributed.world import World
 
 
 def rank(number: int, size: int, port: int, stderr: Path, what: str, timeout: float) -> None:
-    """What one process does, with messages in a file."""
+    """The main function of one rank's process.
+
+    Args:
+        number: the rank.
+        size: world size.
+        port: port of rank 0's store.
+        stderr: file to which the process writes its messages.
+        what: "slow", or a key of ``MISHAPS``.
+        timeout: the watchdog's timeout in seconds.
+    """
     os.environ |= {
         "RANK": str(number),
         "LOCAL_RANK": str(number),
@@ -36,7 +45,7 @@ def rank(number: int, size: int, port: int, stderr: Path, what: str, timeout: fl
 
 
 def steps(world: World, timeout: float, mishap: Callable[[World], None]) -> None:
-    """Steps that end with the mishap in the third, and then what the trainer does."""
+    """Steps with the mishap in the third, and then the trainer's reaction to the failure."""
     guard = Watchdog(world, timeout)
     try:
         for step in range(1, 1000):
@@ -65,13 +74,13 @@ def read(world: World) -> None:
 
 
 def deadlock(world: World) -> None:
-    """Rank 1 waits for a word of rank 0, which waits for rank 1 in a sum."""
+    """Rank 1 waits for a message of rank 0, which waits for rank 1 in a sum."""
     if world.rank == 1:
         world.main_only(lambda: None)
 
 
 def fail(world: World) -> None:
-    """A failure of every rank that is nobody's death."""
+    """An exception on every rank. No rank has died."""
     raise RuntimeError("out of luck")
 
 
@@ -87,7 +96,7 @@ MISHAPS = {
 
 
 def slow(world: World, timeout: float) -> None:
-    """Nothing wrong here: many phases, one long pause, and ranks that leave one by one."""
+    """A healthy run: many phases, one long pause, and ranks that leave one by one."""
     guard = Watchdog(world, timeout)
     for step in range(4):
         guard.at(f"step {step}")

@@ -1,4 +1,4 @@
-"""What the ranks of ``test_world.py`` run."""
+"""Functions that ranks run in tests/distributed/test_world.py."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from scalora_dist.training.saving import check_shared
 
 
 def on_nodes(world: World, ranks_of_each: int) -> tuple[World, int]:
-    """These ranks as if on several nodes; which node this one is on."""
+    """A World with these ranks on several simulated nodes, and this rank's node number."""
     node, local_rank = divmod(world.rank, ranks_of_each)
     return replace(world, local_rank=local_rank, nodes=-(-world.size // ranks_of_each)), node
 
 
 def cached(world: World, folder: Path, ranks_of_each: int, disks: int) -> tuple[bool, str]:
-    """A slow work whose result is a file; (whether the file was there, what it says).
+    """Run slow work that writes a file. Returns (whether the file was there, its text).
 
     Args:
-        disks: 1, or as many as there are nodes.
+        folder: folder of the file.
+        ranks_of_each: ranks of each node.
+        disks: number of disks: 1, or one for each node.
     """
-    world_module.POLL = timedelta(milliseconds=100)  # one work takes many waits
+    world_module.POLL = timedelta(milliseconds=100)  # shorter than the work
     world, node = on_nodes(world, ranks_of_each)
     file = folder / f"cache of disk {node % disks}"
 
@@ -43,7 +45,7 @@ def cached(world: World, folder: Path, ranks_of_each: int, disks: int) -> tuple[
 
 
 def refusal(world: World, ranks_of_each: int, wrong: set[int]) -> str:
-    """A mistake that some ranks would find, as each rank hears of it."""
+    """The error message on each rank if the work fails on the ranks ``wrong``; "nothing": none."""
     world, _ = on_nodes(world, ranks_of_each)
 
     def work() -> None:
@@ -58,7 +60,7 @@ def refusal(world: World, ranks_of_each: int, wrong: set[int]) -> str:
 
 
 def output_dirs(world: World, folders: list[Path], save_steps: int) -> str:
-    """What is said of nodes of one rank with an output_dir each."""
+    """The refusal if each node, with one rank, has its own output_dir; "nothing": none."""
     storage.NFS_SECONDS = 0.5
     world, node = on_nodes(world, 1)
     train = TrainArguments(output_dir=str(folders[node]), save_steps=save_steps)
