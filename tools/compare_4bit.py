@@ -27,7 +27,7 @@ from scalora_dist.engines.build import engine_factory
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.fourbit_linear import FourBitLinear, quantize
-from scalora_dist.methods.merge_target import MergeTarget
+from scalora_dist.methods.merger import MergeTarget
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.training.run_log import write_json
 from scalora_dist.training.trainer import Trainer

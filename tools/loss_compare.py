@@ -222,19 +222,11 @@ def make_inputs(folder: Path) -> None:
 
 # What is compared of a line of metrics.jsonl; and of summary.json.
 LINE = (
-    *(
-        "step",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "grad_norm_before",
-        "loss_scale",
-        "skipped_step",
-        "tokens",
-    ),
-    *("rescale", "carry", "rank_monitor", "eval_loss", "eval_exact_match"),
+    *("step", "loss", "learning_rate", "grad_norm", "grad_norm_before", "tokens", "rescale"),
+    *("loss_scale", "loss_spike", "skipped_step", "carry", "rank_monitor"),
+    *("eval_loss", "eval_exact_match"),
 )
-SUMMARY = ("trained_parameters", "update_rank", "rules")
+SUMMARY = ("trained_parameters", "update_rank", "layers_by_rule")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -384,7 +376,7 @@ def differences(before: Any, after: Any) -> dict[str, float]:
     first, second = dict(leaves(before)), dict(leaves(after))
     found = {}
     for place in {**first, **second}:
-        a, b = first.get(place), second.get(place)
+        a, b = first.get(place, "nothing"), second.get(place, "nothing")
         if a != b:
             numbers = isinstance(a, int | float) and isinstance(b, int | float)
             found[place] = abs(a - b) / max(abs(a), abs(b)) if numbers else math.inf

@@ -8,6 +8,8 @@ from typing import Literal, Optional
 from scalora_dist.config.fields import check_at_least, check_positive, option
 from scalora_dist.errors import UserError
 
+MergeRounding = Literal["split", "nearest"]
+
 
 @dataclass
 class MethodArguments:
@@ -51,7 +53,7 @@ class MethodArguments:
     carry_limit: float = option(
         0.01, "Warn when a layer's carry has lost more than this share of its update."
     )
-    merge_rounding: Literal["split", "nearest"] = option(
+    merge_rounding: MergeRounding = option(
         "split", "16-bit bases: keep the low halves of merged weights (2 bytes each), or lose them."
     )
     alpha_variant: Literal["I", "II"] = option(

@@ -7,14 +7,11 @@ low 16 bits of the fp32 number that the weight stands for. ``nearest`` loses the
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from scalora_dist.core.flat_shard import FlatShard
 
-MergeRounding = Literal["split", "nearest"]
 # Number of elements of the fp32 buffer of a 16-bit merge.
 SCRATCH_ELEMENTS = 2**24
 

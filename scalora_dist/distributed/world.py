@@ -105,7 +105,7 @@ class World:
         dist.all_reduce(message, op=op)
         return message.tolist()
 
-    def same(self, tensor: Tensor) -> Tensor:
+    def from_rank_0(self, tensor: Tensor) -> Tensor:
         """Rank 0's ``tensor`` on every rank, for a tensor that all ranks computed. One broadcast.
 
         On different kinds of processors, the ranks' own results may differ in the last bit.

@@ -86,7 +86,7 @@ class DeepSpeedEngine(Engine):
         make_optimizer: MakeOptimizer,
     ) -> None:
         if self.loads_on_rank_0:
-            self._spread(model)
+            self._shard_from_rank_0(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(trainable)
         if self.stage == 3:
@@ -106,7 +106,7 @@ class DeepSpeedEngine(Engine):
         }
         self.shards = kinds[self.stage](self.engine)
 
-    def _spread(self, model: nn.Module) -> None:
+    def _shard_from_rank_0(self, model: nn.Module) -> None:
         """Shard ``model``, which only rank 0 has read, over all ranks, parameter by parameter."""
         match_rank_0(model, self.world)
         broadcast_buffers(model, dict(model.named_buffers()), self.world)

@@ -21,7 +21,6 @@ from scalora_dist.layers.target_modules import ShapeOf, inject, own_shape
 
 Kind = Literal["lora", "dora", "hira"]
 ADAPTER = "default"
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_peft_layers(

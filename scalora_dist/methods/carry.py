@@ -24,7 +24,7 @@ from scalora_dist.core.split_precision import join_halves, split_halves, zero_lo
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.layers.carry_linear import CarryLinear
-from scalora_dist.methods.merge_target import MergeTarget
+from scalora_dist.methods.merger import MergeTarget
 from scalora_dist.profiling.clock import Clock
 
 logger = logging.getLogger(__name__)

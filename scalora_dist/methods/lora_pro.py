@@ -23,7 +23,7 @@ from scalora_dist.core.flat_shard import Layout, mixed_rows
 from scalora_dist.engines.base import Engine
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
 from scalora_dist.errors import UserError
-from scalora_dist.methods.transform import Report, Transform
+from scalora_dist.methods.transform import Transform, TransformReport
 from scalora_dist.profiling.clock import Clock
 
 DAMPING = 1e-8  # δ of (AᵀA + δ·1)⁻¹: AᵀA is singular at the start, where A = 0
@@ -49,7 +49,7 @@ class LoraPro(Transform):
         self.layout = Layout.of(shards, self.world.device)
 
     @torch.no_grad()
-    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> TransformReport:
         clock.begin("grams")
         stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
         grams, split_rows = self.layout.grams_and_split_rows(stacks)
@@ -59,13 +59,13 @@ class LoraPro(Transform):
             return self.refuse(layers)
         scalings = torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)
         mixed = torch.stack(mixing_matrices(gram_a, gram_b, scalings))
-        mixes = mix_a, mix_b = self.world.same(mixed).unbind()
+        mixes = mix_a, mix_b = self.world.from_rank_0(mixed).unbind()
         before, after = _norms((gram_a, gram_b), (mix_a, mix_b))
         clock.begin("mix")
         for i, stack in enumerate(stacks):
             mix = mixes[i % 2][i // 2]
             stack[1].local.copy_(mixed_rows(stack, mix, self.layout.split[i], split_rows[i]))
-        return Report(applied=True, grad_norm_before=before, grad_norm=after)
+        return TransformReport(applied=True, grad_norm_before=before, grad_norm=after)
 
 
 def mixing_matrices(gram_a: Tensor, gram_b: Tensor, scalings: Tensor) -> tuple[Tensor, Tensor]:

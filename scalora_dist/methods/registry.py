@@ -23,7 +23,7 @@ from scalora_dist.methods.init.factors import init_lora_ga, init_pissa
 from scalora_dist.methods.lora_pro import LoraPro
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.method import AddContext, AddLayers, Layers, Method
-from scalora_dist.methods.relora import Restarts
+from scalora_dist.methods.relora import ReloraRestart
 from scalora_dist.methods.scalora import Rescaler
 
 Scaling: TypeAlias = Callable[[MethodArguments, int], float]
@@ -108,7 +108,7 @@ def _low_rank(scaling: Scaling) -> AddLayers:
     return add
 
 
-def _zero(kind: type[CoreLinear] | type[SquareLinear], scaling: Scaling) -> AddLayers:
+def _zero_initialized(kind: type[CoreLinear] | type[SquareLinear], scaling: Scaling) -> AddLayers:
     def add(model: PreTrainedModel, context: AddContext) -> Layers:
         args, dtype = context.args, context.dtype
 
@@ -132,7 +132,7 @@ def _by_peft(kind: Kind, *, directions: int = 1) -> AddLayers:
     )
 
 
-def _nothing(model: PreTrainedModel, context: AddContext) -> Layers:
+def _all_parameters(model: PreTrainedModel, context: AddContext) -> Layers:
     """Full fine-tuning: trains every parameter and adds no layers.
 
     Returns the linear layers, only so that their updates can be measured. For multimodal models,
@@ -189,8 +189,8 @@ def _rescaler(engine: Engine, merger: Merger | None, args: MethodArguments) -> R
     )
 
 
-def _restart(merger: Merger, args: MethodArguments, seed: int) -> Restarts:
-    return Restarts(merger, interval=args.relora_interval, prune=args.relora_prune, seed=seed)
+def _restart(merger: Merger, args: MethodArguments, seed: int) -> ReloraRestart:
+    return ReloraRestart(merger, interval=args.relora_interval, prune=args.relora_prune, seed=seed)
 
 
 # --- the registry --------------------------------------------------------------------------------
@@ -226,10 +226,12 @@ METHODS = {
         edits_weights=True,
         merges=True,
     ),
-    "lora-xs": Method(_zero(CoreLinear, lora_scaling), _LORA, initialize=init_lora_xs),
-    "lora-sb": Method(_zero(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), initialize=init_lora_sb),
-    "mora": Method(_zero(SquareLinear, _unscaled), _LAYERS),
-    "full": Method(_nothing, (), needs_dense=True),
+    "lora-xs": Method(_zero_initialized(CoreLinear, lora_scaling), _LORA, initialize=init_lora_xs),
+    "lora-sb": Method(
+        _zero_initialized(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), initialize=init_lora_sb
+    ),
+    "mora": Method(_zero_initialized(SquareLinear, _unscaled), _LAYERS),
+    "full": Method(_all_parameters, (), needs_dense=True),
     "peft-lora": Method(_by_peft("lora"), _LORA, needs_dense=True),  # PEFT has its own 4-bit layers
     "dora": Method(_by_peft("dora"), _LORA, needs_dense=True),
     "hira": Method(_by_peft("hira"), _LAYERS, needs_dense=True),

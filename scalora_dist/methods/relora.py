@@ -15,7 +15,7 @@ from scalora_dist.methods.transform import Restart
 from scalora_dist.profiling.clock import Clock
 
 
-class Restarts(Restart):
+class ReloraRestart(Restart):
     """Every ``interval`` steps: W += s·A Bᵀ, A = 0, B is drawn again, small moments become 0.
 
     The model computes the same function afterwards. All ranks draw the same B. The moments m and v

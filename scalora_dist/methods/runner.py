@@ -20,8 +20,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.init.initialization import Initialization
-from scalora_dist.methods.merge_target import IntoWeights, MergeTarget
-from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.merger import IntoWeights, Merger, MergeTarget
 from scalora_dist.methods.method import Method
 from scalora_dist.methods.rank_monitor import RankMonitor
 from scalora_dist.profiling.clock import Clock, now
@@ -142,17 +141,13 @@ class MethodRunner:
         started = now(self.engine.world.device)
         report = transform(layers, self.clock) if finite else transform.refuse(layers)
         self.clock.begin("optimizer")
-        applied = report.applied
-        if applied and report.grad_norm is None:
-            norm = self._gradient_norm()
-            applied = math.isfinite(norm)
-            metrics: dict[str, Any] = {"grad_norm": norm}
-        else:
-            norms = {"grad_norm": report.grad_norm, "grad_norm_before": report.grad_norm_before}
-            metrics = {k: math.nan if v is None else v / loss_scale for k, v in norms.items()}
+        metrics: dict[str, Any] = {
+            "grad_norm": report.grad_norm / loss_scale,
+            "grad_norm_before": report.grad_norm_before / loss_scale,
+        }
         seconds = now(self.engine.world.device) - started
         metrics[transform.name] = {**report.details, "seconds": seconds}
-        return StepReport(applied, metrics)
+        return StepReport(report.applied and math.isfinite(report.grad_norm), metrics)
 
     def _gradient_norm(self) -> float:
         """The norm over all trained parameters and ranks, without the loss scale."""

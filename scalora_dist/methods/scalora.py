@@ -21,7 +21,7 @@ from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.scale_solver import Rule, Scales, solve
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
 from scalora_dist.methods.merger import Merger
-from scalora_dist.methods.transform import Report, Transform
+from scalora_dist.methods.transform import Transform, TransformReport
 from scalora_dist.profiling.clock import Clock
 
 
@@ -65,7 +65,7 @@ class Rescaler(Transform):
         return steps_taken % self.interval == 0
 
     @torch.no_grad()
-    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> TransformReport:
         clock.begin("grams")
         gram_a, gram_b = self.grams(layers)
         clock.begin("solve")
@@ -80,16 +80,16 @@ class Rescaler(Transform):
         self.merge(layers, scales, clock)
         clock.begin("scale")
         scale_factors_(layers, scales)
-        return Report(
+        return TransformReport(
             applied=True,
             grad_norm_before=float((norms_a.sum() + norms_b.sum()).sqrt()),
             grad_norm=float((scaled_a.sum() + scaled_b.sum()).sqrt()),
             details=_count(scales.rule),
         )
 
-    def refuse(self, layers: Sequence[LayerShards]) -> Report:
+    def refuse(self, layers: Sequence[LayerShards]) -> TransformReport:
         skipped = _count(torch.full((len(layers),), int(Rule.SKIPPED)))
-        return Report(applied=False, details=skipped)
+        return TransformReport(applied=False, details=skipped)
 
     def keep_unmoved(self, scales: Scales) -> Scales:
         """``scales`` with α = β = 1 for layers whose scales are all within the threshold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,22 +14,21 @@ from scalora_dist.profiling.clock import Clock
 
 
 @dataclass(frozen=True)
-class Report:
+class TransformReport:
     """What one transform did.
 
     Attributes:
         applied: False if some number was not finite. Then nothing was changed, and the step must
             be discarded.
         grad_norm: norm of the gradients that the optimizer sees, over all layers and ranks, times
-            the loss scale. Only a transform that changes nothing but gradients may leave it None.
-            Then the runner measures it.
+            the loss scale. NaN where the transform was not applied.
         grad_norm_before: the same norm before the transform.
         details: metrics of the transform for metrics.jsonl.
     """
 
     applied: bool
-    grad_norm: float | None = None
-    grad_norm_before: float | None = None
+    grad_norm: float = math.nan
+    grad_norm_before: float = math.nan
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,12 +45,12 @@ class Transform(ABC):
         """Whether the step that follows ``steps_taken`` steps is transformed."""
         return True
 
-    def refuse(self, layers: Sequence[LayerShards]) -> Report:
+    def refuse(self, layers: Sequence[LayerShards]) -> TransformReport:
         """The report of a step whose numbers are not finite: nothing was changed."""
-        return Report(applied=False)
+        return TransformReport(applied=False)
 
     @abstractmethod
-    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> Report:
+    def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> TransformReport:
         """Transform ``layers`` in place, or change nothing (``applied`` False). A collective.
 
         Args:

@@ -43,12 +43,12 @@ class BaseWeights:
         """
         self.dtype = dtype
         files = world.node_first(lambda: _files(model))
-        self.places: dict[str, tuple[str, str]] = {}
+        self.locations: dict[str, tuple[str, str]] = {}
         for name in loaded:
             key = find_key(name, files)
             if key is None:
                 raise _unreadable(model, f"its files have no {name}, or several")
-            self.places[name] = files[key], key
+            self.locations[name] = files[key], key
         others = [self._differs(name, shard) for name, shard in loaded.items()]
         for name, differs in zip(loaded, world.max(*others), strict=True):
             if differs:
@@ -67,7 +67,7 @@ class BaseWeights:
         """The first ``count`` elements of the shard's range, 1-D float32 on the CPU."""
         if not count:
             return torch.empty(0)
-        file, key = self.places[name]
+        file, key = self.locations[name]
         cols = shard.shape[1]
         first, start = divmod(shard.offset, cols)
         with safe_open(file, framework="pt") as opened:
@@ -75,7 +75,7 @@ class BaseWeights:
         return rows.to(self.dtype).float().view(-1)[start : start + count]
 
     def _differs(self, name: str, shard: FlatShard) -> bool:
-        file, key = self.places[name]
+        file, key = self.locations[name]
         with safe_open(file, framework="pt") as opened:
             if tuple(opened.get_slice(key).get_shape()) != shard.shape:
                 return True

@@ -142,10 +142,10 @@ def _one_example(options: Options, gpus: int) -> str:
     return "--per_device_train_batch_size 1"
 
 
-def _cut_up(options: Options, gpus: int) -> str:
+def _shard_weights(options: Options, gpus: int) -> str:
     if gpus == 1 or options.launch.fsdp or _zero(options).get("stage") == 3:
         return ""
-    return _under(options, "zero3.json")
+    return _with_ds_config(options, "zero3.json")
 
 
 def _any_mesh(options: Options, gpus: int) -> str:
@@ -159,7 +159,7 @@ def _any_mesh(options: Options, gpus: int) -> str:
 def _offload(options: Options, gpus: int) -> str:
     if options.launch.fsdp or offloads(_zero(options), "offload_param"):
         return ""
-    return _under(options, "zero3_offload.json")
+    return _with_ds_config(options, "zero3_offload.json")
 
 
 def _quantize(options: Options, gpus: int) -> str:
@@ -170,12 +170,15 @@ def _quantize(options: Options, gpus: int) -> str:
 
 
 CHANGES: list[Callable[[Options, int], str]] = [
-    *(_checkpoint, _one_example, _cut_up, _offload, _quantize)
+    *(_checkpoint, _one_example, _shard_weights, _offload, _quantize)
 ]
 
 
-def _under(options: Options, name: str) -> str:
-    options.launch.ds_config = str(shipped_ds_config(name))
+def _with_ds_config(options: Options, name: str) -> str:
+    path = shipped_ds_config(name)
+    if path is None:
+        return ""
+    options.launch.ds_config = str(path)
     return f"--ds_config {DS_CONFIGS}/{name}"
 
 

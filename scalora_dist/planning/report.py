@@ -12,7 +12,7 @@ import torch
 from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import PlanArguments, config_folder
-from scalora_dist.planning.floors import floors_of
+from scalora_dist.planning.least_times import least_times_of
 from scalora_dist.planning.plan import GIB
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.table import as_json, describe, render, verdict
@@ -40,11 +40,11 @@ def report(options: Options, where: PlanArguments) -> str:
     planner = Planner(options, where)
     plan = planner.plan(options, where.gpus)
     options.train.settle_batch(where.gpus)
-    floors, fits = floors_of(plan, where), planner.fits(plan)
+    times, fits = least_times_of(plan, where), planner.fits(plan)
     lines = [
         describe(options, where),
         "",
-        render(plan, floors, options, where),
+        render(plan, times, options, where),
         "",
         verdict(plan, fits, where),
     ]
@@ -62,7 +62,7 @@ def report(options: Options, where: PlanArguments) -> str:
             size += f", and {host / GIB:.1f} of the host for each"
         lines.append(f"smallest set-up that fits: {gpus} × {where.gpu}{given}, {size}")
     if where.json:
-        write_json(Path(where.json), as_json(plan, floors, fits))
+        write_json(Path(where.json), as_json(plan, times, fits))
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from scalora_dist.config.options import Options
 from scalora_dist.planning.arguments import PlanArguments
-from scalora_dist.planning.floors import Floors
+from scalora_dist.planning.least_times import LeastTimes
 from scalora_dist.planning.plan import GIB, Plan
 from scalora_dist.profiling.gpus import GPUS
 
@@ -29,7 +29,7 @@ def describe(options: Options, where: PlanArguments) -> str:
     )
 
 
-def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -> str:
+def render(plan: Plan, times: LeastTimes, options: Options, where: PlanArguments) -> str:
     """Tables of memory by part and phase, of messages, and of least times."""
     names = list(dict.fromkeys(name for moment in plan.phases for name in moment.parts))
     unit, size = ("GiB", GIB) if plan.peak.total > 4 * GIB else ("MiB", 2**20)
@@ -54,16 +54,16 @@ def render(plan: Plan, floors: Floors, options: Options, where: PlanArguments) -
         text += "\n\n" + _columns([["10⁹ bytes a GPU receives in a step", "", ""], *wire])
     tokens = options.train.gradient_accumulation_steps * options.data.max_length
     tokens *= options.train.per_device_train_batch_size
-    times = [
+    rows = [
         ["least seconds of a step", ""],
-        [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{floors.compute:.2g}"],
-        [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{floors.memory:.2g}"],
-        ["messages inside a node", f"{floors.links:.2g}"],
-        ["messages between nodes", f"{floors.network:.2g}"],
-        ["a rescale's messages", f"{floors.rescale:.2g}"],
-        ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / floors.step:,.0f}"],
+        [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{times.compute:.2g}"],
+        [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{times.memory:.2g}"],
+        ["messages inside a node", f"{times.links:.2g}"],
+        ["messages between nodes", f"{times.network:.2g}"],
+        ["a rescale's messages", f"{times.rescale:.2g}"],
+        ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / times.step:,.0f}"],
     ]
-    return f"{text}\n\n{_columns(times)}"
+    return f"{text}\n\n{_columns(rows)}"
 
 
 def verdict(plan: Plan, fits: bool, where: PlanArguments) -> str:
@@ -76,7 +76,7 @@ def verdict(plan: Plan, fits: bool, where: PlanArguments) -> str:
     )
 
 
-def as_json(plan: Plan, floors: Floors, fits: bool) -> dict[str, Any]:
+def as_json(plan: Plan, times: LeastTimes, fits: bool) -> dict[str, Any]:
     return {
         "world_size": plan.world,
         "fits": fits,
@@ -88,7 +88,7 @@ def as_json(plan: Plan, floors: Floors, fits: bool) -> dict[str, Any]:
         "rescale_received_bytes": {m.what: m.received for m in plan.rescale},
         "flops": plan.flops,
         "trained_parameters": plan.trained,
-        "least_seconds": {**vars(floors), "step": floors.step},
+        "least_seconds": {**vars(times), "step": times.step},
     }
 
 

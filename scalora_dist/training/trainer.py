@@ -121,6 +121,12 @@ class Trainer:
         self.model = build_model(options, base, method, self.engine, self.saved_adapter)
         self.loss = TargetLoss(self.model)
         self.runner = MethodRunner(method, self.engine, options)
+        logger.info(
+            "%s: %d layers adapted, %d parameters trained",
+            options.model.model_name_or_path,
+            len(self.engine.adapted),
+            self.runner.parameters,
+        )
         self.results = Results(self.runner, options)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
         self.state = RunState(self.engine, self.runner, self.scheduler, options)
@@ -128,12 +134,6 @@ class Trainer:
         self.saves = SavePolicy(self.checkpoints, train)
         self.watchdog = Watchdog(world, train.hang_timeout)
         self.progress = Progress()
-        logger.info(
-            "%s: %d layers adapted, %d parameters trained",
-            options.model.model_name_or_path,
-            len(self.engine.adapted),
-            self.runner.parameters,
-        )
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate before and after, write the results.
@@ -276,6 +276,7 @@ class Trainer:
         report = self.runner.before_step(
             layers, steps_taken=self.progress.steps_taken, finite=math.isfinite(total_loss)
         )
+        del layers  # views of gradients, which the engine frees
         if report.applied:
             self.engine.step()
         else:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from scalora_dist.distributed.watchdog import Watchdog, _name
 from scalora_dist.distributed.world import World
 from tests.support.ranks import forkserver
-from tests.support.workers import watchdog as watch_work
+from tests.support.workers import watched_loop
 
 
 class Run:
-    """The processes of one run, which do what ``workers.watchdog`` knows by this name."""
+    """The processes of one run, which do what ``watched_loop`` knows by this name."""
 
     def __init__(self, folder: Path, what: str, size: int, timeout: float) -> None:
         context = forkserver()
@@ -31,7 +31,7 @@ class Run:
         for rank, file in enumerate(self.files):
             args = (rank, size, port, file, what, timeout)
             file.touch()
-            self.ranks.append(context.Process(target=watch_work.rank, args=args))
+            self.ranks.append(context.Process(target=watched_loop.rank, args=args))
             self.ranks[-1].start()
 
     def errors(self, rank: int, status: int) -> list[str]:
@@ -82,7 +82,7 @@ def test_a_hung_rank(start: Callable[..., Run]) -> None:
     run = start("read", 3, timeout=4)
     (message,) = run.errors(0, 1)
     assert re.fullmatch(
-        r"rank 1 hangs in step 3 at watchdog\.py:\d+ in read"
+        r"rank 1 hangs in step 3 at watched_loop\.py:\d+ in read"
         r" while ranks 0, 2 wait at world\.py:\d+ in _reduce"
         r" \(--hang_timeout 4\): ending the job",
         message,

@@ -77,6 +77,7 @@ def test_the_numbers_are_those_recorded(train: Callable[[SetUp], Path], name: st
     assert [line["step"] for line in lines] == [line["step"] for line in recorded]
     for line, before in zip(lines, recorded, strict=True):
         assert line.keys() == before.keys()
+        assert line.get("tokens") == before.get("tokens")
         for key in line.keys() & set(NUMBERS):
             # A skipped step has no norm: null.
             same = before[key] if before[key] is None else pytest.approx(before[key], rel=tolerance)

@@ -16,7 +16,7 @@ from transformers import Gemma2Config
 from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
-from scalora_dist.planning.floors import floors_of
+from scalora_dist.planning.least_times import least_times_of
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
@@ -158,7 +158,7 @@ def test_gpus_of_a_node_that_need_different_bytes_each_have_their_own_card(
     plan, where = plan_of(*words, gpus=8), PlanArguments(nodes=2, gpus_per_node=4, network=1.0)
     (replicas,) = [m for m in plan.messages if m.what == "gradients of replicas"]
     assert replicas.received == 4 * plan.trained / 4
-    assert floors_of(plan, where).network == pytest.approx(replicas.received / 1e9)
+    assert least_times_of(plan, where).network == pytest.approx(replicas.received / 1e9)
 
 
 def test_it_says_what_to_change(task: Path, tmp_path: Path) -> None:
@@ -240,8 +240,10 @@ def test_more_gpus_take_less_of_each_and_more_messages(task: Path) -> None:
     assert sum(m.received for m in eight.messages) > 1.5 * sum(m.received for m in two.messages)
     # The same messages between nodes take as long as the slower network says.
     slow, fast = (PlanArguments(nodes=2, gpus_per_node=4, network=x) for x in (1.0, 10.0))
-    assert floors_of(eight, slow).network == pytest.approx(10 * floors_of(eight, fast).network)
-    assert floors_of(two, PlanArguments(gpus_per_node=2)).network == 0
+    assert least_times_of(eight, slow).network == pytest.approx(
+        10 * least_times_of(eight, fast).network
+    )
+    assert least_times_of(two, PlanArguments(gpus_per_node=2)).network == 0
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,9 @@ from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.lora_init import lora_init
-from scalora_dist.methods.merge_target import IntoWeights
-from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
-from scalora_dist.methods.transform import Report
+from scalora_dist.methods.transform import TransformReport
 from scalora_dist.profiling.clock import Clock
 from tests.support.reference import State
 
@@ -213,7 +212,7 @@ class Run:
         self.backward(step)
         return self.finish_step(self.rescale().applied)
 
-    def rescale(self) -> Report:
+    def rescale(self) -> TransformReport:
         """Run ScaLoRA's transform, on the gradients of the last backward."""
         return self.rescaler(self.engine.layer_shards(), Clock())
 

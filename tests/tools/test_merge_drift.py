@@ -22,8 +22,7 @@ from scalora_dist.core.scale_solver import Scales
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
-from scalora_dist.methods.merge_target import IntoWeights
-from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
 

@@ -65,7 +65,7 @@ class Initialization:
         """
         device = self.engine.world.device
         svd = truncated_svd(matrix, rank, device=device, seed=self.seed)
-        return TruncatedSVD(*(self.engine.world.same(part) for part in svd))
+        return TruncatedSVD(*(self.engine.world.from_rank_0(part) for part in svd))
 
     def weights(self) -> dict[str, FlatShard]:
         """{layer: this rank's shard of W}, in model order. A 4-bit W is dequantized to float32."""

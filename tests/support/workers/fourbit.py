@@ -13,7 +13,7 @@ from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.registry import METHODS
-from scalora_dist.methods.transform import Report
+from scalora_dist.methods.transform import TransformReport
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.training import build_model as module
 from tests.support import runs, tiny_models, tiny_runs
@@ -82,7 +82,7 @@ def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, floa
         return found
 
     class Watched(type(transform)):  # type: ignore[misc]
-        def __call__(self, layers: Any, clock: Any) -> Report:
+        def __call__(self, layers: Any, clock: Any) -> TransformReport:
             with torch.no_grad():
                 before = look()
                 report = super().__call__(layers, clock)

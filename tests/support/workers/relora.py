@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from scalora_dist.distributed.world import World
-from scalora_dist.methods.relora import Restarts
+from scalora_dist.methods.relora import ReloraRestart
 from scalora_dist.profiling.clock import Clock
 from tests.support import toy
 from tests.support.reference import State
@@ -34,7 +34,7 @@ class Restart:
 def restarts(world: World, *, prune: float, **case: Any) -> list[Restart]:
     """Plain AdamW steps on the toy, with a restart after every second step."""
     run = toy.Run(world, **case)
-    restart = Restarts(run.merger, interval=INTERVAL, prune=prune, seed=SEED)
+    restart = ReloraRestart(run.merger, interval=INTERVAL, prune=prune, seed=SEED)
     seen = []
     assert not restart.due(0)
     for taken in range(1, RESTARTS * INTERVAL + 1):

@@ -17,8 +17,7 @@ from scalora_dist.core import flat_shard as module
 from scalora_dist.core.flat_shard import FlatShard, Layout, global_norm
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
-from scalora_dist.methods.merge_target import IntoWeights
-from scalora_dist.methods.merger import Merger
+from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
 

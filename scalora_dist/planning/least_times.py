@@ -12,7 +12,7 @@ from scalora_dist.profiling.gpus import GPUS
 
 
 @dataclass(frozen=True)
-class Floors:
+class LeastTimes:
     """Lower bounds of times, in seconds.
 
     Products and messages may overlap, so a step takes at least the largest of these times.
@@ -36,10 +36,10 @@ class Floors:
         return max(self.compute, self.memory, self.links, self.network)
 
 
-def floors_of(plan: Plan, where: PlanArguments) -> Floors:
+def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
     gpu = GPUS[where.gpu]
     times = [_seconds(message, where) for message in plan.messages]
-    return Floors(
+    return LeastTimes(
         compute=plan.flops / (gpu.tflops * 1e12),
         memory=plan.reads / gpu.bandwidth,
         links=sum(inside for inside, _ in times),
