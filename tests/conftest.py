@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from tests.support import tiny_models
 from tests.support.ranks import Ranks
 
 
@@ -30,3 +32,11 @@ def demo_model() -> str:
     """The folder of SmolLM2-135M-Instruct, converted on first use."""
     command = [sys.executable, str(Path(__file__).parents[1] / "tools" / "demo_model.py")]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Llama with the demo model's tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    tiny_models.save_tiny_llama(folder, AutoTokenizer.from_pretrained(demo_model))
+    return str(folder)

@@ -3,17 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from tests.support import tiny_models
-
-
-@pytest.fixture(scope="session")
-def tiny_model(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random Llama with the demo model's tokenizer."""
-    folder: Path = tmp_path_factory.mktemp("tiny")
-    tiny_models.save_tiny_llama(folder, AutoTokenizer.from_pretrained(demo_model))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
