@@ -98,7 +98,6 @@ def test_ranks_that_wait_for_each_other(start: Callable[..., Run]) -> None:
     assert run.errors(1, 1) == []
 
 
-@pytest.mark.heavy
 def test_a_slow_run_and_a_failure_are_nobodys_death(start: Callable[..., Run]) -> None:
     slow, failing = start("slow", 2, timeout=4), start("fail", 2, timeout=60)
     for rank in range(2):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import runs
+from tests.support import launched, runs
 
 TASK = {"dataset": "reasoning_gym:chain_sum", "dataset_size": 32, "eval_size": 8, "max_steps": 2}
 
 
-def launch(*words: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    """DeepSpeed's launcher, on the ranks' CPUs; for one rank, Python."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
+def launch(*words: str, engine: str) -> subprocess.CompletedProcess[str]:
+    """As a user starts this engine, on CPU ranks."""
+    launcher = launched.LAUNCHERS[engine]
     return subprocess.run(
         [*launcher, "launch/train.py", *words],
         cwd=runs.REPOSITORY,
@@ -31,20 +28,18 @@ def launch(*words: str, ranks: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def options(model: str, folder: Path, **others: Any) -> list[str]:
-    given = {
-        "model_name_or_path": model,
-        "output_dir": folder,
-        "ds_config": runs.ds_config("zero3"),
-        **TASK,
-        **others,
-    }
-    return runs.words(given)
+def options(model: str, folder: Path, engine: str, **others: Any) -> list[str]:
+    given = {"model_name_or_path": model, "output_dir": folder, **TASK}
+    return runs.words(given | runs.engine_options(engine, folder.parent) | others)
 
 
 @pytest.mark.floors
-def test_the_launcher_trains_and_shows_one_table(tiny_model: str, tmp_path: Path) -> None:
-    done = launch(*options(tiny_model, tmp_path / "run", scaling_rule="nnls"), ranks=2)
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_the_launcher_trains_and_shows_one_table(
+    tiny_model: str, tmp_path: Path, engine: str
+) -> None:
+    words = options(tiny_model, tmp_path / "run", engine, scaling_rule="nnls")
+    done = launch(*words, engine=engine)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out exact match") == 1
     assert done.stderr.count("14 layers adapted") == 1
@@ -65,18 +60,18 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "mistake"),
+    ("engine", "mistake"),
     [
-        (1, "data"),
-        *(pytest.param(2, name, marks=pytest.mark.heavy) for name in ("data", "target", "rank")),
+        ("local", "data"),
+        *(pytest.param("zero3", x, marks=pytest.mark.heavy) for x in ("data", "target", "rank")),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(
-    tiny_model: str, tmp_path: Path, ranks: int, mistake: str
+    tiny_model: str, tmp_path: Path, engine: str, mistake: str
 ) -> None:
     others, says = mistakes(tmp_path)[mistake]
     folder = tmp_path / "run"
-    done = launch(*options(tiny_model, folder, **others), ranks=ranks)
+    done = launch(*options(tiny_model, folder, engine, **others), engine=engine)
     assert done.returncode == 2
     sentences = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(sentences) == 1
@@ -89,7 +84,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
 def test_nothing_is_overwritten_unasked(tiny_model: str, tmp_path: Path) -> None:
     kept = tmp_path / "metrics.jsonl"
     kept.write_text("mine")
-    done = launch(*options(tiny_model, tmp_path), ranks=2)
+    done = launch(*options(tiny_model, tmp_path, "zero3"), engine="zero3")
     assert done.returncode == 2
     assert "--overwrite_output_dir" in done.stderr
     assert kept.read_text() == "mine"

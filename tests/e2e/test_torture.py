@@ -116,8 +116,10 @@ def torture(
     return done
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize(("engine", "size", "kills"), [("local", 1, 1), ("fsdp", 2, 2)])
+@pytest.mark.parametrize(
+    ("engine", "size", "kills"),
+    [("local", 1, 1), pytest.param("fsdp", 2, 2, marks=pytest.mark.heavy)],
+)
 def test_killed_runs_go_on(
     ranks: GetRanks, task: Path, tmp_path: Path, engine: str, size: int, kills: int
 ) -> None:
