@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import string
 import subprocess
 import sys
@@ -164,8 +163,9 @@ def set_ups() -> list[SetUp]:
     return found
 
 
-# Rows that 2 does not divide, so that ranks' shards begin and end inside rows.
-SIZES = {
+# Rows that neither 2, 3 nor 4 divides (35, 37, and a vocabulary of 259), fewer rows than 4 ranks
+# can share (6), and weights large enough for attention to matter.
+ODD_SIZES = {
     "vocab_size": 259,
     "hidden_size": 35,
     "intermediate_size": 37,
@@ -194,30 +194,46 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_inputs(folder: Path) -> None:
-    """Two tiny random models with a tokenizer of bytes, and a file of texts."""
+def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
+    """A tiny random model whose rows 2, 3 and 4 do not divide, with a byte tokenizer.
+
+    Args:
+        architecture: "llama" or "gemma3".
+        sizes: sizes that replace those of ``ODD_SIZES``.
+    """
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-    llama = LlamaConfig(**SIZES, tie_word_embeddings=False)
-    gemma = Gemma3TextConfig(
-        **SIZES,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=5,
-        query_pre_attn_scalar=6,
-        tie_word_embeddings=True,
-    )
-    for name, kind, config in (
-        ("llama", LlamaForCausalLM, llama),
-        ("gemma3", Gemma3ForCausalLM, gemma),
-    ):
-        torch.manual_seed(0)
-        kind(config).save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
+    torch.manual_seed(0)
+    if architecture == "gemma3":
+        config = Gemma3TextConfig(
+            **ODD_SIZES | sizes,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=5,
+            query_pre_attn_scalar=6,
+            tie_word_embeddings=True,
+        )
+        model = Gemma3ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**ODD_SIZES | sizes, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
+    """Write texts.jsonl: ``count`` random texts of these letters, 8 to ``longest`` - 1 long."""
+    generator, choices = np.random.default_rng(0), np.array(list(letters))
+    with open(folder / "texts.jsonl", "w") as file:
+        for length in generator.integers(8, longest, count):
+            file.write(json.dumps({"text": "".join(generator.choice(choices, length))}) + "\n")
+
+
+def make_inputs(folder: Path) -> None:
+    """A model of each architecture, and a file of texts."""
+    for architecture in ("llama", *OTHER_MODELS):
+        save_odd_model(folder / architecture, architecture)
     # Many letters: with few of them gradients are nearly parallel, and rounding decides a rule.
-    random, alphabet = np.random.default_rng(0), np.array(list(string.ascii_letters))
-    lines = [{"text": "".join(random.choice(alphabet, n))} for n in random.integers(8, 32, 41)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_texts(folder, string.ascii_letters, longest=32, count=41)
 
 
 # What is compared of a line of metrics.jsonl; and of summary.json.
@@ -276,17 +292,8 @@ def run(set_up: SetUp, code: Path, inputs: Path, results: Path) -> dict[str, Any
         script = [str(inputs / "fp16.py"), *script]
     launcher = [sys.executable]
     if set_up.ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(set_up.ranks),
-            "--master_port",
-            port,
-        ]
+        ranks = str(set_up.ranks)
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     environment = {
         "PYTHONPATH": str(code),
         "CUDA_VISIBLE_DEVICES": "",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
-from tools.loss_compare import SIZES, byte_tokenizer
+from tools.loss_compare import ODD_SIZES, byte_tokenizer, save_odd_model, save_texts
+
+__all__ = [
+    "ODD_SIZES",
+    "byte_tokenizer",
+    "save_odd_model",
+    "save_task",
+    "save_texts",
+    "save_tiny_deepseek",
+    "save_tiny_llama",
+]
 
 
 def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,44 +43,6 @@ def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-# Rows that neither 2, 3 nor 4 divides (35, 37, and a vocabulary of 259), fewer rows than 4 ranks
-# can share (6), and weights large enough for attention to matter.
-ODD_SIZES = SIZES
-
-
-def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
-    """A tiny random model whose rows 2, 3 and 4 do not divide, with a byte tokenizer.
-
-    Args:
-        architecture: "llama" or "gemma3".
-        sizes: sizes that replace those of ``ODD_SIZES``.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    if architecture == "gemma3":
-        config = Gemma3TextConfig(
-            **ODD_SIZES | sizes,
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=5,
-            query_pre_attn_scalar=6,
-            tie_word_embeddings=True,
-        )
-        model = Gemma3ForCausalLM(config)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**ODD_SIZES | sizes, tie_word_embeddings=False))
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
-def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
-    """Write texts.jsonl: ``count`` random texts of these letters, 8 to ``longest`` - 1 long."""
-    generator, choices = np.random.default_rng(0), np.array(list(letters))
-    with open(folder / "texts.jsonl", "w") as file:
-        for length in generator.integers(8, longest, count):
-            file.write(json.dumps({"text": "".join(generator.choice(choices, length))}) + "\n")
 
 
 def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
