@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from scalora_dist.distributed.watchdog import Watchdog, _name
 from scalora_dist.distributed.world import World
-from tests.support.ranks import forkserver
+from tests.support.ranks import forkserver, free_port
 from tests.support.workers import watched_loop
 
 
@@ -23,9 +22,7 @@ class Run:
 
     def __init__(self, folder: Path, what: str, size: int, timeout: float) -> None:
         context = forkserver()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.files = [folder / f"{what} {rank}" for rank in range(size)]
         self.ranks = []
         for rank, file in enumerate(self.files):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 
 from tests.support import runs
+from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
 
@@ -32,9 +32,7 @@ class Launched:
     """A started command with all its processes. At the end of ``with``, all of them are killed."""
 
     def __init__(self, engine: str, case: dict[str, Any], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         launcher = LAUNCHERS[engine] + ["--master_port", port] * (engine != "local")
         command = [*launcher, "launch/train.py", *runs.words(case)]
         self.log = log

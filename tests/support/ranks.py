@@ -21,14 +21,19 @@ def forkserver() -> ForkServerContext:
     return context
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Ranks:
     """``size`` processes. ``run`` calls a function on all of them; its first argument is World."""
 
     def __init__(self, size: int) -> None:
         context = forkserver()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.size = size
         self.pipes, self.processes = [], []
         for rank in range(size):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "bench_rescale.py"
@@ -46,9 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(model: Path) -> dict[str, Any]:
     """The JSON of one run on two ranks under ZeRO-3."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     result = model.parent / "out.json"
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port"]
     options = ["--ds_config", ZERO3, "--model_name_or_path", model, "--json", result]
