@@ -1,20 +1,23 @@
 """The command line: plan a run, or train.
 
-The options are read and checked before the seconds that the other imports take.
+Signals count from the first moment, before the seconds that the imports take. The options are read
+and checked before torch's distributed parts and DeepSpeed are imported.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from scalora_dist.config.options import Options
-from scalora_dist.config.parser import parse_options
-from scalora_dist.errors import exit_with_one_sentence
+from scalora_dist.distributed.stop_signals import StopSignals
+from scalora_dist.errors import exit_with_one_sentence, is_rank_0
+
+if TYPE_CHECKING:
+    from scalora_dist.config.options import Options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,17 +31,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Renamed functions that DeepSpeed, or the oldest transformers we run with, has by the old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    with exit_with_one_sentence():
+    with StopSignals() as signals, exit_with_one_sentence():
+        from scalora_dist.config.parser import parse_options
+
         options = parse_options(sys.argv[1:] if argv is None else argv)
         if options.launch.dry_run:
             plan(options)
         else:
-            train(options)
-
-
-def is_rank_0() -> bool:
-    """By the launcher's environment, before the ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
+            train(options, signals)
 
 
 def plan(options: Options) -> None:
@@ -49,8 +49,12 @@ def plan(options: Options) -> None:
         print(report(options, where_we_are()))
 
 
-def train(options: Options) -> None:
-    """Train, and print the summary."""
+def train(options: Options, signals: StopSignals) -> None:
+    """Train, and print the summary.
+
+    Args:
+        signals: what handles requests to stop; already entered.
+    """
     from scalora_dist.distributed.world import World
     from scalora_dist.engines.build import engine_factory
     from scalora_dist.modeling.load import read_base_model
@@ -64,7 +68,7 @@ def train(options: Options) -> None:
     options.train.settle_batch(world.size)
     base = read_base_model(options.model, options.train.dtype, world.device)
     make_engine = engine_factory(options, world, base)
-    summary = Trainer(options, world, base, make_engine).run()
+    summary = Trainer(options, world, base, make_engine, signals).run()
     if world.is_main:
         print(f"\n{render(summary)}")
     world.leave()

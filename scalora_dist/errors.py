@@ -30,6 +30,11 @@ class Preempted(RunExit):
     status = 75
 
 
+def is_rank_0() -> bool:
+    """By the launcher's environment, so also before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def exit_with_one_sentence() -> Iterator[None]:
     """Turn a RunExit into its message on rank 0's stderr and its exit status on every rank.
@@ -39,7 +44,7 @@ def exit_with_one_sentence() -> Iterator[None]:
     try:
         yield
     except Preempted as ending:  # on all ranks at the same step
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             print(ending, file=sys.stderr)
         _leave(ending.status)
     except RunExit as error:

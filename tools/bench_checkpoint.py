@@ -67,7 +67,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
             raise UserError(failure)
 
     def save() -> None:
-        trainer.state.save(checkpoints, steps, steps)
+        trainer.state.save(checkpoints, steps, trainer.progress.state())
 
     def save_and_wait() -> None:
         save()

@@ -29,7 +29,7 @@ from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.fourbit_linear import FourBitLinear, quantize
 from scalora_dist.methods.merger import MergeTarget
 from scalora_dist.modeling.load import read_base_model
-from scalora_dist.training.run_log import write_json
+from scalora_dist.training.run_log import read_history, write_json
 from scalora_dist.training.trainer import Trainer
 
 WAYS = {
@@ -87,7 +87,8 @@ def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) 
         modules = {n: x for n, x in trainer.engine.adapted.items() if isinstance(x, FourBitLinear)}
         target = trainer.runner.merger.target = Requantized(modules)
     summary = trainer.run()
-    found = {"losses": [record["loss"] for record in trainer.progress.records], "summary": summary}
+    lines = read_history(trainer.output_dir, trainer.feed.steps)
+    found = {"losses": [line["loss"] for line in lines if "loss" in line], "summary": summary}
     if way == REQUANTIZED:
         for name, values in (("kept", target.kept), ("noise", target.noise)):
             found[name] = float(torch.tensor(values).median())

@@ -28,7 +28,7 @@ from scalora_dist.methods.runner import MethodRunner
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
 # The checkpoint means something else under other values of these options: refuse to resume.
 FIXED_METHOD = (
@@ -108,17 +108,17 @@ class RunState:
         self.options = options
         self.base = fingerprint(engine)
 
-    def save(self, checkpoints: Checkpoints, step: int, steps_taken: int) -> None:
+    def save(self, checkpoints: Checkpoints, step: int, progress: dict[str, Any]) -> None:
         """Begin to write a checkpoint. Called on every rank.
 
         Args:
             step: number of steps so far, skipped ones included.
-            steps_taken: number of steps so far that were not skipped.
+            progress: what the run remembers of its past, JSON values; only rank 0's are kept.
         """
         state = {
             "format": FORMAT,
             "step": step,
-            "steps_taken": steps_taken,
+            "progress": progress,
             "world_size": self.world.size,
             "device": self.world.device.type,
             "engine": self.engine.state(),

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 
+T = TypeVar("T")
 NFS_SECONDS = 10.0  # time until a node surely sees a file that another node has made
 
 
@@ -52,6 +53,13 @@ class Checkpoints:
 
     A thread writes them while the run trains. It has its own process group, so that its collectives
     cannot be mixed up with those of training.
+
+    Attributes:
+        output_dir: the run's folder.
+        world: the ranks.
+        keep: number of checkpoints to keep.
+        group: the process group of the collectives here.
+        shared: whether all nodes see the same ``output_dir``, as far as ``unshared`` has found.
     """
 
     def __init__(self, output_dir: Path, world: World, *, keep: int, timeout: timedelta) -> None:
@@ -64,6 +72,7 @@ class Checkpoints:
         self.world = world
         self.keep = keep
         self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.shared = True
         self._writing: Future[Any] | None = None
         self._target = output_dir
 
@@ -117,12 +126,9 @@ class Checkpoints:
 
         A collective.
         """
-        found = [read_manifest(folder) if self.world.is_main else None]
-        dist.broadcast_object_list(found, src=0, group=self.group)
-        files = found[0]
+        files = self.from_rank_0(lambda: read_manifest(folder))
         if isinstance(files, str):
             return [files]
-        assert files is not None
         mine = faults(folder, files, list(files)[self.world.rank :: self.world.size])
         everyone: list[list[str]] = [[]] * self.world.size
         dist.all_gather_object(everyone, mine, group=self.group)
@@ -154,6 +160,7 @@ class Checkpoints:
         (missing,) = self.world.sum(self.world.local_rank == 0 and not seen)
         if self.world.is_main:
             probe.unlink(missing_ok=True)
+        self.shared = not missing
         return round(missing)
 
     def close(self) -> None:
@@ -163,9 +170,17 @@ class Checkpoints:
 
     def newest_first(self) -> list[Path]:
         """The run's checkpoints as rank 0 sees them, on every rank: one broadcast."""
-        found = [checkpoints(self.output_dir) if self.world.is_main else None]
+        return self.from_rank_0(lambda: checkpoints(self.output_dir))
+
+    def from_rank_0(self, read: Callable[[], T]) -> T:
+        """What ``read`` returns on rank 0, on every rank: one broadcast.
+
+        Args:
+            read: called on rank 0 only. Its result must be picklable.
+        """
+        found = [read() if self.world.is_main else None]
         dist.broadcast_object_list(found, src=0, group=self.group)
-        return found[0] or []
+        return cast(T, found[0])
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,109 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+from scalora_dist.errors import Preempted, is_rank_0
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Name of the file in output_dir that marks a run stopped by a signal. torchrun does not pass on
+# the exit status of its ranks.
+PREEMPTED = "preempted"
 
 
 class StopSignals:
-    """Inside ``with``, the signals are recorded and do not end the process.
+    """Inside ``with``, a signal ends the process with status 75, now or when nothing is lost.
+
+    Inside ``held()`` a signal is only recorded, and the run asks ``received`` between two steps.
+    Everywhere else (loading, the last evaluation, the exports) all that was trained is saved, so
+    the process ends at once, even if its main thread waits for other ranks.
+
+    ``with`` may be nested; the inner ones do nothing.
 
     Attributes:
         received: name of the first signal, or None.
+        output_dir: folder in which a signal leaves the file ``preempted``, or None: not yet known.
+        step: number of steps that are trained and saved.
+        advice: half a sentence that says what is saved and how to go on.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.output_dir: Path | None = None
+        self.step = 0
+        self.advice = "nothing was trained yet: start it again"
+        self._depth = 0
+        self._held = False
+        self._deciding = threading.Lock()
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._depth += 1
+        if self._depth == 1:
+            # The C-level handler writes the signal's number at once. Python's runs in the main
+            # thread, which may wait for other ranks for minutes.
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            self._writer.close()  # ends the thread
+            self._thread.join()
+            self._reader.close()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside it, a signal does not end the process. It ends it on the way in or out."""
+        self._hold(True)
+        yield
+        self._hold(False)  # not after an error, which ends the run anyway
+
+    def _hold(self, held: bool) -> None:
+        with self._deciding:
+            if self.received:
+                self._leave()
+            self._held = held
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
+
+    def _listen(self) -> None:
+        while numbers := self._reader.recv(16):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._note(number, None)
+            with self._deciding:
+                if self.received and not self._held:
+                    self._leave()
+
+    def _leave(self) -> NoReturn:
+        """Exit without any clean-up, which could wait for other ranks."""
+        if self.output_dir:
+            mark_preempted(self.output_dir, self.step)
+        if is_rank_0():
+            # Not by sys.stderr: the main thread may hold its lock.
+            os.write(2, f"\nstopped by {self.received}: {self.advice}\n".encode())
+        os._exit(Preempted.status)
+
+
+def mark_preempted(output_dir: Path, step: int) -> None:
+    """Write the file ``preempted``, which says after how many steps a signal stopped the run."""
+    with suppress(OSError):  # a checkpoint may have filled the disk
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / PREEMPTED).write_text(f"{step}\n")

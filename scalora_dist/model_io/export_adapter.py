@@ -85,7 +85,7 @@ class AdapterExport:
             self.before = BaseWeights(self.model, weights, engine.dtype, engine.world)
 
     @torch.no_grad()
-    def write(self, folder: Path, low_halves: Mapping[str, Tensor]) -> None:
+    def write(self, folder: Path, low_halves: Mapping[str, Tensor]) -> bool:
         """Write the adapter. Collective: called on every rank, only rank 0 writes.
 
         The factors are gathered one layer at a time.
@@ -93,9 +93,12 @@ class AdapterExport:
         Args:
             folder: folder of the adapter; replaced if it exists.
             low_halves: {parameter: low halves of its 16-bit values}, int16.
+
+        Returns:
+            whether this run has an adapter.
         """
         if not self.own and self.before is None:
-            return
+            return False
         engine, is_main = self.engine, self.engine.world.is_main
         merged = MergedWeights(engine, low_halves)
         sizes = {name: merged.shape(f"{name}.weight") for name in engine.adapted}
@@ -135,6 +138,7 @@ class AdapterExport:
                 errors[worst],
                 worst,
             )
+        return True
 
     def _ranks(self, sizes: Mapping[str, torch.Size]) -> tuple[dict[str, int], dict[str, float]]:
         """The saved adapter's ranks {layer: r} and scalings {layer: s}.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,14 @@ class Evaluation:
     exact_match: float  # share of examples whose every target greedy decoding would produce
     examples: int
 
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any] | None) -> Evaluation | None:
+        """The evaluation whose fields were saved as JSON, in which null is NaN."""
+        if saved is None:
+            return None
+        loss = math.nan if saved["loss"] is None else saved["loss"]
+        return cls(loss, saved["exact_match"], saved["examples"])
+
 
 @torch.no_grad()
 def evaluate(
@@ -43,7 +52,8 @@ def evaluate(
 
     Args:
         batch_size: examples per rank and batch.
-        each_batch: called before each batch.
+        each_batch: called before each batch. It may end the evaluation by an exception, on all
+            ranks before the same batch.
     """
     examples = PaddedExamples(dataset)
     batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
@@ -75,13 +85,3 @@ def _totals(found: Targets, labels: Tensor, whole: Tensor) -> Tensor:
     right[counts] = found.right
     matches = (right.all(1) & whole).sum()
     return torch.stack([found.loss.double(), counts.sum().double(), matches.double()])
-
-
-def evaluation_before(
-    history: Sequence[dict[str, Any]], dataset: Dataset | None
-) -> Evaluation | None:
-    """The evaluation at step 0 of a resumed run, from ``history``: its lines of metrics.jsonl."""
-    for record in history:
-        if "eval_loss" in record and record["step"] == 0 and dataset is not None:
-            return Evaluation(record["eval_loss"], record["eval_exact_match"], len(dataset))
-    return None

@@ -1,42 +1,149 @@
-"""Checks that a run may write to its output folder, and clears the results of earlier runs."""
+"""Checks that a run may write to its output folder, and moves earlier results out of the way."""
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from scalora_dist.checkpoint.manifest import clear_leftovers, prune
+from scalora_dist.checkpoint.manifest import checkpoints, clear_leftovers
+from scalora_dist.config.options import Options
 from scalora_dist.config.training import TrainArguments
+from scalora_dist.distributed.stop_signals import PREEMPTED
 from scalora_dist.errors import UserError
-from scalora_dist.training.saving import PREEMPTED
+from scalora_dist.training import phases
+
+# What a finished run leaves besides checkpoints, and what it writes on the way.
+RESULTS = ("summary.json", "adapter", "model")
+LOGS = ("metrics.jsonl", "tensorboard", "profile", PREEMPTED)
+PARTIAL = ("metrics.jsonl.partial", "adapter.partial", "model.partial")
+# Earlier results stay in folders of this name until this run's results are whole.
+REPLACED = "replaced-results"
+_REPLACED = re.compile(rf"{REPLACED}(-\d+)?")
 
 
 def check_output_dir(folder: Path, train: TrainArguments) -> None:
     """Refuse to write into a folder that has content.
 
-    An exception: if the earlier run left a metrics.jsonl but no results, a run with
-    ``resume_from_checkpoint`` latest may overwrite it. It died before its first checkpoint.
+    An exception: a run with ``resume_from_checkpoint`` latest may overwrite what a run left that
+    died before its first checkpoint. That run has logs or a mark of its end, but no summary.
 
     Raises:
         UserError: ``folder`` is a file, or is not empty and ``overwrite_output_dir`` is not set.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
-    done = any((folder / name).exists() for name in ("summary.json", "adapter", "model"))
-    begun = (folder / "metrics.jsonl").is_file() and not done
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    begun = names & {*LOGS, phases.FILE} and "summary.json" not in names
     resumes = train.resume_from_checkpoint == "latest" and begun
-    empty = not folder.is_dir() or not any(folder.iterdir())
+    empty = not names - {PREEMPTED}
     if not (empty or resumes or train.overwrite_output_dir):
         raise UserError(
             f"--output_dir {folder} is not empty: name another, or give --overwrite_output_dir"
         )
 
 
-def clear_results(folder: Path) -> None:
-    """Delete the results and checkpoints of an earlier run, so that none mix with this run's."""
-    for name in ("metrics.jsonl", "summary.json", PREEMPTED):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "profile", "adapter", "model"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+def check_inputs(folder: Path, options: Options, checkpoint: Path | None) -> None:
+    """Refuse to replace what the run reads: base, adapter, data, configs, another checkpoint.
+
+    Paths are compared resolved, with all links, and so are the files in a folder that is read.
+
+    Args:
+        folder: the run's ``output_dir``.
+        checkpoint: the checkpoint in another folder that the run resumes from, or None.
+
+    Raises:
+        UserError: the run would replace, or delete, something that it reads.
+    """
+    written = [folder / name for name in (*RESULTS, *LOGS, *PARTIAL, phases.FILE)]
+    written += [*checkpoints(folder), *_replaced(folder)]
+    # Where an entry is a link, both the link and what it leads to count.
+    places = {entry.parent.resolve() / entry.name for entry in written}
+    places |= {entry.resolve() for entry in written}
+    for option, name, nested in _inputs(options, checkpoint):
+        for path in _paths(Path(name).expanduser(), nested=nested):
+            for place in places:
+                if place == path or place in path.parents or (nested and path in place.parents):
+                    raise UserError(
+                        f"--{option} {name} and --output_dir {folder} share {place}, which this "
+                        "run would replace: name another --output_dir"
+                    )
+
+
+def _inputs(options: Options, checkpoint: Path | None) -> Iterator[tuple[str, str, bool]]:
+    """(option, its value, whether files in subfolders are read too) of what the run reads."""
+    data, launch = options.data, options.launch
+    named = [
+        ("model_name_or_path", options.model.model_name_or_path, False),
+        ("adapter_name_or_path", options.model.adapter_name_or_path, False),
+        ("dataset", data.dataset, True),
+        ("eval_dataset", data.eval_dataset, True),
+        ("config", launch.config, False),
+        ("ds_config", launch.ds_config, False),
+        ("fsdp_config", launch.fsdp_config, False),
+        ("resume_from_checkpoint", checkpoint and str(checkpoint), False),
+    ]
+    for option, value, nested in named:
+        if value and Path(value).expanduser().exists():  # otherwise a name on the hub
+            yield option, value, nested
+
+
+def _paths(path: Path, *, nested: bool) -> Iterator[Path]:
+    """``path`` and the files in it, resolved."""
+    yield path.resolve()
+    if path.is_dir():
+        yield from (entry.resolve() for entry in (path.rglob("*") if nested else path.iterdir()))
+
+
+def set_aside(folder: Path, *, everything: bool = True) -> None:
+    """Move an earlier run's results into ``replaced-results`` beside them.
+
+    Logs alone are worth nothing and are deleted. It may be killed and called again.
+
+    Args:
+        folder: the run's ``output_dir``.
+        everything: False: checkpoints and logs stay, because this run goes on from them.
+    """
     clear_leftovers(folder)
-    prune(folder, keep=0)
+    for name in PARTIAL:
+        _delete(folder / name)
+    results = [folder / name for name in RESULTS if (folder / name).exists()]
+    if everything:
+        results += checkpoints(folder)
+        logs = [folder / name for name in LOGS]
+        if results or _replaced(folder):
+            results += [path for path in logs if path.exists()]
+        else:
+            for path in logs:
+                _delete(path)
+    for path in results:
+        path.rename(_free(path))
+
+
+def discard_replaced(folder: Path) -> None:
+    """Delete what ``set_aside`` has moved."""
+    for path in _replaced(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{REPLACED}*") if _REPLACED.fullmatch(path.name)]
+
+
+def _free(path: Path) -> Path:
+    """Where to move ``path``: the first of the folders that has no entry of its name."""
+    count = 1
+    while True:
+        folder = path.with_name(REPLACED if count == 1 else f"{REPLACED}-{count}")
+        if not (folder / path.name).exists():
+            folder.mkdir(exist_ok=True)
+            return folder / path.name
+        count += 1
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

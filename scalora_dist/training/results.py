@@ -1,21 +1,27 @@
-"""Writes the results of a finished run: summary.json, the adapter, the merged model."""
+"""Writes the results of a run, in phases that a resume repeats alone: adapter, model, summary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
+from scalora_dist.errors import UserError
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.export_adapter import AdapterExport
 from scalora_dist.model_io.export_model import export_model
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.training.evaluate import Evaluation
+from scalora_dist.training.output_dir import discard_replaced, set_aside
+from scalora_dist.training.phases import Phases
 from scalora_dist.training.run_log import write_json
-from scalora_dist.training.summary import summarize
+from scalora_dist.training.summary import Tally, summarize
 from scalora_dist.training.update_rank import UpdateRank
 
 
@@ -23,9 +29,13 @@ class Results:
     """Writes a run's results.
 
     Construct it before the first step, because some results compare with the initial weights.
+
+    Attributes:
+        folder: the run's ``output_dir``.
+        phases: which phases of the run are finished.
     """
 
-    def __init__(self, runner: MethodRunner, options: Options) -> None:
+    def __init__(self, runner: MethodRunner, options: Options, checkpoints: Checkpoints) -> None:
         """
         Args:
             runner: the runner of the method. Its engine must hold the weights as loaded.
@@ -35,46 +45,107 @@ class Results:
         """
         self.runner = runner
         self.options = options
+        self.folder = checkpoints.output_dir
         engine = runner.engine
         self.adapter = AdapterExport(engine, options, edits_weights=runner.edits_weights)
-        count = options.train.update_rank_layers
-        self.update_rank = UpdateRank(engine, count) if count else None
+        train = options.train
+        self.update_rank = (
+            UpdateRank(engine, train.update_rank_layers) if train.update_rank_layers else None
+        )
+        names = ("save_model", "adapter_rank", "update_rank_layers")
+        self.phases = Phases(checkpoints, {name: getattr(train, name) for name in names})
+
+    def clear(self, *, resumed: bool = False) -> None:
+        """Move the results of an earlier run out of the way, until this run's are whole.
+
+        Args:
+            resumed: whether this run goes on from the checkpoints and logs that are there.
+        """
+        if not resumed:
+            self.phases.begin()
+        if self.runner.engine.world.is_main:
+            set_aside(self.folder, everything=not resumed)
+        self.phases.started()
+
+    def evaluated(self, after: Evaluation | None) -> None:
+        """Finish the phase "evaluation". A collective.
+
+        Args:
+            after: the evaluation after the last step. None without held-out data.
+        """
+        runner = self.runner
+        (peak,) = runner.engine.world.max(peak_memory_bytes(runner.engine.world.device))
+        self.phases.finish(
+            "evaluation",
+            after=after and asdict(after),
+            update_rank=self.update_rank.measure(runner.low_halves) if self.update_rank else [],
+            peak_memory_bytes=int(peak),
+        )
 
     def write(
         self,
-        folder: Path,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        records: list[dict[str, Any]],
-        evaluations: Sequence[Evaluation | None],
+        tally: Tally,
+        before: Evaluation | None,
     ) -> dict[str, Any]:
-        """Write all results. Returns the contents of summary.json. Called on every rank.
+        """Write what an earlier process of this run has not written. Called on every rank.
 
         Args:
-            records: the steps' lines of metrics.jsonl.
-            evaluations: the evaluations before the first step and after the last. None without
-                held-out data.
+            tally: sums over all steps.
+            before: the evaluation before the first step. None without held-out data.
+
+        Returns:
+            the contents of summary.json, which is written last.
+
+        Raises:
+            UserError: on rank 0, where the disk is full or cannot be written.
         """
-        runner, options = self.runner, self.options
-        engine, low_halves = runner.engine, runner.low_halves
-        ranks = self.update_rank.measure(low_halves) if self.update_rank else []
-        (peak,) = engine.world.max(peak_memory_bytes(engine.world.device))
-        before, after = evaluations
-        summary = summarize(
+        engine, low_halves = self.runner.engine, self.runner.low_halves
+        if not self.phases.done("adapter"):
+            folder = self.folder / "adapter"
+            with _told(folder):
+                written = self.adapter.write(folder, low_halves)
+            self.phases.finish("adapter", [folder.name] if written else [])
+        if not self.phases.done("model"):
+            folder = self.folder / "model"
+            if self.options.train.save_model:
+                with _told(folder):
+                    export_model(folder, engine, model, tokenizer, low_halves)
+            self.phases.finish("model", [folder.name] if self.options.train.save_model else [])
+        summary = self._summary(tally, before)
+        if not self.phases.done("summary"):
+            file = self.folder / "summary.json"
+            if engine.world.is_main:
+                with _told(file):
+                    write_json(file, summary)
+                discard_replaced(self.folder)
+            self.phases.finish("summary", [file.name])
+        return summary
+
+    def _summary(self, tally: Tally, before: Evaluation | None) -> dict[str, Any]:
+        runner, options, found = self.runner, self.options, self.phases.found
+        return summarize(
             options,
-            records,
+            tally,
             before,
-            after,
-            world_size=engine.world.size,
+            Evaluation.restored(found["after"]),
+            world_size=runner.engine.world.size,
             rank=options.method.rank if "rank" in runner.method.options else None,
             parameters=runner.parameters,
-            update_rank=ranks,
+            update_rank=found["update_rank"],
             carry=runner.merger.target.summary() if runner.merger else {},
-            peak_memory_bytes=int(peak),
+            peak_memory_bytes=found["peak_memory_bytes"],
         )
-        if engine.world.is_main:
-            write_json(folder / "summary.json", summary)
-        self.adapter.write(folder / "adapter", low_halves)
-        if options.train.save_model:
-            export_model(folder / "model", engine, model, tokenizer, low_halves)
-        return summary
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a sentence that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}); what was trained is saved: "
+            "free some space, then go on with --resume_from_checkpoint latest"
+        ) from error

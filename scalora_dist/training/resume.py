@@ -7,7 +7,8 @@ from pathlib import Path
 from scalora_dist.checkpoint.run_state import check_no_newer, check_same_run, find_checkpoint
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
-from scalora_dist.training.output_dir import check_output_dir
+from scalora_dist.training.output_dir import check_inputs, check_output_dir
+from scalora_dist.training.phases import interrupted_start
 from scalora_dist.training.saving import check_shared
 
 
@@ -16,13 +17,18 @@ def checkpoint_to_resume(checkpoints: Checkpoints, options: Options) -> Path | N
 
     Raises:
         UserError: on every rank, where there is no such checkpoint, where it is another run's, or
-            where ``output_dir`` is not empty, has newer checkpoints, or is not shared by all nodes.
+            where ``output_dir`` is not empty, has newer checkpoints, holds what the run reads, or
+            is not shared by all nodes.
     """
     train, world = options.train, checkpoints.world
+    output_dir, wanted = checkpoints.output_dir, train.resume_from_checkpoint
     check_shared(checkpoints, train)
-    folder = find_checkpoint(checkpoints, train.resume_from_checkpoint)
-    output_dir = checkpoints.output_dir
-    if folder is None or folder.parent.resolve() != output_dir.resolve():
+    if wanted == "latest" and checkpoints.from_rank_0(lambda: interrupted_start(output_dir)):
+        wanted = None  # the checkpoints there are an earlier run's
+    folder = find_checkpoint(checkpoints, wanted)
+    elsewhere = None if goes_on_in(folder, output_dir) else folder
+    world.main_only(lambda: check_inputs(output_dir, options, elsewhere))
+    if folder is None or elsewhere:
         world.main_only(lambda: check_output_dir(output_dir, train))
     if folder is None:
         return None
@@ -31,3 +37,8 @@ def checkpoint_to_resume(checkpoints: Checkpoints, options: Options) -> Path | N
         found = checkpoints.newest_first()
         world.main_only(lambda: check_no_newer(folder, output_dir, found))
     return folder
+
+
+def goes_on_in(checkpoint: Path | None, output_dir: Path) -> bool:
+    """Whether a run that resumes from ``checkpoint`` goes on in the folder that it began in."""
+    return checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve()

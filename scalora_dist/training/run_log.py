@@ -158,21 +158,41 @@ class _Lines:
 
 
 def read_history(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of ``folder``'s metrics.jsonl up to ``step``, without an incomplete last line."""
+    """The lines of ``folder``'s metrics.jsonl up to ``step``, without an incomplete last line.
+
+    Warns of lines that are lost or damaged. No decision of a resumed run needs them.
+    """
     try:
-        text = (folder / "metrics.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [
-        {name: math.nan if value is None else value for name, value in record.items()}
-        for record in records
-        if record["step"] <= step
-    ]
+        text = (folder / "metrics.jsonl").read_text(errors="replace")
+    except OSError:
+        text = ""
+    records = [_record(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    history = [record for record in records if record and record["step"] <= step]
+    lost = step - len({record["step"] for record in history if "loss" in record})
+    if lost or None in records:
+        logger.warning(
+            "%s lacks the lines of %d step(s) or is damaged: going on without them",
+            folder / "metrics.jsonl",
+            lost,
+        )
+    return history
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, with NaN for null. None if the line is damaged."""
+    try:
+        record = json.loads(line)
+        int(record["step"])
+        return {name: math.nan if value is None else value for name, value in record.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
+    """Write a JSON file, which is never partial. None takes the place of NaN."""
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
+    aside.replace(path)
 
 
 def _without_nan(value: Any) -> Any:

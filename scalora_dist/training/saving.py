@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.training import TrainArguments
-from scalora_dist.distributed.stop_signals import StopSignals
+from scalora_dist.distributed.stop_signals import StopSignals, mark_preempted
 from scalora_dist.errors import Preempted, UserError
-from scalora_dist.training.health import skipped_in_a_row
 
 Save = Callable[[int], None]
-# Name of the file in output_dir that marks a run stopped by a signal. torchrun does not pass on
-# the exit status of its ranks.
-PREEMPTED = "preempted"
 logger = logging.getLogger(__name__)
 
 
@@ -37,20 +31,28 @@ def check_shared(checkpoints: Checkpoints, train: TrainArguments) -> None:
     logger.warning("%s, so that a signal will end the run without a checkpoint", sentence)
 
 
+class StopAsked(Exception):
+    """A signal asked to stop in the middle of an evaluation. Raised on all ranks."""
+
+
 class SavePolicy:
-    """Saves every ``save_steps`` steps and on a stop signal. Ends the run where it must.
+    """Saves every ``save_steps`` steps, at the end, and on a stop signal. Ends the run early.
 
     A save that is due at a skipped step waits for the next step that is not skipped.
 
     Attributes:
-        signals: context manager that notes stop signals; enter it around the loop.
+        signals: records stop signals.
+        saved: the step of the newest checkpoint that this run has begun to write or resumed from.
     """
 
-    def __init__(self, checkpoints: Checkpoints, train: TrainArguments) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, train: TrainArguments, signals: StopSignals
+    ) -> None:
         self.checkpoints = checkpoints
         self.train = train
         self.world = checkpoints.world
-        self.signals = StopSignals()
+        self.signals = signals
+        self.saved = 0
         self._failure: str | None = None
         self._due = False
 
@@ -62,14 +64,17 @@ class SavePolicy:
         self._settle(wait=False)
         return [float(self.signals.received is not None), float(self._failure is not None)]
 
-    def after(
-        self, step: int, records: Sequence[dict[str, Any]], votes: Sequence[float], save: Save
-    ) -> None:
+    def check_asked(self) -> None:
+        """Raise StopAsked on all ranks if one of them was asked to stop: one all-reduce."""
+        if self.world.sum(self.signals.received is not None) != [0.0]:
+            raise StopAsked
+
+    def after(self, step: int, skipped: int, votes: Sequence[float], save: Save) -> None:
         """Save after ``step`` if it is time, and end the run if needed. The same on all ranks.
 
         Args:
             step: number of steps so far.
-            records: lines of metrics.jsonl of all steps so far.
+            skipped: number of skipped steps in a row, this step included.
             votes: what ``votes`` returned at this step, summed over ranks.
             save: begins to write a checkpoint.
 
@@ -79,7 +84,6 @@ class SavePolicy:
                 were skipped.
         """
         asked, failed = votes
-        skipped = skipped_in_a_row(records)
         self._due |= bool(self.train.save_steps) and step % self.train.save_steps == 0
         # A skipped step changed nothing: its checkpoint would only replace an older good one.
         due = self._due and not skipped
@@ -89,15 +93,13 @@ class SavePolicy:
                 self._give_up()
             self._failure = None
         if asked or due:
-            save(step)
-            self._due = False
+            self._save(step, save)
         if asked:
             self._settle(wait=True)
             if self._failure:
                 self._give_up()
             if self.world.is_main:
-                with suppress(OSError):  # the checkpoint may have filled the disk
-                    (self.checkpoints.output_dir / PREEMPTED).write_text(f"{step}\n")
+                mark_preempted(self.checkpoints.output_dir, step)
             self.world.sum(0.0)  # a barrier: a rank that exits early ends the launcher
             raise Preempted(
                 f"stopped by {self.signals.received or 'a signal'} after step {step}; "
@@ -111,8 +113,15 @@ class SavePolicy:
                 f"{step - skipped + 1} on; {self._last_good(step - skipped)}"
             )
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint.
+    def finish(self, step: int, save: Save) -> bool:
+        """Save after the last step, and wait until the checkpoint is written.
+
+        Args:
+            step: number of steps of the run.
+            save: begins to write a checkpoint.
+
+        Returns:
+            whether the trained state is saved. It is not where nodes have separate folders.
 
         Raises:
             UserError: it could not be written, and ``on_save_failure`` is stop.
@@ -120,6 +129,20 @@ class SavePolicy:
         self._settle(wait=True)
         if self._failure and self.train.on_save_failure == "stop":
             self._give_up()
+        if not self.checkpoints.shared:
+            return False
+        if self._failure or self.saved != step:
+            self._failure = None
+            self._save(step, save)
+            self._settle(wait=True)
+        if self._failure and self.train.on_save_failure == "stop":
+            self._give_up()
+        return self._failure is None
+
+    def _save(self, step: int, save: Save) -> None:
+        save(step)
+        self.saved = step
+        self._due = False
 
     def _settle(self, *, wait: bool) -> None:
         failure = self.checkpoints.outcome(wait=wait)

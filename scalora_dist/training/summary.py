@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from scalora_dist.config.options import Options
 from scalora_dist.training.evaluate import Evaluation
 
 
+@dataclass
+class Tally:
+    """Sums over the steps of a run, for its summary. A checkpoint holds them.
+
+    Attributes:
+        steps: number of steps, skipped ones included.
+        skipped: number of skipped steps.
+        loss_first: loss of the first step.
+        loss_last: loss of the last step.
+        layers_by_rule: {rule: number of layers' rescales that took it}.
+        timed: number of steps that the sums below cover: all but the first, which also sets up
+            kernels and buffers.
+        tokens: number of tokens of the timed steps.
+        seconds: seconds of the timed steps.
+        own_seconds: seconds of them that the method took.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    loss_first: float = math.nan
+    loss_last: float = math.nan
+    layers_by_rule: dict[str, int] = field(default_factory=dict)
+    timed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    own_seconds: float = 0.0
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Add a step.
+
+        Args:
+            record: the step's line of metrics.jsonl.
+        """
+        self.steps += 1
+        self.skipped += "skipped_step" in record
+        self.loss_last = record["loss"]
+        for rule, count in record.get("rescale", {}).items():
+            if rule != "seconds":
+                self.layers_by_rule[rule] = self.layers_by_rule.get(rule, 0) + count
+        if self.steps == 1:
+            self.loss_first = record["loss"]
+        elif self.steps == 2:  # only now is there a step to time
+            self.timed, self.tokens, self.seconds, self.own_seconds = 0, 0, 0.0, 0.0
+        self.timed += 1
+        self.tokens += record["tokens"]
+        self.seconds += record["seconds"]
+        # The metrics of transforms and restarts.
+        own = [value for value in record.values() if isinstance(value, dict)]
+        self.own_seconds += sum(said.get("seconds", 0.0) for said in own)
+
+
 def summarize(
     options: Options,
-    records: list[dict[str, Any]],
+    tally: Tally,
     before: Evaluation | None,
     after: Evaluation | None,
     *,
@@ -26,7 +79,7 @@ def summarize(
 
     Args:
         options: all options of the run.
-        records: the steps' lines of metrics.jsonl.
+        tally: sums over all steps.
         before: the evaluation before the first step, or None.
         after: the evaluation after the last step, or None.
         world_size: number of ranks.
@@ -36,34 +89,25 @@ def summarize(
         carry: number of columns (min, mean, max) and the largest lost share, or empty.
         peak_memory_bytes: peak memory in bytes of the rank that needed most.
     """
-    timed = records[1:] or records  # the first step also sets up kernels and buffers
-    seconds = sum(record["seconds"] for record in timed)
-    rescales = [record["rescale"] for record in records if "rescale" in record]
-    rules: Counter[str] = Counter()
-    for rescale in rescales:
-        rules.update({rule: count for rule, count in rescale.items() if rule != "seconds"})
-    # The metrics of transforms and restarts.
-    own = [value for record in timed for value in record.values() if isinstance(value, dict)]
-    own_seconds = sum(said.get("seconds", 0.0) for said in own)
     return {
         "method": options.method.name,
-        "scaling_rule": options.method.scaling_rule if rules else None,
+        "scaling_rule": options.method.scaling_rule if tally.layers_by_rule else None,
         "rank": rank,
         "trained_parameters": parameters,
         "world_size": world_size,
-        "steps": len(records),
-        "skipped_steps": sum("skipped_step" in record for record in records),
-        "loss_first": records[0]["loss"],
-        "loss_last": records[-1]["loss"],
+        "steps": tally.steps,
+        "skipped_steps": tally.skipped,
+        "loss_first": tally.loss_first,
+        "loss_last": tally.loss_last,
         "eval_examples": after.examples if after else None,
         "eval_loss": [before.loss, after.loss] if before and after else None,
         "eval_exact_match": [before.exact_match, after.exact_match] if before and after else None,
-        "layers_by_rule": dict(rules),
+        "layers_by_rule": tally.layers_by_rule,
         "update_rank": update_rank,
         "carry": carry,
-        "seconds_per_step": seconds / len(timed),
-        "method_share": own_seconds / seconds,
-        "tokens_per_second": sum(record["tokens"] for record in timed) / seconds,
+        "seconds_per_step": tally.seconds / tally.timed,
+        "method_share": tally.own_seconds / tally.seconds,
+        "tokens_per_second": tally.tokens / tally.seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "output_dir": options.train.output_dir,
     }

@@ -6,18 +6,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalora_dist.checkpoint.manifest import clear_leftovers, step_of
+from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
 from scalora_dist.checkpoint.run_state import RunState
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
+from scalora_dist.distributed.stop_signals import PREEMPTED, StopSignals
 from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import Engine
@@ -29,37 +30,19 @@ from scalora_dist.model_io.import_adapter import SavedAdapter
 from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.training.build_model import build_model, check_same_attention
-from scalora_dist.training.evaluate import Evaluation, evaluate, evaluation_before
+from scalora_dist.training.evaluate import Evaluation, evaluate
 from scalora_dist.training.feed import DataFeed
-from scalora_dist.training.health import loss_spike
 from scalora_dist.training.optimizer import make_schedule
-from scalora_dist.training.output_dir import clear_results
+from scalora_dist.training.progress import Progress
 from scalora_dist.training.results import Results
-from scalora_dist.training.resume import checkpoint_to_resume
+from scalora_dist.training.resume import checkpoint_to_resume, goes_on_in
 from scalora_dist.training.run_log import RunLog, read_history
-from scalora_dist.training.saving import PREEMPTED, SavePolicy
+from scalora_dist.training.saving import SavePolicy, StopAsked
 from scalora_dist.training.step_profile import make_profile
 
 logger = logging.getLogger(__name__)
 
 MicroBatches = Iterator[dict[str, Tensor]]
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        first_step: the step that this process began at, counted from 0.
-        steps_taken: number of steps since the run's first that were not skipped.
-        records: the line of metrics.jsonl of every step.
-        history: all lines of metrics.jsonl before ``first_step``, evaluations included.
-    """
-
-    first_step: int = 0
-    steps_taken: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -74,6 +57,7 @@ class Trainer:
         saved_adapter: an adapter that the run starts from, or None.
         feed: the data.
         model: the model that the engine trains.
+        signals: records stop signals.
         engine: the sharded model with its optimizer.
         loss: the summed loss of a micro-batch.
         runner: runs the method around each step.
@@ -92,10 +76,14 @@ class Trainer:
         world: World,
         base: BaseModelSpec,
         make_engine: Callable[[], Engine],
+        signals: StopSignals | None = None,
     ) -> None:
         """Load data and model, add the method's layers, and shard the model. Writes no results.
 
         The engine takes longest to set up, so it is made after all other checks.
+
+        Args:
+            signals: what records stop signals; by default one that ``run`` enters.
 
         Raises:
             UserError: on every rank, for every mistake in the options or the data.
@@ -112,6 +100,8 @@ class Trainer:
             self.output_dir, world, keep=train.save_total_limit, timeout=timeout
         )
         self.resumes_from = checkpoint_to_resume(self.checkpoints, options)
+        self.signals = signals or StopSignals()
+        self.signals.output_dir = self.output_dir
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
@@ -127,11 +117,11 @@ class Trainer:
             len(self.engine.adapted),
             self.runner.parameters,
         )
-        self.results = Results(self.runner, options)
+        self.results = Results(self.runner, options, self.checkpoints)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
         self.state = RunState(self.engine, self.runner, self.scheduler, options)
         self.profile = self.runner.clock = make_profile(options, self.runner, self.feed.steps)
-        self.saves = SavePolicy(self.checkpoints, train)
+        self.saves = SavePolicy(self.checkpoints, train, self.signals)
         self.watchdog = Watchdog(world, train.hang_timeout)
         self.progress = Progress()
 
@@ -145,15 +135,8 @@ class Trainer:
             RunExit: on every rank, after everything that can be written is written.
         """
         try:
-            with self.saves.signals:
-                evaluations = self._train()
-            summary = self.results.write(
-                self.output_dir,
-                self.model,
-                self.feed.tokenizer,
-                self.progress.records,
-                evaluations,
-            )
+            with self.signals:
+                summary = self._run()
             self.profile.close()
         except RuntimeError:
             if gone := self.watchdog.blame():  # a collective failed: a rank is no longer there
@@ -164,6 +147,29 @@ class Trainer:
             raise
         self.close()
         return summary
+
+    def _run(self) -> dict[str, Any]:
+        micro_batches = self.start()
+        log = RunLog(
+            self.output_dir,
+            is_main=self.world.is_main,
+            first_step=self.progress.first_step,
+            steps=self.feed.steps,
+            logging_steps=self.options.train.logging_steps,
+            history=self.progress.history,
+        )
+        try:
+            self._train(micro_batches, log)
+            report = self.runner.finish()
+            if not self.results.phases.done("evaluation"):
+                if report:
+                    log.note(self.feed.steps, "train", {"carry": report})
+                self.results.evaluated(self._evaluate(log, self.feed.steps))
+        finally:
+            log.close()  # before a final error message is printed
+        return self.results.write(
+            self.model, self.feed.tokenizer, self.progress.tally, self.progress.before
+        )
 
     def close(self) -> None:
         """End all threads, because the process may continue after the run."""
@@ -178,80 +184,84 @@ class Trainer:
         """
         if self.resumes_from is not None:
             return self._restore(self.resumes_from)
-        if self.world.is_main:
-            clear_results(self.output_dir)
         self.watchdog.pause()
         self.runner.initialize(lambda: self.feed.samples(self.loss, self.model))
         if self.saved_adapter:
             self.saved_adapter.fill(self.runner)
+        self.results.clear()
         return self.micro_batches(0)
 
     def _restore(self, checkpoint: Path) -> MicroBatches:
-        same_folder = checkpoint.parent.resolve() == self.output_dir.resolve()
-        if self.world.is_main and same_folder:
-            clear_leftovers(self.output_dir)
-            (self.output_dir / PREEMPTED).unlink(missing_ok=True)
-        elif self.world.is_main:
-            clear_results(self.output_dir)
+        here = goes_on_in(checkpoint, self.output_dir)
         first_step = step_of(checkpoint) or 0
         micro_batches = self.micro_batches(first_step)  # draws a seed, as at the start of a run
         state = self.state.restore(self.checkpoints, checkpoint)
-        history = [
-            line
-            for line in read_history(checkpoint.parent, first_step)
-            if "loss" in line or line["step"] < self.feed.steps
-        ]
-        records = [line for line in history if "loss" in line]
-        self.progress = Progress(first_step, state["steps_taken"], records, history)
+        history = read_history(checkpoint.parent, first_step)
+        if not here:
+            self.results.clear()
+        elif first_step < self.feed.steps:
+            self.results.clear(resumed=True)
+        else:
+            self.results.phases.restore(first_step)
+        if not self.results.phases.done("evaluation"):  # then its lines are written again
+            steps = self.feed.steps
+            history = [line for line in history if "loss" in line or line["step"] < steps]
+        self.progress = Progress.restored(state["progress"], first_step, history)
+        if here:
+            self.saves.saved = first_step
+            if self.world.is_main:
+                (self.output_dir / PREEMPTED).unlink(missing_ok=True)
+        self._advise(first_step, checkpoint)
         logger.info("going on from %s", checkpoint)
         return micro_batches
+
+    def _advise(self, step: int, checkpoint: Path) -> None:
+        """Set what is said after a signal, now that ``checkpoint`` has all that was trained."""
+        self.signals.step = step
+        self.signals.advice = f"{checkpoint} is written: start the same run again, to go on"
 
     def micro_batches(self, first_step: int) -> MicroBatches:
         """This rank's micro-batches from ``first_step`` on, counted from 0."""
         return self.feed.micro_batches(first_step)
 
-    def _train(self) -> tuple[Evaluation | None, Evaluation | None]:
-        """Run all steps. Returns the evaluations before the first and after the last."""
-        train, steps = self.options.train, self.feed.steps
-        micro_batches = self.start()
-        progress = self.progress
-        log = RunLog(
-            self.output_dir,
-            is_main=self.world.is_main,
-            first_step=progress.first_step,
-            steps=steps,
-            logging_steps=train.logging_steps,
-            history=progress.history,
-        )
-
-        def save(step: int) -> None:
-            log.sync()
-            self.state.save(self.checkpoints, step, progress.steps_taken)
-
+    def _train(self, micro_batches: MicroBatches, log: RunLog) -> None:
+        """Run all steps, and save the trained state."""
+        progress, first, steps = self.progress, self.progress.first_step, self.feed.steps
         self.engine.module.train()
-        before = evaluation_before(progress.history, self.feed.data.evaluation)
-        try:
-            if not progress.first_step:
-                before = self._evaluate(log, 0)
-            for step in range(progress.first_step, steps):
+        if not first:
+            progress.before = self._evaluate(log, 0)
+        elif self._evaluates_after(first) and not progress.evaluated(first):
+            self._evaluate(log, first)  # a signal has cut it short
+        save = partial(self._save, log)
+        with self.signals.held():
+            for step in range(first, steps):
                 self.profile.start(step + 1)
                 record, votes = self.take_step(step, micro_batches)
                 self.watchdog.pause()  # a slow disk does not mean a hung rank
                 record |= self.profile.finish(record["tokens"])
-                progress.records.append(record)
+                progress.note(record)
                 log.step(record)
                 done = step + 1
-                if train.eval_steps and done % train.eval_steps == 0 and done < steps:
-                    self._evaluate(log, done)
+                if self._evaluates_after(done):
+                    try:
+                        self._evaluate(log, done, each_batch=self.saves.check_asked)
+                    except StopAsked:
+                        votes[0] = 1.0
                 self.watchdog.pause()
-                self.saves.after(done, progress.records, votes, save)
-            self.saves.finish()
-            if report := self.runner.finish():
-                log.note(steps, "train", {"carry": report})
-            after = self._evaluate(log, steps)
-        finally:
-            log.close()  # before a final error message is printed
-        return before, after
+                self.saves.after(done, progress.health.skipped_in_a_row, votes, save)
+            if self.saves.finish(steps, save):
+                self._advise(steps, checkpoint_folder(self.output_dir, steps))
+            if not self.results.phases.done("training"):
+                self.results.phases.trained(steps)
+
+    def _evaluates_after(self, step: int) -> bool:
+        """Whether the run evaluates between ``step`` and the next one."""
+        every = self.options.train.eval_steps
+        return bool(every) and step % every == 0 and step < self.feed.steps
+
+    def _save(self, log: RunLog, step: int) -> None:
+        log.sync()
+        self.state.save(self.checkpoints, step, self.progress.state())
 
     def take_step(
         self, step: int, micro_batches: MicroBatches
@@ -331,7 +341,7 @@ class Trainer:
         }
         if self.options.train.fp16:
             record["loss_scale"] = self.engine.loss_scale
-        if spike := loss_spike(self.progress.records, loss):
+        if spike := self.progress.health.spike(loss):
             record["loss_spike"] = spike
             logger.warning(
                 "step %d: the loss jumped to %.4f, %.0f deviations above the last steps' median",
@@ -341,9 +351,18 @@ class Trainer:
             )
         return record
 
-    def _evaluate(self, log: RunLog, step: int) -> Evaluation | None:
+    def _evaluate(
+        self, log: RunLog, step: int, each_batch: Callable[[], None] | None = None
+    ) -> Evaluation | None:
+        """Evaluate after ``step`` steps, and log it. Calls ``each_batch`` before each batch."""
         if self.feed.data.evaluation is None:
             return None
+
+        def next_batch() -> None:
+            self.watchdog.at(f"the evaluation after step {step}")
+            if each_batch:
+                each_batch()
+
         result = evaluate(
             self.engine.module,
             self.loss,
@@ -351,7 +370,7 @@ class Trainer:
             self.feed.collate,
             self.world,
             self.options.train.per_device_eval_batch_size,
-            each_batch=lambda: self.watchdog.at(f"the evaluation after step {step}"),
+            next_batch,
         )
         self.watchdog.pause()
         log.evaluation(step, {"eval_loss": result.loss, "eval_exact_match": result.exact_match})

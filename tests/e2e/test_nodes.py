@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scalora_dist.checkpoint.manifest import checkpoints
-from scalora_dist.training.saving import PREEMPTED
+from scalora_dist.distributed.stop_signals import PREEMPTED
 from tests.support import launched, nodes, runs, tiny_runs
 from tests.support.nodes import Node
 
