@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalora_dist.distributed.stop_signals import StopSignals
@@ -61,6 +62,7 @@ def train(options: Options, signals: StopSignals) -> None:
     from scalora_dist.training.summary import render
     from scalora_dist.training.trainer import Trainer
 
+    signals.output_dir = Path(str(options.train.output_dir))
     world = World.join(
         local_rank=options.launch.local_rank,
         timeout=timedelta(seconds=options.train.ddp_timeout),

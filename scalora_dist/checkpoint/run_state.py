@@ -100,12 +100,18 @@ class RunState:
         runner: MethodRunner,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         options: Options,
+        data: str,
     ) -> None:
+        """
+        Args:
+            data: checksum of the token ids and labels (`data.identity.checksum`).
+        """
         self.engine = engine
         self.world = engine.world
         self.runner = runner
         self.scheduler = scheduler
         self.options = options
+        self.data = data
         self.base = fingerprint(engine)
 
     def save(self, checkpoints: Checkpoints, step: int, progress: dict[str, Any]) -> None:
@@ -125,6 +131,7 @@ class RunState:
             "schedule": {"last_epoch": self.scheduler.last_epoch},
             "merges": self.runner.merger.target.state() if self.runner.merger else {},
             "base": self.base,
+            "data": self.data,
             "options": options_as_json(self.options),
             "versions": _versions(),
         }
@@ -162,7 +169,7 @@ class RunState:
             torch.manual_seed(zlib.crc32(seed.encode()))
         self._restore_schedule(state["schedule"])
         if self.runner.merger:
-            self.runner.merger.target.restore(state.get("merges", {}))
+            self.runner.merger.target.restore(state["merges"])
         return state
 
     def _shards(self) -> dict[str, FlatShard]:
@@ -244,23 +251,24 @@ def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None
 def check_same_run(folder: Path, options: Options) -> None:
     """Check that a run with ``options`` may resume from the checkpoint ``folder``.
 
-    Warns of other options and library versions that differ.
+    Warns of other options and library versions that differ. `check_same_data` compares the data.
 
     Raises:
         UserError: the format differs, or an option that decides what the checkpoint means.
     """
     state = read_state(folder)
     if state.get("format") != FORMAT:
-        raise UserError(f"{folder} has format {state.get('format')}; this version reads {FORMAT}")
+        raise UserError(
+            f"{folder} has format {state.get('format')}, and this version reads {FORMAT}: resume "
+            "with the version that wrote it, or start again with another --output_dir"
+        )
     now = options_as_json(options)
-    if "merge_target" not in state["options"]["method"] and options.method.merge_target == "carry":
-        raise UserError(f"{folder} has no carry: leave out --merge_target")
     for group in ("model", "data", "method", "train"):
         for name, before in state["options"][group].items():
             after = now[group].get(name)
             if str(before) == str(after) or name in FREE_TRAIN + FREE_MODEL:
                 continue
-            if group == "data" or name in FIXED_MODEL + FIXED_METHOD + FIXED_TRAIN:
+            if name in FIXED_MODEL + FIXED_METHOD + FIXED_TRAIN:
                 raise UserError(
                     f"{folder} was saved with --{name} {before}, and this run has {after}: "
                     f"set --{name} {before}"
@@ -270,6 +278,32 @@ def check_same_run(folder: Path, options: Options) -> None:
     for name, before in state["versions"].items():
         if (after := versions.get(name)) != before:
             logger.warning("%s was %s in %s and is %s now", name, before, folder, after)
+
+
+def check_same_data(folder: Path, options: Options, checksum: str) -> None:
+    """Check that a run has the data of the checkpoint ``folder``. Only reads: no collective.
+
+    Content decides: the same examples in a file of another name are the same data.
+
+    Args:
+        checksum: of the run's token ids and labels (`data.identity.checksum`).
+
+    Raises:
+        UserError: the checkpoint's run had other token ids or labels, for training or evaluation.
+    """
+    state, now = read_state(folder), options_as_json(options)["data"]
+    if state["data"] != checksum:
+        before = state["options"]["data"].items()
+        differ = [(name, value) for name, value in before if str(value) != str(now.get(name))]
+        advice = [
+            f"leave out --{name}" if value is None else f"set --{name} {value}"
+            for name, value in differ
+        ]
+        advice.append("bring back the data, tokenizer and chat template as they were")
+        raise UserError(
+            f"{folder} was saved with other data (token ids or labels differ, of training or "
+            f"evaluation examples): {', or '.join(advice)}"
+        )
 
 
 def _versions() -> dict[str, str]:

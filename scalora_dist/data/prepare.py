@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.config.data import DataArguments
 from scalora_dist.data.generated import PREFIX
+from scalora_dist.data.identity import checksum, count_repeated, row_hashes
 from scalora_dist.data.sources import load_examples
 from scalora_dist.data.tokenize import Tokenized, tokenize_examples
 from scalora_dist.errors import UserError
@@ -29,12 +30,16 @@ class Prepared:
         evaluation: evaluation examples, or None.
         truncated: number of truncated examples of both parts.
         dropped: number of examples of both parts that were left out because they have no target.
+        repeated: number of evaluation examples whose token ids are also a training example's.
+        checksum: 32 hexadecimal digits, the same where both parts have the same ids and labels.
     """
 
     train: Dataset
     evaluation: Dataset | None
     truncated: int
     dropped: int
+    repeated: int
+    checksum: str
 
 
 def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
@@ -57,15 +62,32 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     if args.eval_dataset is None:
         data = tokens(name, args.dataset_split, args.dataset_size + args.eval_size, options)
         train, evaluation = _hold_out(data.dataset, args.eval_size, seed)
-        return Prepared(train, evaluation, data.truncated, data.dropped)
+        truncated, dropped = data.truncated, data.dropped
+    else:
+        data = tokens(name, args.dataset_split, args.dataset_size, options)
+        other = tokens(args.eval_dataset, args.eval_dataset_split, args.eval_size, {})
+        train, evaluation = data.dataset, other.dataset
+        if args.eval_size:
+            evaluation = evaluation.take(min(args.eval_size, len(evaluation)))
+        truncated, dropped = data.truncated + other.truncated, data.dropped + other.dropped
 
-    data = tokens(name, args.dataset_split, args.dataset_size, options)
-    other = tokens(args.eval_dataset, args.eval_dataset_split, args.eval_size, {})
-    evaluation = other.dataset
-    if args.eval_size:
-        evaluation = evaluation.take(min(args.eval_size, len(evaluation)))
-    truncated, dropped = data.truncated + other.truncated, data.dropped + other.dropped
-    return Prepared(data.dataset, evaluation, truncated, dropped)
+    rows = row_hashes(train)
+    held_out = row_hashes(evaluation) if evaluation is not None else rows[:0]
+    repeated = count_repeated(rows, held_out)
+    if args.eval_dataset and repeated == len(held_out) and _overlap(name, args.eval_dataset):
+        raise UserError(
+            f"{args.eval_dataset} would evaluate on the training examples: leave --eval_dataset "
+            "out and let --eval_size hold some out."
+        )
+    return Prepared(
+        train, evaluation, truncated, dropped, repeated, checksum=checksum(rows, held_out)
+    )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two names are the same file, folder or other name, or one folder holds the other."""
+    a, b = (Path(name).expanduser().resolve() for name in (one, other))
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def _hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -94,13 +116,6 @@ def _check(args: DataArguments) -> tuple[str, dict[str, Any]]:
         raise UserError(
             "dataset_size must be at least 1 and eval_size at least 0, "
             f"got {args.dataset_size} and {args.eval_size}."
-        )
-    # A single file is used for any split, and a task draws the same questions again.
-    same = args.eval_dataset == args.dataset
-    if same and (args.dataset.startswith(PREFIX) or Path(args.dataset).is_file()):
-        raise UserError(
-            f"{args.eval_dataset} would evaluate on the training examples: leave --eval_dataset "
-            "out and let --eval_size hold some out."
         )
     try:
         options = json.loads(args.dataset_options)

@@ -6,8 +6,7 @@ import logging
 import zlib
 from functools import partial
 
-import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from scalora_dist.config.options import Options
 from scalora_dist.distributed.world import World
@@ -61,7 +60,7 @@ def build_model(
         layers = method.add(model, context)
     if saved_adapter:
         saved_adapter.check(layers)
-    torch.manual_seed(options.train.seed + world.rank)
+    set_seed(options.train.seed + world.rank)  # Python's, numpy's and torch's generators
     if options.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine.attach(model, layers, partial(make_optimizer, method, options))

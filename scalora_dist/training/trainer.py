@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
-from scalora_dist.checkpoint.run_state import RunState
+from scalora_dist.checkpoint.run_state import RunState, check_same_data
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
 from scalora_dist.distributed.stop_signals import PREEMPTED, StopSignals
@@ -106,6 +106,9 @@ class Trainer:
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
         self.feed = DataFeed(options, world)
+        data = self.feed.data.checksum
+        if self.resumes_from is not None:
+            check_same_data(self.resumes_from, options, data)
         check_same_attention(base, world)
         self.engine = make_engine()
         self.model = build_model(options, base, method, self.engine, self.saved_adapter)
@@ -119,7 +122,7 @@ class Trainer:
         )
         self.results = Results(self.runner, options, self.checkpoints)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
-        self.state = RunState(self.engine, self.runner, self.scheduler, options)
+        self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
         self.profile = self.runner.clock = make_profile(options, self.runner, self.feed.steps)
         self.saves = SavePolicy(self.checkpoints, train, self.signals)
         self.watchdog = Watchdog(world, train.hang_timeout)

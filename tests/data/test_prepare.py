@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
@@ -68,6 +71,54 @@ def test_named_evaluation_data_and_counts(tokenizer, numbers, tmp_path):
     assert len(prepare(tokenizer, eval_size=2, **fields).evaluation) == 2
     data = prepare(tokenizer, **{**fields, "max_length": 3})
     assert (data.truncated, data.dropped) == (30 + 3, 20)
+
+
+SAME_DATA: dict[str, Callable[[Path], Path | str]] = {
+    "the file": lambda path: path,
+    "a relative path": os.path.relpath,
+    "a link": lambda path: path.parent.parent / "link.jsonl",
+    "its folder": lambda path: path.parent,
+    "the home folder": lambda path: "~/data/numbers.jsonl",
+}
+
+
+@pytest.mark.parametrize("how", SAME_DATA)
+def test_training_data_under_another_path_are_refused(
+    tokenizer, numbers, tmp_path, monkeypatch, how
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "data" / "numbers.jsonl"
+    path.parent.mkdir()
+    Path(numbers).rename(path)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    fields = {"eval_dataset": str(SAME_DATA[how](path)), "eval_dataset_split": "train"}
+    for size in (0, 5):
+        assert "--eval_size" in refused(tokenizer, dataset=str(path), eval_size=size, **fields)
+
+
+def test_slices_of_one_file_are_compared_by_content(tokenizer, numbers):
+    fields = {"dataset": numbers, "eval_dataset": numbers, "dataset_split": "train[:20]"}
+    for split, repeated in (("train[20:]", 0), ("test[20:]", 0), ("train[15:25]", 5)):
+        assert prepare(tokenizer, eval_dataset_split=split, **fields).repeated == repeated
+    assert "--eval_size" in refused(tokenizer, eval_dataset_split="train[5:15]", **fields)
+
+
+def test_evaluation_examples_that_are_trained_on_are_counted(tokenizer, numbers, tmp_path):
+    lines = Path(numbers).read_text().splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join([*lines[3:5], lines[3], lines[4].replace("4", "400")]))
+    data = prepare(tokenizer, dataset=numbers, eval_dataset=str(other))
+    assert (data.repeated, len(data.evaluation)) == (3, 4)
+    other.write_text("".join(lines))  # a copy is no mistake in the options
+    assert prepare(tokenizer, dataset=numbers, eval_dataset=str(other)).repeated == 30
+
+
+def test_held_out_examples_that_occur_twice_are_counted(tokenizer, numbers):
+    assert prepare(tokenizer, dataset=numbers, eval_size=10).repeated == 0
+    Path(numbers).write_text(Path(numbers).read_text() * 2)
+    data = prepare(tokenizer, dataset=numbers, eval_size=10)
+    train, held_out = texts(data.train, tokenizer), texts(data.evaluation, tokenizer)
+    assert data.repeated == sum(text in train for text in held_out) > 0
 
 
 def test_bad_arguments(tokenizer, numbers):

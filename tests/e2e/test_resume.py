@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scalora_dist.checkpoint.manifest import MANIFEST, STATE, read_state, write_synced
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
 
@@ -203,18 +205,107 @@ def test_another_run_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_other_data_is_refused(
+def test_moved_data_are_the_same_data(
     ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
 ) -> None:
-    (tmp_path / "texts.jsonl").write_text((task / "texts.jsonl").read_text())
-    others = {
-        "resume_from_checkpoint": saved(2, "fsdp") / "checkpoint-4",
-        "dataset": tmp_path / "texts.jsonl",
-    }
-    sentence, *_ = ranks(1).run(
-        tiny_runs.refusal, steady(task, tmp_path / "run", "local", **others)
-    )[0]
-    assert f"set --dataset {task / 'texts.jsonl'}" in sentence
+    """A copy in another folder, and a link to it: the resumed run is the same bit for bit."""
+    folder, copy, link = saved(1, "local"), tmp_path / "copy.jsonl", tmp_path / "link.jsonl"
+    copy.write_bytes((task / "texts.jsonl").read_bytes())
+    link.symlink_to(copy)
+    for path in (copy, link):
+        run = tmp_path / path.stem
+        others = {"resume_from_checkpoint": folder / "checkpoint-4", "dataset": path}
+        first, _, warned = ranks(1).run(tiny_runs.train, steady(task, run, "local", **others))[0]
+        assert first == 4
+        assert tiny_runs.lines(run) == tiny_runs.lines(folder)
+        (warning,) = [line for line in warned if "--dataset " in line]
+        assert str(path) in warning
+
+
+def reverse(folder: Path) -> None:
+    """The same examples in another order."""
+    lines = (folder / "texts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "texts.jsonl").write_text("".join(reversed(lines)))
+
+
+def append(folder: Path) -> None:
+    with (folder / "texts.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "abc abc"}) + "\n")
+
+
+def write_chat(folder: Path, answer: str = "b", end: str = "") -> None:
+    """A chat to evaluate on, and a chat template that ends a message with ``end``."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    template = f"{{% for m in messages %}}{{{{ m.role + m.content }}}}{end}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def change_evaluation(folder: Path) -> None:
+    write_chat(folder, answer="c")
+
+
+def change_template(folder: Path) -> None:
+    write_chat(folder, end="|")
+
+
+def change_tokenizer(folder: Path) -> None:
+    """Other ids for the same texts: the letters a and b change places."""
+    path = folder / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("change", "held_out"),
+    [
+        (reverse, True),
+        (append, True),
+        (change_tokenizer, True),
+        (change_evaluation, False),
+        (change_template, False),
+    ],
+)
+def test_data_that_changed_under_their_name_are_refused(
+    ranks: GetRanks, task: Path, tmp_path: Path, change: Callable[[Path], None], held_out: bool
+) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(task, mine)
+    write_chat(mine)
+    options: dict[str, Any] = {"max_steps": 2, "save_steps": 1}
+    if not held_out:
+        options["eval_dataset"] = mine / "chat.jsonl"
+    ranks(1).run(tiny_runs.train, steady(mine, run, "local", **options))
+    before = tiny_runs.lines(run)
+    shutil.rmtree(run / "checkpoint-2")
+    change(mine)
+    options["resume_from_checkpoint"] = "latest"
+    for sentence, status, _ in ranks(2).run(
+        tiny_runs.refusal, steady(mine, run, "fsdp", **options)
+    ):
+        assert status == 2
+        assert "other data" in sentence and "bring back" in sentence and "\n" not in sentence
+        assert "--" not in sentence  # no option differs
+    assert tiny_runs.lines(run) == before
+
+
+def test_another_format_is_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
+) -> None:
+    """An older checkpoint, which has no checksum of its data."""
+    folder = tmp_path / "older" / "checkpoint-4"
+    shutil.copytree(saved(1, "local") / "checkpoint-4", folder)
+    state = read_state(folder)
+    state["format"] = 1
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][STATE] = write_synced(folder / STATE, json.dumps(state).encode())
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    case = steady(task, tmp_path / "run", "local", resume_from_checkpoint=folder)
+    sentence, status, _ = ranks(1).run(tiny_runs.refusal, case)[0]
+    assert status == 2
+    assert f"{folder} has format 1" in sentence and "with the version that wrote it" in sentence
 
 
 def test_another_base_model_is_refused(

@@ -1,0 +1,175 @@
+"""A run that is killed or asked to stop in any phase leaves in the end what it would have left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalora_dist.checkpoint.manifest import checkpoints
+from scalora_dist.training.phases import FILE
+from tests.support import tiny_models, tiny_runs
+from tests.support.forked import Forked
+from tests.support.ranks import Ranks
+
+GetRanks = Callable[[int], Ranks]
+
+STEPS = 4
+# {phase to stop: the last finished phase meanwhile}
+AT_THE_END = {
+    "evaluation": "training",
+    "adapter": "evaluation",
+    "model": "adapter",
+    "summary": "model",
+}
+MANY = 400  # old checkpoints, so that moving them takes some time
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
+
+
+def options(task: Path, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
+    """A run with all phases; the ranks of updates and an approximation make them last longer."""
+    return tiny_runs.options(
+        task,
+        folder,
+        engine,
+        max_steps=STEPS,
+        save_steps=2,
+        eval_steps=2,
+        update_rank_layers=14,
+        save_model=True,
+        adapter_rank=4,
+        **others,
+    )
+
+
+def outputs(folder: Path) -> dict[str, Any]:
+    """What a run leaves, without timings: {file: its checksum, or its content without timings}."""
+    found: dict[str, Any] = {"metrics.jsonl": tiny_runs.lines(folder)}
+    summary = tiny_runs.timeless(json.loads((folder / "summary.json").read_text()))
+    found["summary.json"] = {k: v for k, v in summary.items() if k != "output_dir"}
+    for pattern in ("adapter/*", "model/*", f"checkpoint-{STEPS}/*.safetensors"):
+        files = list(folder.glob(pattern))
+        assert files, pattern
+        for file in files:
+            name = str(file.relative_to(folder))
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def check_whole(folder: Path, alone: Path) -> None:
+    """Nothing is missing, nothing is left over, and all is as in the run that was left alone."""
+    assert outputs(folder) == outputs(alone)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
+    assert phase(folder) == "summary"
+
+
+def phase(folder: Path) -> Any:
+    """The last finished phase; "" without phase.json."""
+    try:
+        return json.loads((folder / FILE).read_bytes())["finished"]
+    except FileNotFoundError:
+        return ""
+
+
+class Victim:
+    """A run that is killed again and again in phases that the test chooses."""
+
+    def __init__(self, size: int, case: dict[str, Any], chance: random.Random) -> None:
+        self.size = size
+        self.case = case
+        self.folder: Path = case["output_dir"]
+        self.chance = chance
+        self.log = self.folder.with_name("log")
+
+    def start(self, **others: Any) -> Forked:
+        self.log.unlink(missing_ok=True)
+        return Forked(self.size, self.case | others, self.log)
+
+    def kill(self, aim: str, whom: Sequence[int], **others: Any) -> None:
+        """Start, and kill ``whom`` in phase ``aim``. Starts anew where the phase was missed."""
+        before = self.folder.with_name("before")
+        for _ in range(12):
+            shutil.rmtree(before, ignore_errors=True)
+            if self.folder.exists():
+                shutil.copytree(self.folder, before)
+            with self.start(**others) as run:
+                reached = run.wait_for(lambda: self._is_in(aim, run))
+                time.sleep(self.chance.random() * (1.0 if aim == "loading" else 0.01))
+                run.send(signal.SIGKILL, whom)
+                hit = reached and self._is_in(aim, run) and any(run.wait())
+            if hit:
+                return
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if before.exists():
+                shutil.copytree(before, self.folder)
+        raise AssertionError(f"never killed in {aim}: {run.text()}")
+
+    def _is_in(self, aim: str, run: Forked) -> bool:
+        if aim == "loading":
+            return phase(self.folder) in ("", None) and "training:" not in run.text()
+        if aim == "overwriting":
+            return phase(self.folder) is None
+        if aim == "first save":
+            return not checkpoints(self.folder) and any(self.folder.glob("*.partial/rank-*"))
+        resumed = phase(self.folder) == AT_THE_END[aim]
+        return resumed and "training:" in run.text()  # the bar, after loading
+
+
+def old_run(folder: Path) -> None:
+    """The folder of a finished run, whose checkpoints are not this run's."""
+    for name in ("adapter", "model", *(f"checkpoint-{n}" for n in range(1000, 1000 + MANY))):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "old").write_text(name)
+    (folder / "summary.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+
+
+def torture(
+    ranks: Ranks, task: Path, tmp_path: Path, engine: str, aims: Sequence[str], seed: int
+) -> None:
+    """Kill one run in all ``aims``, in this order, then let it end."""
+    alone, folder = tmp_path / "alone", tmp_path / "killed" / "run"
+    ranks.run(tiny_runs.train, options(task, alone, engine))
+    victim = Victim(ranks.size, options(task, folder, engine), random.Random(seed))
+    old_run(folder)
+    everyone = range(ranks.size)
+    for i, aim in enumerate(aims):
+        resume: dict[str, Any] = {"resume_from_checkpoint": "latest"}
+        if aim == "overwriting" and i == 0:  # latest would look at the old run's checkpoints
+            resume = {}
+        whom = [everyone, *([rank] for rank in everyone)][i % (ranks.size + 1)]
+        victim.kill(aim, whom, overwrite_output_dir=True, **resume)
+        print(f"{engine}: killed {whom} in {aim}", flush=True)
+        kept = [*folder.glob("replaced-results/*"), *folder.glob("checkpoint-1*")]
+        assert len([path for path in kept if path.name.startswith("checkpoint-1")]) == MANY
+    with victim.start(resume_from_checkpoint="latest") as run:
+        assert not any(run.wait()), run.text()
+    check_whole(folder, alone)
+
+
+def test_a_run_killed_in_three_phases(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    torture(ranks(2), task, tmp_path, "fsdp", ["overwriting", "first save", "model"], seed=1)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_runs_killed_in_every_phase(
+    ranks: GetRanks, task: Path, tmp_path: Path, engine: str
+) -> None:
+    """Four kills in each, of all ranks and of each in turn."""
+    order = ["overwriting", "loading", "first save", *AT_THE_END]
+    aims = [aim for aim in order for _ in range(4)]
+    torture(ranks(2), task, tmp_path, engine, aims, seed=2)

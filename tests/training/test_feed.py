@@ -1,0 +1,73 @@
+"""What the ranks say of their data before they train on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalora_dist.config.parser import parse_options
+from scalora_dist.distributed.world import World
+from scalora_dist.errors import UserError
+from scalora_dist.training.feed import DataFeed
+from tests.support import runs, tiny_models, tiny_runs
+from tests.support.ranks import Ranks
+
+GetRanks = Callable[[int], Ranks]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_task(tmp_path_factory.mktemp("task"))
+
+
+def write(path: Path, *texts: str) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def prepared(world: World, cases: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """Each rank prepares its own case. Returns (checksum or the refusal, warnings)."""
+    options = parse_options(runs.words(cases[world.rank]))
+    options.train.settle_batch(world.size)
+    with tiny_runs.warnings_of() as heard:
+        try:
+            return DataFeed(options, world).data.checksum, heard
+        except UserError as error:
+            return str(error), heard
+
+
+def test_nodes_with_other_data_are_refused(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    """Other evaluation data too. The same data under another path are taken."""
+    case = tiny_runs.options(task, tmp_path / "run", "fsdp", eval_size=0)
+    train = write(tmp_path / "train.jsonl", "abc", "abcd", "abcde")
+    same = write(tmp_path / "same.jsonl", "abc", "abcd", "abcde")
+    other = write(tmp_path / "other.jsonl", "abc", "abdc", "abcde")  # in the middle
+
+    def answers(*files: dict[str, Path]) -> list[str]:
+        return [text for text, _ in ranks(2).run(prepared, [{**case, **names} for names in files])]
+
+    (one, two) = answers({"dataset": train}, {"dataset": same})
+    assert one == two and len(one) == 32
+    for name in ("dataset", "eval_dataset"):
+        files = {"dataset": task / "texts.jsonl", name: train}
+        for answer in answers(files, {**files, name: other}):
+            assert "different data" in answer
+
+
+def test_evaluation_examples_that_are_trained_on_are_said(
+    ranks: GetRanks, task: Path, tmp_path: Path
+) -> None:
+    case = tiny_runs.options(
+        task,
+        tmp_path / "run",
+        "local",
+        dataset=write(tmp_path / "train.jsonl", "abc", "abcd"),
+        eval_dataset=write(tmp_path / "evaluation.jsonl", "abcd", "abcde", "abcdef"),
+    )
+    ((_, warned),) = ranks(1).run(prepared, [case])
+    (line,) = [line for line in warned if "evaluation" in line]
+    assert line.startswith("1 of 3 evaluation examples are also training examples")
