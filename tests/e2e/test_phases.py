@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -15,8 +16,12 @@ from typing import Any
 import pytest
 
 from scalora_dist.checkpoint.manifest import checkpoints
+from scalora_dist.distributed.stop_signals import PREEMPTED
+from scalora_dist.distributed.world import World
+from scalora_dist.errors import Preempted
 from scalora_dist.training.phases import FILE
-from tests.support import tiny_models, tiny_runs
+from scalora_dist.training.trainer import Trainer
+from tests.support import runs, tiny_models, tiny_runs
 from tests.support.forked import Forked
 from tests.support.ranks import Ranks
 
@@ -92,6 +97,7 @@ class Victim:
         self.folder: Path = case["output_dir"]
         self.chance = chance
         self.log = self.folder.with_name("log")
+        self.folder.parent.mkdir(exist_ok=True)
 
     def start(self, **others: Any) -> Forked:
         self.log.unlink(missing_ok=True)
@@ -115,6 +121,18 @@ class Victim:
             if before.exists():
                 shutil.copytree(before, self.folder)
         raise AssertionError(f"never killed in {aim}: {run.text()}")
+
+    def signal(self, aim: str, whom: Sequence[int]) -> bool:
+        """Start, and ask ``whom`` to stop in phase ``aim``. False: the run has come to its end."""
+        with self.start() as run:
+            reached = run.wait_for(lambda: self._is_in(aim, run))
+            time.sleep(self.chance.random() * (0.5 if aim == "loading" else 0.01))
+            run.send(signal.SIGTERM, whom)
+            statuses = run.wait()
+            assert set(statuses) == {Preempted.status if any(statuses) else 0}, run.text()
+            assert reached or not any(statuses)
+            assert "Traceback" not in run.text()
+        return any(statuses)
 
     def _is_in(self, aim: str, run: Forked) -> bool:
         if aim == "loading":
@@ -173,3 +191,109 @@ def test_runs_killed_in_every_phase(
     order = ["overwriting", "loading", "first save", *AT_THE_END]
     aims = [aim for aim in order for _ in range(4)]
     torture(ranks(2), task, tmp_path, engine, aims, seed=2)
+
+
+# Signals.
+
+MANY_SIGNALS = ["loading", "first save", *AT_THE_END]
+
+
+def check_stopped_and_resumed(
+    ranks: Ranks, task: Path, tmp_path: Path, engine: str, aims: Sequence[str]
+) -> None:
+    """Ask one run to stop in all ``aims``: 75 each time, and in the end nothing is missing."""
+    alone, folder = tmp_path / "alone", tmp_path / "stopped" / "run"
+    ranks.run(tiny_runs.train, options(task, alone, engine))
+    case = options(task, folder, engine, resume_from_checkpoint="latest")
+    victim = Victim(ranks.size, case, random.Random(5))
+    whole = range(ranks.size)
+    for i, aim in enumerate(aims):
+        if victim.signal(aim, whole if i % 2 else whole[-1:]):
+            assert (folder / PREEMPTED).exists()
+    with victim.start() as run:
+        assert not any(run.wait()), run.text()
+    check_whole(folder, alone)
+
+
+def test_a_signal_in_any_phase_of_one_process(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    check_stopped_and_resumed(ranks(1), task, tmp_path, "local", MANY_SIGNALS)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_a_signal_in_any_phase_of_ranks(
+    ranks: GetRanks, task: Path, tmp_path: Path, engine: str
+) -> None:
+    check_stopped_and_resumed(ranks(2), task, tmp_path, engine, 2 * MANY_SIGNALS)
+
+
+def asked_while_evaluating(world: World, case: dict[str, Any], rank: int) -> str:
+    """Train, and ask ``rank`` to stop when it begins the evaluation between two steps."""
+
+    class Asked(Trainer):
+        def _evaluate(self, log: Any, step: int, *others: Any, **named: Any) -> Any:
+            if step == 2 and self.world.rank == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super()._evaluate(log, step, *others, **named)
+
+    with pytest.raises(Preempted) as stop:
+        runs.make(world, case, Asked).run()
+    return str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "engine"),
+    [(1, "local"), (2, "fsdp"), pytest.param(2, "zero3", marks=pytest.mark.heavy)],
+)
+def test_a_signal_cuts_an_evaluation_short(
+    ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    """The step before it is saved, although no save was due; the resumed run evaluates anew."""
+    others = {"save_steps": 0, "resume_from_checkpoint": "latest"}
+    case = options(task, tmp_path / "run", engine) | others
+    for sentence in ranks(size).run(asked_while_evaluating, case, size - 1):
+        assert "after step 2" in sentence
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert len(tiny_runs.evaluations(tmp_path / "run")) == 1
+    assert [first for first, *_ in ranks(size).run(tiny_runs.train, case)] == [2] * size
+    alone = case | {"output_dir": tmp_path / "alone"}
+    ranks(size).run(tiny_runs.train, alone)
+    assert len(tiny_runs.evaluations(tmp_path / "run")) == 3
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    check_whole(tmp_path / "run", tmp_path / "alone")
+
+
+# A run that is finished.
+
+
+def test_a_finished_run_started_again_changes_nothing(
+    ranks: GetRanks, task: Path, tmp_path: Path
+) -> None:
+    """A requeued job may have come to its end. Without its model, only that is written again."""
+    case = options(task, tmp_path, "local", resume_from_checkpoint="latest")
+    ranks(1).run(tiny_runs.train, case)
+    expected = outputs(tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model*")}
+    summary = (tmp_path / "summary.json").read_bytes()
+    ranks(1).run(tiny_runs.train, case)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert (tmp_path / "summary.json").read_bytes() == summary
+    shutil.rmtree(tmp_path / "model")
+    ranks(1).run(tiny_runs.train, case)
+    assert outputs(tmp_path) == expected
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(
+    ranks: GetRanks, task: Path, tmp_path: Path
+) -> None:
+    """Its results replace the shorter run's, also those that it does not write itself."""
+    case = options(task, tmp_path / "run", "local", lr_scheduler_type="constant")
+    ranks(1).run(tiny_runs.train, case)
+    longer = {"max_steps": STEPS + 2, "resume_from_checkpoint": "latest", "save_model": False}
+    ranks(1).run(tiny_runs.train, case | longer)
+    alone = case | longer | {"output_dir": tmp_path / "alone"}
+    ranks(1).run(tiny_runs.train, alone)
+    left = [{path.name for path in (tmp_path / run).iterdir()} for run in ("run", "alone")]
+    assert left[0] == left[1] and "model" not in left[0]
+    losses = [runs.losses(tmp_path / run) for run in ("run", "alone")]
+    assert losses[0] == losses[1]
