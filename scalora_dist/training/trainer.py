@@ -181,7 +181,9 @@ class Trainer:
         if self.world.is_main:
             clear_results(self.output_dir)
         self.watchdog.pause()
-        self.runner.initialize(lambda: self.feed.samples(self.loss, self.model))
+        self.runner.initialize(
+            lambda: self.feed.samples(self.loss, self.model), examples=self.feed.examples
+        )
         if self.saved_adapter:
             self.saved_adapter.fill(self.runner)
         return self.micro_batches(0)
