@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -167,7 +167,7 @@ class RunState:
         else:  # other dropout than on the same ranks, but not that of the first steps
             seed = f"{self.options.train.seed}:{state['step']}:{self.world.rank}"
             torch.manual_seed(zlib.crc32(seed.encode()))
-        self._restore_schedule(state["schedule"])
+        restore_schedule(self.scheduler, state["schedule"]["last_epoch"])
         if self.runner.merger:
             self.runner.merger.target.restore(state["merges"])
         return state
@@ -196,19 +196,18 @@ class RunState:
             for name, state in states.items()
         }
 
-    def _restore_schedule(self, saved: Mapping[str, int]) -> None:
-        """Set the learning rate for the saved number of steps, by this run's own schedule."""
-        steps = saved["last_epoch"]
-        schedule = self.scheduler
-        rates = [
-            base * rate(steps)
-            for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
-        schedule.load_state_dict(
-            {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates, "lr_lambdas": []}
-        )
-        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+
+def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
+    """Set the learning rates for ``steps`` steps taken, by the schedule of this run."""
+    rates = [
+        base * rate(steps)
+        for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule.load_state_dict(
+        {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates, "lr_lambdas": []}
+    )
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None:

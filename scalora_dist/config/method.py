@@ -66,6 +66,11 @@ class MethodArguments:
         0.99, "relora: share of m (its smallest) that becomes 0, and v with it."
     )
     relora_warmup_steps: int = option(10, "relora: steps of warm-up after a merge.")
+    sb_eta: Literal["paper", "code"] = option(
+        "paper",
+        "lora-sb: η of the start; paper: the learning rate; code: its authors', "
+        "lr / (warmup_ratio × steps of 3 examples).",
+    )
     start_samples: Optional[int] = option(
         None, "lora-sb, lora-ga: samples of the first gradient; by default 0.1 %%, at least 25."
     )

@@ -11,6 +11,7 @@ from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.profile import ProfileArguments
 from scalora_dist.config.training import TrainArguments
+from scalora_dist.errors import UserError
 
 
 @dataclass
@@ -39,3 +40,11 @@ class Options:
     train: TrainArguments
     launch: LaunchArguments
     profile: ProfileArguments = field(default_factory=ProfileArguments)
+
+    def __post_init__(self) -> None:
+        """Check options of different groups against each other."""
+        if self.method.sb_eta == "code" and not self.train.warmup_ratio:
+            raise UserError(
+                "--sb_eta code is a learning rate of the warm-up: set --warmup_ratio, or leave "
+                "--sb_eta out"
+            )

@@ -20,6 +20,7 @@ Schedule = Literal[
     "constant_with_warmup",
     "inverse_sqrt",
 ]
+POLYNOMIAL_END = 1e-7  # the learning rate that transformers' polynomial schedule falls to
 
 
 @dataclass
@@ -89,6 +90,11 @@ class TrainArguments:
         check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", "ddp_timeout")
         if self.warmup_ratio > 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: set a share of the steps, 0 to 1")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise UserError(
+                f"--learning_rate {self.learning_rate}: --lr_scheduler_type polynomial falls to "
+                f"{POLYNOMIAL_END}: set a higher rate, or another schedule"
+            )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: set one")
         if not self.output_dir:

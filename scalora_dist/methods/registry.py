@@ -228,7 +228,9 @@ METHODS = {
     ),
     "lora-xs": Method(_zero_initialized(CoreLinear, lora_scaling), _LORA, initialize=init_lora_xs),
     "lora-sb": Method(
-        _zero_initialized(CoreLinear, _unscaled), (*_LAYERS, *_SAMPLES), initialize=init_lora_sb
+        _zero_initialized(CoreLinear, _unscaled),
+        (*_LAYERS, *_SAMPLES, "sb_eta"),
+        initialize=init_lora_sb,
     ),
     "mora": Method(_zero_initialized(SquareLinear, _unscaled), _LAYERS),
     "full": Method(_all_parameters, (), needs_dense=True),

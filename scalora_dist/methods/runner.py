@@ -102,18 +102,29 @@ class MethodRunner:
             self.merger.monitor = monitor
         return monitor
 
-    def initialize(self, samples: Callable[[], Callable[[], Iterable[Tensor]]]) -> None:
+    def initialize(
+        self, samples: Callable[[], Callable[[], Iterable[Tensor]]], *, examples: float
+    ) -> None:
         """Run the method's initialization, if it has one.
 
         Args:
             samples: makes ``Initialization.losses``. Called only if there is an initialization.
+            examples: number of examples that the run trains on, with repeats.
         """
         if self.method.initialize is None:
             return
         started = time.perf_counter()
         train, args = self.options.train, self.options.method
         self.method.initialize(
-            Initialization(self.engine, args, samples(), train.learning_rate, train.seed)
+            Initialization(
+                self.engine,
+                args,
+                samples(),
+                learning_rate=train.learning_rate,
+                warmup_ratio=train.warmup_ratio,
+                examples=examples,
+                seed=train.seed,
+            )
         )
         (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
         logger.info(

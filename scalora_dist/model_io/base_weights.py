@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
+from scalora_dist.modeling.index_files import weight_map
 
 ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -90,12 +90,12 @@ def _files(model: str) -> dict[str, str]:
             with safe_open(one, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), one)
         if index := _cached(model, INDEX_FILE):
-            keys = json.loads(Path(index).read_text())["weight_map"]
+            keys = weight_map(Path(index))
             files = {file: _cached(model, file) for file in set(keys.values())}
             if missing := [file for file, path in files.items() if path is None]:
                 raise _unreadable(model, f"{missing[0]} is missing")
             return {key: str(files[file]) for key, file in keys.items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(model, str(error).strip().splitlines()[0]) from error
     raise _unreadable(model, "it has no safetensors files")
 

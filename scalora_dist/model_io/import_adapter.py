@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,18 +21,22 @@ from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    SavedScaling,
     layer_of,
     not_plain_lora,
     saved_names,
-    saved_scaling,
     shortest_names,
 )
 
 logger = logging.getLogger(__name__)
 
+DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors that hold plain numbers, as safetensors says
+
 
 class SavedAdapter:
     """A saved adapter. The constructor reads its config and header, ``fill`` its tensors.
+
+    Its files may come from anyone. What is wrong in them is refused in one sentence.
 
     If the adapter has r columns, they become A and B. If it has R + r columns, as a run with a
     carry writes them, the first R become the carry. If its s differs from this run's s, A is
@@ -42,6 +44,7 @@ class SavedAdapter:
 
     Attributes:
         sizes: {layer: (m, n, columns)}.
+        scaling: each layer's s.
     """
 
     def __init__(self, options: Options) -> None:
@@ -56,7 +59,7 @@ class SavedAdapter:
         self.name = str(options.model.adapter_name_or_path)
         if self.name.startswith(("/", ".", "~")) and not Path(self.name).is_dir():
             raise self._refuse("there is no such folder")
-        self.config = self._read_config()
+        self.scaling = self._read_scaling()
         self.file = self._find(WEIGHTS_FILE, "save it with PEFT, which then writes safetensors")
         self.sizes = self._read_sizes()
         carried = args.carry_rank if args.merge_target == "carry" else None
@@ -100,14 +103,23 @@ class SavedAdapter:
 
     @torch.no_grad()
     def fill(self, runner: MethodRunner) -> None:
-        """Write this rank's ranges of A, B and the carry, one layer at a time. No communication."""
+        """Write this rank's ranges of A, B and the carry, one layer at a time. No communication.
+
+        Raises:
+            UserError: on every rank, if a factor is not finite.
+        """
         engine = runner.engine
         with engine.writing(), safe_open(self.file, framework="pt") as file:
             for layer in engine.layer_shards(gradients=False):
                 left, right = (file.get_tensor(key).float() for key in saved_names(layer.name))
                 rank = left.shape[1]
-                scaling = saved_scaling(self.config, layer.name, rank)
+                scaling = self.scaling.of(layer.name, rank)
                 left, right = left * (scaling / layer.scaling), right.T
+                if not (left.isfinite().all() and right.isfinite().all()):
+                    raise self._refuse(
+                        f"A or B of {layer.name} is not finite, or not after it is scaled by s = "
+                        f"{scaling:g}: name another adapter"
+                    )
                 carried = rank - layer.A.shape[1]
                 if carried:
                     assert runner.merger is not None
@@ -116,36 +128,47 @@ class SavedAdapter:
                 layer.B.write_(right[:, carried:])
         logger.info("starting from the adapter %s", self.name)
 
-    def _read_config(self) -> dict[str, Any]:
+    def _read_scaling(self) -> SavedScaling:
         path = self._find(CONFIG_FILE, "name a folder that an adapter was saved in")
         try:
             config = json.loads(Path(path).read_text())
-        except ValueError as error:
+        except OSError as error:
+            raise self._refuse(f"{CONFIG_FILE} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise self._refuse(f"{CONFIG_FILE} is no JSON: {error}") from error
         if not isinstance(config, dict):
             raise self._refuse(f"{CONFIG_FILE} is no JSON object: name another adapter")
         if reason := not_plain_lora(config):
             raise self._refuse(f"it {reason}: name a plain LoRA adapter")
         try:
-            saved_scaling(config, "", 1)
-        except (TypeError, ValueError, re.error) as error:
-            raise self._refuse(f"its lora_alpha or alpha_pattern is damaged: {error}") from error
-        return config
+            return SavedScaling(config)
+        except ValueError as error:
+            raise self._refuse(
+                f"its lora_alpha or alpha_pattern is damaged: {error}: correct {CONFIG_FILE}"
+            ) from error
 
     def _read_sizes(self) -> dict[str, tuple[int, int, int]]:
         try:
             with safe_open(self.file, framework="pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
+                dtypes = {key: x.get_dtype() for key, x in slices.items()}
+        except OSError as error:
+            raise self._refuse(f"{WEIGHTS_FILE} cannot be read: {error}") from error
         except SafetensorError as error:
             raise self._refuse(f"{WEIGHTS_FILE} is damaged: {error}") from error
         layers = {key: layer_of(key) for key in shapes}
         for key, layer in layers.items():
             if layer is None:
                 raise self._refuse(f"{key} is not LoRA's on a linear layer: name another adapter")
+            if dtypes[key] not in DTYPES:
+                raise self._refuse(
+                    f"{key} has dtype {dtypes[key]}: save it in one of {', '.join(DTYPES)}"
+                )
         sizes = {}
         for layer in dict.fromkeys(filter(None, layers.values())):
             a, b = (shapes.get(key, ()) for key in saved_names(layer))
-            if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+            if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
                 raise self._refuse(f"the factors of {layer} do not fit together: save it again")
             sizes[layer] = (a[0], b[1], a[1])
         if not sizes:
@@ -162,7 +185,9 @@ class SavedAdapter:
         return path
 
     def _refuse(self, reason: str) -> UserError:
-        return UserError(f"--adapter_name_or_path {self.name}: {reason}")
+        # Names and values of the files may have line breaks, or codes that a terminal acts on.
+        printable = "".join(x if x.isprintable() else " " for x in reason)
+        return UserError(f"--adapter_name_or_path {self.name}: {printable}")
 
 
 def _carry(merger: Merger, layer: LayerShards, left: Tensor, right: Tensor) -> None:

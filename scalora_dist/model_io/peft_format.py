@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import reprlib
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from scalora_dist.model_io.name_patterns import NamePattern
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -83,20 +87,33 @@ def shortest_names(layers: Collection[str], modules: Collection[str]) -> list[st
     return sorted(suffixes) if selected == set(layers) else list(layers)
 
 
-def saved_scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """s of one layer of a saved adapter.
+class SavedScaling:
+    """The s of each layer of a saved adapter, by PEFT's rules.
 
-    Args:
-        config: content of adapter_config.json.
-        layer: the layer's name.
-        rank: the layer's r.
+    ``rank_pattern`` and ``r`` are not read: the tensors' shapes say r.
     """
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):  # the same rule as in PEFT
-            alpha = value
-            break
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """
+        Args:
+            config: content of adapter_config.json, which may come from anyone.
+
+        Raises:
+            ValueError: lora_alpha or alpha_pattern is not what PEFT writes.
+        """
+        self.alpha = _positive(config.get("lora_alpha", 8), "lora_alpha")
+        self.rank_stabilized = bool(config.get("use_rslora"))
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError("alpha_pattern is no JSON object")
+        self.patterns = [
+            (NamePattern(pattern), _positive(alpha, "alpha")) for pattern, alpha in patterns.items()
+        ]
+
+    def of(self, layer: str, rank: int) -> float:
+        """s of the layer of this name, which has r = ``rank``. The first pattern decides."""
+        matching = (alpha for pattern, alpha in self.patterns if pattern.matches(layer))
+        return next(matching, self.alpha) / (rank**0.5 if self.rank_stabilized else rank)
 
 
 def not_plain_lora(config: Mapping[str, Any]) -> str | None:
@@ -111,6 +128,13 @@ def not_plain_lora(config: Mapping[str, Any]) -> str | None:
     if str(start := config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
         return f"has init_lora_weights {start}, which changed its base"
     return None
+
+
+def _positive(value: Any, name: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} {reprlib.repr(value)} is no positive number")
+    return float(value)
 
 
 def _number(value: float) -> float | int:

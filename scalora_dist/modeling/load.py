@@ -28,6 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear, check_products, take_over
+from scalora_dist.modeling.index_files import check_index_files
 
 FLASH = "flash_attention_2"
 logger = logging.getLogger(__name__)
@@ -62,9 +63,10 @@ def read_base_model(
 
     Raises:
         UserError: the base is quantized in a way that cannot be trained here, 4-bit settings would
-            corrupt it, or bitsandbytes is missing.
+            corrupt it, bitsandbytes is missing, or the model's files are not in its folder.
     """
     with _known_model(args) as name:
+        check_index_files(Path(name))
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         attention = pick_attention(
             args.attn_implementation,

@@ -34,6 +34,8 @@ class DataFeed:
         data: tokenized examples for training and for evaluation.
         batches: the examples of each step's global batch.
         collate: makes a padded batch of examples.
+        examples: number of examples that the whole run trains on, with repeats. It may end within
+            an example, as a run of 1.5 epochs over 3 does.
         steps: number of optimizer steps of the whole run.
     """
 
@@ -53,10 +55,11 @@ class DataFeed:
         self.batches = GlobalBatches(
             self.data.train["target_tokens"], train.train_batch_size, train.seed
         )
-        self.steps = train.max_steps
-        if self.steps <= 0:
-            examples = len(self.data.train) * train.num_train_epochs
-            self.steps = math.ceil(examples / self.batches.global_batch_size)
+        batch = self.batches.global_batch_size
+        self.examples = len(self.data.train) * train.num_train_epochs
+        if train.max_steps > 0:
+            self.examples = train.max_steps * batch
+        self.steps = math.ceil(self.examples / batch)
         self.collate = Collator(self.tokenizer)
 
     def micro_batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:

@@ -22,7 +22,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW with one parameter group for each factor on the learning rate (``Method.rate``).
 
-    The group with the smallest factor comes first: metrics report its learning rate.
+    The group with the smallest factor comes first: metrics report its learning rate. The
+    optimizer's own ``defaults["lr"]`` is ``--learning_rate``.
     """
     train = options.train
     rates: dict[float, list[nn.Parameter]] = {}
@@ -37,6 +38,7 @@ def make_optimizer(
             {"params": group, "lr": rate * train.learning_rate}
             for rate, group in sorted(rates.items())
         ],
+        lr=train.learning_rate,  # of no group, but transformers' polynomial schedule reads it
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
         weight_decay=train.weight_decay,
@@ -46,13 +48,19 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, method: Method, options: Options, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """transformers' schedule over ``steps``, with another warm-up after each restart."""
+    """transformers' schedule over ``steps``, with another warm-up after each restart.
+
+    Every group has the same factor at each step, so the groups' learning rates keep their ratios.
+    """
     train = options.train
+    warmup_steps = math.ceil(steps * train.warmup_ratio)
     schedule = get_scheduler(
         train.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(steps * train.warmup_ratio),
-        num_training_steps=steps,
+        num_warmup_steps=warmup_steps,
+        # Polynomial divides by the steps after the warm-up. Where there are none, we name one more,
+        # which changes only the rate after the last step.
+        num_training_steps=max(steps, warmup_steps + 1),
     )
     if method.restart:
         every, warmup = options.method.relora_interval, options.method.relora_warmup_steps

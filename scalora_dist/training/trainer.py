@@ -188,7 +188,9 @@ class Trainer:
         if self.resumes_from is not None:
             return self._restore(self.resumes_from)
         self.watchdog.pause()
-        self.runner.initialize(lambda: self.feed.samples(self.loss, self.model))
+        self.runner.initialize(
+            lambda: self.feed.samples(self.loss, self.model), examples=self.feed.examples
+        )
         if self.saved_adapter:
             self.saved_adapter.fill(self.runner)
         self.results.clear()

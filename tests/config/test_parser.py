@@ -84,6 +84,9 @@ def test_help_groups_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         for name in fields:
             assert [g for g, b in blocks.items() if re.search(rf"--{name}[ ,]", b)] == [group]
     assert "ScaLoRA-I" in text  # options are explained
+    explained = " ".join(text.partition("--sb_eta {")[2].partition("--start_samples")[0].split())
+    assert "paper: the learning rate" in explained
+    assert "lr / (warmup_ratio × steps of 3 examples)" in explained
 
 
 # --- scale bounds --------------------------------------------------------------------------------
@@ -153,6 +156,7 @@ def test_a_stray_word_is_a_mistake(words: list[str]) -> None:
         ("scaling_rule", ["paper", "scalar", "nnls"]),
         ("merge_rounding", ["split", "nearest"]),
         ("merge_target", ["weight", "carry"]),
+        ("sb_eta", ["paper", "code"]),
         ("bnb_4bit_quant_type", ["nf4", "fp4"]),
         ("lr_scheduler_type", ["linear", "cosine", "constant"]),
     ],
@@ -253,6 +257,16 @@ def test_a_value_out_of_range(recipe: Any, field: str, value: str) -> None:
 def test_bf16_and_fp16_exclude_each_other() -> None:
     message = refused("--bf16", "--fp16")
     assert "--bf16" in message and "--fp16" in message
+
+
+def test_the_etas_of_lora_sb(recipe: Any) -> None:
+    """That of the public code is a learning rate of the warm-up."""
+    assert parse_options(OUTPUT).method.sb_eta == "paper"
+    words = ["--method", "lora-sb", "--sb_eta", "code"]
+    for given in (words, [*recipe("sb_eta: code\nwarmup_ratio: 0\n"), *words[:2]]):
+        message = refused(*given)
+        assert "--sb_eta code" in message and "set --warmup_ratio" in message
+        assert parse_options([*OUTPUT, *given, "--warmup_ratio", "0.02"]).method.sb_eta == "code"
 
 
 def test_output_dir_is_needed() -> None:

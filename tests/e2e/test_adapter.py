@@ -175,8 +175,10 @@ def test_of_a_bf16_base_the_low_halves_count(
 def test_the_base_may_be_in_several_files_with_other_prefixes(
     ranks: GetRanks, odd: Path, tmp_path: Path
 ) -> None:
+    """They are links to files elsewhere, as in the cache of a hub."""
     task = shutil.copytree(odd, tmp_path / "task")
     (task / "model.safetensors").unlink()
+    (tmp_path / "blobs").mkdir()
     files: dict[str, dict[str, torch.Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
     index = {}
     for i, (name, tensor) in enumerate(load_file(odd / "model.safetensors").items()):
@@ -184,7 +186,8 @@ def test_the_base_may_be_in_several_files_with_other_prefixes(
         file, key = list(files)[i % 2], name.removeprefix("model.")
         files[file][key], index[key] = tensor, file
     for file, tensors in files.items():
-        save_file(tensors, task / file, {"format": "pt"})
+        save_file(tensors, tmp_path / "blobs" / file, {"format": "pt"})
+        (task / file).symlink_to(f"../blobs/{file}")
     described = {"metadata": {}, "weight_map": index}
     (task / "model.safetensors.index.json").write_text(json.dumps(described))
     case = options(task, tmp_path / "run", adapter_rank=35)

@@ -25,6 +25,7 @@ from tests.support.workers.adapter import CARRY, RANK, differ, options, size
 
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
+FACTOR = "model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_a_run_goes_on_from_peft_s_adapter(ranks: GetRanks, odd: Path, tmp_path:
         lora_alpha=3,
         use_rslora=True,
         target_modules=["q_proj", "down_proj"],
-        alpha_pattern={"down_proj": 5, "layers.1.self_attn.q_proj": 7},
+        alpha_pattern={"down_proj": 5, r"^model\.layers\.[1-9]\d*\.self_attn\.(q|k)_proj": 7},
         init_lora_weights=False,
     )
     model = get_peft_model(work.base(odd), config)
@@ -122,6 +123,41 @@ def read(case: dict[str, Any]) -> None:
     saved.check(method.add(model, AddContext(parsed.method, 0, torch.float32)))
 
 
+def scalings(folder: Path) -> dict[str, float]:
+    """{layer: s} of a saved adapter."""
+    words = {"output_dir": folder, "adapter_name_or_path": folder, "method": "lora", "rank": RANK}
+    saved = SavedAdapter(parse_options(runs.words(words)))
+    return {layer: saved.scaling.of(layer, rank) for layer, (_, _, rank) in saved.sizes.items()}
+
+
+def test_patterns_that_re_would_not_finish(left: Path, tmp_path: Path) -> None:
+    """Each has 2ⁿ ways to match a layer's name of n characters, and only the last one matches."""
+    folder = shutil.copytree(left / "adapter", tmp_path / "adapter")
+    endless = [r"([\w.]+)+!", r"([\w.]*)*!", r"(\w|\w|\.)*!", "(.?)+" * 9 + "!"]
+    given = {"alpha_pattern": dict.fromkeys(endless, 3) | {r"(\w+)+_proj": 5}}
+    set_config(**given, lora_alpha=7)(folder)
+    found = scalings(folder)
+    assert set(found.values()) == {5 / RANK}
+    set_config(alpha_pattern=dict.fromkeys(endless, 3))(folder)
+    assert scalings(folder) == dict.fromkeys(found, 7 / RANK)
+
+
+def test_factors_that_are_not_finite_are_refused(
+    ranks: GetRanks, odd: Path, left: Path, tmp_path: Path
+) -> None:
+    """In the file, or after they are scaled. They are read last, layer by layer."""
+    for name, spoil in {
+        "infinite": change(FACTOR, lambda tensor: tensor.fill_(torch.inf)),
+        "large": set_config(lora_alpha=1e300),
+    }.items():
+        folder = shutil.copytree(left / "adapter", tmp_path / name)
+        spoil(folder)
+        case = options(odd, tmp_path / "run", "zero3", method="lora", adapter_name_or_path=folder)
+        for message, status, _ in ranks(2).run(tiny_runs.refusal, case):
+            assert "is not finite, or not after it is scaled by s = " in message and status == 2
+            assert message.startswith(f"--adapter_name_or_path {folder}: A or B of model.layers.0")
+
+
 Spoil = Callable[[Path], None]
 
 
@@ -142,15 +178,24 @@ def rename(old: str, new: str) -> Spoil:
     return spoil
 
 
+def change(key: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
+    """Edit the tensor of the key that ends so."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        found = {name: edit(x) if name.endswith(key) else x for name, x in tensors.items()}
+        save_file(found, path)
+
+    return spoil
+
+
 def write(file: str, text: str) -> Spoil:
     return lambda folder: (folder / file).write_text(text) and None
 
 
 def remove(file: str) -> Spoil:
     return lambda folder: (folder / file).unlink()
-
-
-FACTOR = "model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +212,33 @@ FACTOR = "model.layers.0.self_attn.q_proj.lora_A.weight"
         (set_config(bias="all"), {}, "bias all"),
         (set_config(lora_alpha="8"), {}, "lora_alpha or alpha_pattern is damaged"),
         (set_config(alpha_pattern={"(": 8}), {}, "lora_alpha or alpha_pattern is damaged"),
+        *(
+            (set_config(lora_alpha=bad), {}, "is no positive number: correct adapter_config.json")
+            for bad in (
+                float("nan"),
+                float("inf"),
+                0,
+                -8,
+                10**400,
+                None,
+                True,
+                [8],
+                {"a": "b" * 99},
+            )
+        ),
+        (set_config(alpha_pattern={"q_proj": "8"}), {}, "alpha '8' is no positive number"),
+        (set_config(alpha_pattern=["q_proj"]), {}, "alpha_pattern is no JSON object"),
+        *(
+            (set_config(alpha_pattern={bad: 8}), {}, f"cannot read character {at} of the pattern ")
+            for bad, at in (("a{9}", 2), (r"(a)\1", 4), ("(?=a)b", 2), ("[z-a]", 1), ("a\n*++", 4))
+        ),
+        (set_config(alpha_pattern={"a" * 1001: 8}), {}, "longer than 1000 characters"),
+        (set_config(bias="a\nb\x1b[2J"), {}, "has bias a b [2J"),
+        (write("adapter_config.json", "[" * 100_000), {}, "is no JSON"),
+        (change(FACTOR, lambda x: x[0]), {}, "do not fit together"),
+        (change(FACTOR, lambda x: x[:0]), {}, "do not fit together"),
+        (change("weight", lambda x: x[..., :0] if len(x) != RANK else x[:0]), {}, "do not fit"),
+        (change(FACTOR, lambda x: x.to(torch.int8)), {}, "has dtype I8: save it in one of F64"),
         (set_config(modules_to_save=["lm_head"]), {}, "modules_to_save"),
         (set_config(init_lora_weights="pissa_niter_4"), {}, "changed its base"),
         (rename(FACTOR, FACTOR.replace("_A", "_embedding_A")), {}, "lora_embedding_A"),

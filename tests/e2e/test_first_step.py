@@ -26,6 +26,7 @@ from tests.support.ranks import Ranks
 from tests.support.workers import first_step as work
 from tests.support.workers.first_step import Found
 
+HEAVY = pytest.mark.heavy
 GetRanks = Callable[[int], Ranks]
 
 ENGINES = {"local": 1, "zero2": 2, "zero3": 2, "fsdp": 2}  # on so many ranks
@@ -218,6 +219,19 @@ def test_clipped_steps_are_those_of_the_formulas(
     options = given("lora-plus", max_grad_norm=0.05)
     found = run(ranks, folder, tmp_path, engine, method="lora-plus", **options)
     check("lora-plus", model, found, options)
+
+
+@pytest.mark.parametrize(
+    "engine", ["local", "zero3", *(pytest.param(x, marks=HEAVY) for x in ("zero2", "fsdp"))]
+)
+def test_lora_sb_starts_from_the_eta_of_its_code(
+    ranks: GetRanks, folder: Path, model: PreTrainedModel, tmp_path: Path, engine: str
+) -> None:
+    """24 examples are 8 steps of 3. A constant schedule has no warm-up, so only R changes."""
+    options = given("lora-sb", sb_eta="code", warmup_ratio=0.05)
+    assert dense.lora_sb_eta(options) == pytest.approx(options["learning_rate"] / 0.4)
+    found = run(ranks, folder, tmp_path, engine, method="lora-sb", **options)
+    check("lora-sb", model, found, options)
 
 
 def test_lora_alpha_has_two_variants_and_a_multiplier(

@@ -42,6 +42,7 @@ OTHERS: dict[str, str] = {
     "relora_interval": "7",
     "relora_prune": "0.5",
     "relora_warmup_steps": "3",
+    "sb_eta": "code",
     "start_samples": "30",
     "start_memory": "32",
 }
@@ -50,7 +51,8 @@ PEFTS = ("peft-lora", "dora", "hira", "pissa", "lora-ga")
 
 
 def arguments(*words: str) -> MethodArguments:
-    return parse_options(["--output_dir", "out", *words]).method
+    """With a warm-up, without which ``--sb_eta code`` is refused."""
+    return parse_options(["--output_dir", "out", "--warmup_ratio", "0.1", *words]).method
 
 
 def refused(*words: str) -> str:
@@ -99,6 +101,8 @@ def test_options_are_read_or_refused(method: str) -> None:
         ("lora-alpha", "lora_alpha"),
         ("lora-sb", "lora_alpha"),
         ("lora-xs", "start_samples"),
+        ("lora-xs", "sb_eta"),
+        ("lora-ga", "sb_eta"),
         ("mora", "lora_alpha"),
         ("full", "rank"),
         ("full", "target_modules"),

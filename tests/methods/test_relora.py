@@ -113,9 +113,16 @@ def test_without_a_warm_up_the_schedule_stays() -> None:
     assert [warmed(steps) for steps in range(9)] == [1 - steps / 9 for steps in range(9)]
 
 
-@pytest.mark.parametrize(("world", "engine"), [(1, "local"), (2, "zero2"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("world", "engine", "schedule", "end"),
+    [
+        (1, "local", "linear", 0.0),
+        (2, "zero2", "polynomial", 1e-7),
+        (2, "fsdp", "polynomial", 1e-7),
+    ],
+)
 def test_the_learning_rate_of_a_run_and_of_a_resumed_one(
-    ranks: Any, tmp_path: Path, world: int, engine: str
+    ranks: Any, tmp_path: Path, world: int, engine: str, schedule: str, end: float
 ) -> None:
     """The checkpoint lies in the warm-up after the first restart."""
     task = tiny_models.save_task(tmp_path)
@@ -126,6 +133,7 @@ def test_the_learning_rate_of_a_run_and_of_a_resumed_one(
         engine,
         method="relora",
         learning_rate=3e-3,
+        lr_scheduler_type=schedule,
         per_device_train_batch_size=6,
         **settings,
     )
@@ -133,7 +141,8 @@ def test_the_learning_rate_of_a_run_and_of_a_resumed_one(
     lines = tiny_runs.lines(tmp_path / "run")
     steps = [line for line in lines if "loss" in line]
     parts = [1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1 / 3, 2 / 3]
-    expected = [3e-3 * part * (1 - taken / 10) for taken, part in enumerate(parts)]
+    plain = [end + (3e-3 - end) * (1 - taken / 10) for taken in range(10)]
+    expected = [part * rate for part, rate in zip(parts, plain, strict=True)]
     assert [line["learning_rate"] for line in steps] == pytest.approx(expected, rel=1e-9)
     assert [line["step"] for line in steps if "restart" in line] == [4, 8]
 

@@ -242,9 +242,17 @@ def init_lora_sb(
 ) -> tuple[Tensor, Own]:
     """LoRA-SB: the SVD of −η·sign(ΣG), with R = Σ_r (equations 7 and 8 with s = 1)."""
     assert G is not None
-    U, S, V = (part[..., : o["rank"]] for part in svd(-o["learning_rate"] * G.sign()))
+    U, S, V = (part[..., : o["rank"]] for part in svd(-lora_sb_eta(o) * G.sign()))
     sign = alike(V, found["V"])
     return W, {"U": U * sign, "V": V * sign, "R": torch.diag(S)}
+
+
+def lora_sb_eta(o: Options) -> float:
+    """The learning rate; or that of the first warm-up step, of a run in steps of 3 examples."""
+    if o.get("sb_eta", "paper") == "paper":
+        return o["learning_rate"]
+    steps = math.ceil(o["max_steps"] * o["train_batch_size"] / 3)
+    return o["learning_rate"] / (o["warmup_ratio"] * steps)
 
 
 def init_pissa(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Tensor, Own]:

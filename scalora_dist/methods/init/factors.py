@@ -32,10 +32,16 @@ def init_pissa(init: Initialization) -> None:
 
 
 def init_lora_ga(init: Initialization) -> None:
-    """LoRA-GA (arXiv 2407.05000): A = U_{r+1…2r} Σ_{r+1…2r} · m^¼/√γ and B = V_{1…r}.
+    """LoRA-GA (arXiv 2407.05000) as PEFT has it, with "ArB2r" and "stable", its defaults.
 
-    They are from the truncated SVD of ∇W, the gradient of the samples' mean loss. The formulas are
-    PEFT's "ArB2r" and "stable", which include Σ. A collective.
+        U Σ Vᵀ = ∇W,    A = U_{r+1…2r} Σ_{r+1…2r} · m^¼/√γ,    B = V_{1…r},    W −= s·A Bᵀ
+
+    The authors' public code has no Σ, nor has the paper's text, and it scales both factors:
+    A = U_{r+1…2r} · m^¼/√γ and B = V_{1…r} · m^¼/√γ. So here the size of A follows the gradient's.
+
+    ∇W is the gradient of the mean loss over the target tokens of all samples, in evaluation mode.
+    PEFT averages the gradients of the caller's batches, in training mode. The SVD is that of
+    ``truncated_svd``; PEFT's is a random sketch. A collective.
     """
     rank = init.args.rank
     factors = _Factors(init)

@@ -25,6 +25,8 @@ class Initialization:
         args: the options of the method.
         losses: one pass over this rank's share of the samples, as for ``weight_gradients``.
         learning_rate: the learning rate of the run, before its schedule.
+        warmup_ratio: the share of the run's steps over which the learning rate rises.
+        examples: number of examples that the run trains on, with repeats.
         seed: the seed of the run.
     """
 
@@ -32,6 +34,8 @@ class Initialization:
     args: MethodArguments
     losses: Callable[[], Iterable[Tensor]]
     learning_rate: float
+    warmup_ratio: float
+    examples: float
     seed: int
 
     def gradients(self) -> Iterator[tuple[str, FlatShard]]:

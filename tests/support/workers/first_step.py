@@ -70,6 +70,14 @@ def steps(world: World, options: dict[str, Any]) -> Found:
     )
 
 
+def start(world: World, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """``Found.added`` of a run, and its number of training examples."""
+    trainer = runs.make(world, options)
+    trainer.start()
+    trainer.close()
+    return whole_added(trainer), len(trainer.feed.data.train)
+
+
 def together(trainer: Trainer, indices: list[int]) -> Batch:
     batch = trainer.feed.collate([trainer.feed.data.train[i] for i in indices])
     return {name: tensor.numpy() for name, tensor in batch.items()}
