@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scalora_dist.checkpoint.manifest import checkpoints, is_sound, read_state, step_of
 from scalora_dist.distributed.stop_signals import PREEMPTED as PREEMPTED_MARK
 from scalora_dist.distributed.world import World
+from scalora_dist.training.phases import Phases
 from scalora_dist.training.run_log import RunLog
 from scalora_dist.training.trainer import Trainer
 from tests.support import launched, runs, tiny_models, tiny_runs
@@ -207,6 +208,51 @@ def test_the_status_after_a_full_disk(
     check_disk(disk / "run", run.text())
     assert run.text().count("error: ") == (on_failure == "stop")
     assert "Traceback" not in run.text()
+
+
+def full_at(
+    world: World, case: dict[str, Any], blocked: str, ballast: Path
+) -> tuple[str, int, list[str]]:
+    """Train on a disk that is full once the results before ``blocked`` are written."""
+    before = {"adapter": "evaluation", "model": "adapter", "summary.json": "model"}[blocked]
+
+    class Filled(Phases):
+        def finish(self, phase: str, *others: Any, **found: Any) -> None:
+            super().finish(phase, *others, **found)
+            if phase == before:
+                with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+                    while file.write(bytes(256)):
+                        pass
+
+    class Disk(Trainer):
+        def run(self) -> dict[str, Any]:
+            self.results.phases.__class__ = Filled
+            return super().run()
+
+    return tiny_runs.refusal(world, case, Disk)
+
+
+@pytest.mark.parametrize("blocked", ["adapter", "model", "summary.json"])
+def test_a_full_disk_while_results_are_written(
+    ranks: GetRanks, task: Path, disk: Path, tmp_path: Path, blocked: str
+) -> None:
+    """One sentence; with space again, the run is finished without another step."""
+    alone, folder = tmp_path / "alone", disk / "run"
+    case = tiny_runs.options(task, alone, "local", max_steps=2, method="lora", save_model=True)
+    ranks(1).run(tiny_runs.train, case)
+
+    here = {**case, "output_dir": folder, "resume_from_checkpoint": "latest"}
+    sentence, status, _ = ranks(1).run(full_at, here, blocked, disk / "ballast")[0]
+    assert status == 2 and "\n" not in sentence
+    assert f"{folder / blocked} could not be written (No space left on device)" in sentence
+    assert sound(folder) == [2]
+    (disk / "ballast").unlink()
+    first, *_ = ranks(1).run(tiny_runs.train, here)[0]
+    assert first == 2
+    expected = tiny_runs.left(alone)
+    found = tiny_runs.left(folder)
+    assert found[::2] == expected[::2]
+    assert {**found[1], "output_dir": ""} == {**expected[1], "output_dir": ""}
 
 
 def test_lines_wait_for_space(disk: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -182,6 +182,53 @@ def test_other_ranks_and_engines_go_on(
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
 
 
+def lose(file: Path) -> None:
+    file.unlink()
+
+
+def tear(file: Path) -> None:
+    """A line is no JSON, one has no step, one is not UTF-8, and one is cut short."""
+    lines = file.read_bytes().splitlines()
+    lines[1:4] = [b'{"step": 1, "lo', b"[]", b"\xff\xfe", lines[3]]
+    file.write_bytes(b"\n".join(lines))
+
+
+def empty(file: Path) -> None:
+    file.write_text("")
+
+
+@pytest.mark.parametrize("harm", [lose, tear, empty])
+def test_damaged_metrics_do_not_end_a_resume(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """What the run decides and sums up is in the checkpoint. Only lines are lost."""
+    folder = tmp_path / "run"
+    shutil.copytree(saved(1, "local"), folder)
+    expected = tiny_runs.timeless(json.loads((folder / "summary.json").read_text()))
+    lines = tiny_runs.lines(folder)
+    shutil.rmtree(folder / "checkpoint-8")
+    harm(folder / "metrics.jsonl")
+    case = steady(task, folder, "local", resume_from_checkpoint="latest")
+    first, summary, warned = ranks(1).run(tiny_runs.train, case)[0]
+    assert first == 4
+    assert summary == expected | {"output_dir": str(folder)}
+    assert [line for line in warned if "metrics.jsonl lacks" in line]
+    after = [line for line in lines if line["step"] > 4]
+    assert tiny_runs.lines(folder)[-len(after) :] == after
+
+
+def test_a_finished_run_without_metrics_has_its_summary(
+    ranks: GetRanks, task: Path, saved: ResumedFrom, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(saved(1, "local"), folder)
+    for name in ("metrics.jsonl", "summary.json"):
+        (folder / name).unlink()
+    case = steady(task, folder, "local", resume_from_checkpoint="latest")
+    _, summary, _ = ranks(1).run(tiny_runs.train, case)[0]
+    assert summary["steps"] == 8 and summary["loss_first"] == runs.losses(saved(1, "local"))[0]
+
+
 REFUSED: dict[str, Any] = {
     "rank": 3,
     "seed": 7,

@@ -1,4 +1,7 @@
-"""Runs that are killed at random moments, again and again, lose nothing but their last steps."""
+"""Runs that are killed at random moments, again and again, lose nothing but their last steps.
+
+``test_phases`` kills runs in phases that it chooses. Here launchers start them.
+"""
 
 from __future__ import annotations
 
@@ -116,26 +119,16 @@ def torture(
     return done
 
 
-@pytest.mark.parametrize(
-    ("engine", "size", "kills"),
-    [("local", 1, 1), pytest.param("fsdp", 2, 2, marks=pytest.mark.heavy)],
-)
-def test_killed_runs_go_on(
-    ranks: GetRanks, task: Path, tmp_path: Path, engine: str, size: int, kills: int
-) -> None:
-    torture(ranks(size), task, tmp_path, engine, kills=kills, steps=24, seed=kills)
-
-
 @pytest.mark.heavy
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("engine", "size", "kills"), [("local", 1, 8), ("fsdp", 2, 10), ("zero3", 2, 4)]
+    ("engine", "size", "kills"), [("local", 1, 5), ("fsdp", 2, 5), ("zero3", 2, 4)]
 )
 def test_runs_killed_again_and_again_go_on(
     ranks: GetRanks, task: Path, tmp_path: Path, engine: str, size: int, kills: int
 ) -> None:
-    """22 kills in all, of all ranks and of each in turn."""
+    """14 kills in all, of all ranks and of each in turn."""
     done = torture(
         ranks(size), task, tmp_path, engine, kills=kills, steps=10 * kills + 10, seed=100 + kills
     )
-    assert kills < 8 or any(kill.saving for kill in done)
+    assert kills < 5 or any(kill.saving for kill in done)
