@@ -28,7 +28,9 @@ class TrainArguments:
     _argument_group_name = "training"
 
     output_dir: Optional[str] = option(None, "Where the run's metrics, summary and model go.")
-    overwrite_output_dir: bool = option(False, "Write into an output_dir that is not empty.")
+    overwrite_output_dir: bool = option(
+        False, "Replace results in output_dir; they are kept until the new ones are whole."
+    )
     learning_rate: float = option(2e-4, "AdamW's peak learning rate.")
     weight_decay: float = option(0.0, "On A and B; pulls towards a moving point: 0 is right.")
     adam_beta1: float = option(0.9, "AdamW's β₁.")
@@ -58,7 +60,9 @@ class TrainArguments:
         0, "Estimate the updates' ranks every so many steps while training; 0: never."
     )
     rank_monitor_layers: int = option(8, "Layers that the rank monitor follows.")
-    save_steps: int = option(500, "Write a checkpoint every so many steps; 0: only on a signal.")
+    save_steps: int = option(
+        500, "Write a checkpoint every so many steps; 0: only at the end and on a signal."
+    )
     save_total_limit: int = option(3, "Keep the newest so many checkpoints.")
     on_save_failure: Literal["continue", "stop"] = option(
         "continue", "When a checkpoint cannot be written (disk full): train on, or stop."

@@ -101,7 +101,6 @@ class Trainer:
         )
         self.resumes_from = checkpoint_to_resume(self.checkpoints, options)
         self.signals = signals or StopSignals()
-        self.signals.output_dir = self.output_dir
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
