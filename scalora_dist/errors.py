@@ -24,6 +24,12 @@ class UserError(RunExit):
     status = 2
 
 
+class ReplicasDiffer(RunExit):
+    """Copies of one tensor differ between ranks. A device or its driver may be faulty."""
+
+    status = 1
+
+
 class Preempted(RunExit):
     """The run was asked to stop. All is saved, and the same command line resumes (EX_TEMPFAIL)."""
 

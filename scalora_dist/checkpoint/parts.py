@@ -51,11 +51,11 @@ class FlatPart:
     @classmethod
     def share_of(cls, shard: FlatShard, world: World) -> FlatPart:
         """The part that this rank saves. If several ranks hold a range, each saves a slice."""
-        holders = world.size // (dist.get_world_size(shard.group) if shard.group else 1)
+        copies = holders(shard, world)
         size = shard.local.numel()
         # The ranks of one group are consecutive, so the n-th group holds the n-th copy.
-        copy = world.rank // (world.size // holders)
-        first, end = size * copy // holders, size * (copy + 1) // holders
+        copy = world.rank // (world.size // copies)
+        first, end = size * copy // copies, size * (copy + 1) // copies
         whole = cls.of(shard)
         return replace(whole, local=shard.local[first:end], offset=shard.offset + first)
 
@@ -77,6 +77,11 @@ class FlatPart:
             )
             for chunk in self.__create_chunk_list__()
         ]
+
+
+def holders(shard: FlatShard, world: World) -> int:
+    """The number of ranks that hold the same range of a matrix, this rank included."""
+    return world.size // (dist.get_world_size(shard.group) if shard.group else 1)
 
 
 class SavePlanner(DefaultSavePlanner):

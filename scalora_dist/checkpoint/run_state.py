@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_state, step_of
 from scalora_dist.checkpoint.parts import FlatPart
+from scalora_dist.checkpoint.replicas import check_replicas
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
+from scalora_dist.core.checksum import bits
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed import random_state
 from scalora_dist.engines.base import Engine
@@ -120,7 +121,12 @@ class RunState:
         Args:
             step: number of steps so far, skipped ones included.
             progress: what the run remembers of its past, JSON values; only rank 0's are kept.
+
+        Raises:
+            ReplicasDiffer: on every rank, if copies of one tensor differ. Nothing is written.
         """
+        # The replicas of a hybrid mesh may round the sums in a sketch differently.
+        check_replicas(self._model_shards(), self.engine, checkpoints, step)
         state = {
             "format": FORMAT,
             "step": step,
@@ -174,14 +180,17 @@ class RunState:
 
     def _shards(self) -> dict[str, FlatShard]:
         """{name: shard} of all tensors that initialization or training changes."""
+        monitor = self.runner.monitor
+        return self._model_shards() | (monitor.shards() if monitor else {})
+
+    def _model_shards(self) -> dict[str, FlatShard]:
+        """``_shards`` without the monitor's sketches."""
         shards = {p.name: p.shard for p in self.engine.added_shards()}
         if self.runner.edits_weights:
             loaded = {p.name: p.shard for p in self.engine.base_shards()}
             shards |= {f"{x}.weight": loaded[f"{x}.weight"] for x in self.engine.adapted}
         for name, low in self.runner.low_halves.items():
             shards[f"{name}.low"] = shards[name].like(low)
-        if self.runner.monitor:
-            shards |= self.runner.monitor.shards()
         for trained in self.engine.trained_shards(gradients=False):
             shards[trained.name] = trained.master
             for moment, shard in zip(("m", "v"), trained.moments, strict=False):
@@ -348,12 +357,7 @@ def fingerprint(engine: Engine) -> str:
         if kind == "weight" and isinstance(module := modules.get(layer), FourBitLinear):
             values = values.view(torch.uint8)  # bytes are the same in any storage dtype
             if engine.world.is_main:  # all ranks hold the same sizes
-                total += _bit_sum(module.sizes).to(total.device)
-        total += _bit_sum(values).to(total.device)
+                total += bits(module.sizes).sum(dtype=torch.int64).to(total.device)
+        total += bits(values).sum(dtype=torch.int64).to(total.device)
     dist.all_reduce(total)
     return f"{int(total) & (2**64 - 1):016x}"
-
-
-def _bit_sum(values: Tensor) -> Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.view(integers[values.element_size()]).sum(dtype=torch.int64)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scalora_dist.checkpoint.manifest import checkpoints, step_of
 from scalora_dist.methods.registry import METHODS
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
@@ -195,6 +196,20 @@ def test_a_method_trains_alike_where_few_train(
     # LoRA-Pro divides by what A's first steps have left of its columns.
     tolerance = 1e-3 if method == "lora-pro" else 1e-4
     assert runs.losses(tmp_path / "run") == pytest.approx(in_one_process(method), rel=tolerance)
+
+
+@HEAVY
+@pytest.mark.parametrize(
+    ("engine", "size"), [("zero0", 2), ("zero1", 2), ("zero2", 2), ("hybrid", 4)]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_stay_the_same_bit_for_bit(
+    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str, size: int
+) -> None:
+    """Where ranks hold copies, every save compares them: none is refused."""
+    others = {"save_steps": 1, "bf16": True, "per_device_train_batch_size": 3}
+    ranks(size).run(train, options(task, tmp_path / "run", engine, method, **others))
+    assert step_of(checkpoints(tmp_path / "run")[0]) == STEPS
 
 
 @HEAVY

@@ -31,11 +31,21 @@ LAUNCHERS = {
 class Launched:
     """A started command with all its processes. At the end of ``with``, all of them are killed."""
 
-    def __init__(self, engine: str, case: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, engine: str, case: dict[str, Any], log: Path, script: str = "launch/train.py"
+    ) -> None:
+        """
+        Args:
+            engine: a key of LAUNCHERS.
+            case: the run's options.
+            log: file for all that is printed.
+            script: what is launched. It may import ``tests``.
+        """
         port = str(free_port())
         launcher = LAUNCHERS[engine] + ["--master_port", port] * (engine != "local")
-        command = [*launcher, "launch/train.py", *runs.words(case)]
+        command = [*launcher, script, *runs.words(case)]
         self.log = log
+        self.script = script
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 command,
@@ -48,6 +58,7 @@ class Launched:
                     "CUDA_VISIBLE_DEVICES": "",
                     "DS_ACCELERATOR": "cpu",
                     "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(runs.REPOSITORY),
                     "TOKENIZERS_PARALLELISM": "false",
                     # Marks this command's processes, so that no others are found.
                     "SMALL_RUN": str(log),
@@ -76,7 +87,7 @@ class Launched:
         for process in self.everyone():
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
-                if "launch/train.py" in command and process.pid != self.process.pid:
+                if self.script in command and process.pid != self.process.pid:
                     rank = process.environ().get("RANK")
                     if rank is not None and Path(command[0]).name.startswith("python"):
                         ranks[int(rank)] = process
