@@ -92,13 +92,17 @@ def export_model(
 def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
     """A temporary folder that is renamed to ``folder`` at the end, so ``folder`` is never partial.
 
-    Only rank 0 makes, renames and removes folders.
+    Only rank 0 makes, renames and removes folders. After a full disk it frees what it took.
     """
     aside = folder.with_name(f"{folder.name}.partial")
     if is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    yield aside
+    try:
+        yield aside
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)
