@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scalora_dist.checkpoint.manifest import step_of
 from scalora_dist.checkpoint.run_state import check_no_newer, check_same_run, find_checkpoint
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
+from scalora_dist.errors import UserError
 from scalora_dist.training.output_dir import check_inputs, check_output_dir
 from scalora_dist.training.phases import interrupted_start
 from scalora_dist.training.saving import check_shared
@@ -42,3 +44,19 @@ def checkpoint_to_resume(checkpoints: Checkpoints, options: Options) -> Path | N
 def goes_on_in(checkpoint: Path | None, output_dir: Path) -> bool:
     """Whether a run that resumes from ``checkpoint`` goes on in the folder that it began in."""
     return checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve()
+
+
+def check_not_beyond(checkpoint: Path, steps: int) -> None:
+    """Check that a checkpoint is not from after the run's end. Only reads: no collective.
+
+    Args:
+        steps: number of steps of the whole run.
+
+    Raises:
+        UserError: the checkpoint has more steps.
+    """
+    if (step_of(checkpoint) or 0) > steps:
+        raise UserError(
+            f"{checkpoint} is beyond this run's {steps} step(s): raise --max_steps or "
+            "--num_train_epochs, or name an earlier checkpoint and another --output_dir"
+        )

@@ -35,7 +35,7 @@ from scalora_dist.training.feed import DataFeed
 from scalora_dist.training.optimizer import make_schedule
 from scalora_dist.training.progress import Progress
 from scalora_dist.training.results import Results
-from scalora_dist.training.resume import checkpoint_to_resume, goes_on_in
+from scalora_dist.training.resume import check_not_beyond, checkpoint_to_resume, goes_on_in
 from scalora_dist.training.run_log import RunLog, read_history
 from scalora_dist.training.saving import SavePolicy, StopAsked
 from scalora_dist.training.step_profile import make_profile
@@ -105,9 +105,9 @@ class Trainer:
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
         self.feed = DataFeed(options, world)
-        data = self.feed.data.checksum
         if self.resumes_from is not None:
-            check_same_data(self.resumes_from, options, data)
+            check_same_data(self.resumes_from, options, self.feed.data.checksum)
+            check_not_beyond(self.resumes_from, self.feed.steps)
         check_same_attention(base, world)
         self.engine = make_engine()
         self.model = build_model(options, base, method, self.engine, self.saved_adapter)
@@ -121,7 +121,9 @@ class Trainer:
         )
         self.results = Results(self.runner, options, self.checkpoints)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
-        self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
+        self.state = RunState(
+            self.engine, self.runner, self.scheduler, options, self.feed.data.checksum
+        )
         self.profile = self.runner.clock = make_profile(options, self.runner, self.feed.steps)
         self.saves = SavePolicy(self.checkpoints, train, self.signals)
         self.watchdog = Watchdog(world, train.hang_timeout)

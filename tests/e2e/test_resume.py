@@ -405,6 +405,19 @@ def test_another_learning_rate_is_taken_with_a_warning(
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_checkpoint_beyond_the_end_is_refused(
+    ranks: GetRanks, task: Path, saved: ResumedFrom
+) -> None:
+    """Otherwise its weights would be taken for those of an earlier step."""
+    folder = saved(2, "fsdp")
+    before = {path.name for path in folder.iterdir()}
+    case = steady(task, folder, "local", resume_from_checkpoint="latest", max_steps=7)
+    sentence, status, _ = ranks(1).run(tiny_runs.refusal, case)[0]
+    assert status == 2 and "\n" not in sentence
+    assert f"{folder / 'checkpoint-8'} is beyond this run's 7 step(s)" in sentence
+    assert {path.name for path in folder.iterdir()} == before
+
+
 def test_an_older_checkpoint_among_newer_ones_is_refused(
     ranks: GetRanks, task: Path, saved: ResumedFrom
 ) -> None:
