@@ -67,6 +67,7 @@ def train(options: Options, signals: StopSignals) -> None:
         local_rank=options.launch.local_rank,
         timeout=timedelta(seconds=options.train.ddp_timeout),
     )
+    signals.share(world)
     options.train.settle_batch(world.size)
     base = read_base_model(options.model, options.train.dtype, world.device)
     make_engine = engine_factory(options, world, base)

@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from scalora_dist.errors import Preempted, is_rank_0
+
+if TYPE_CHECKING:
+    from scalora_dist.distributed.stop_together import OtherRanks
+    from scalora_dist.distributed.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Name of the file in output_dir that marks a run stopped by a signal. torchrun does not pass on
@@ -25,7 +29,8 @@ class StopSignals:
 
     Inside ``held()`` a signal is only recorded, and the run asks ``received`` between two steps.
     Everywhere else (loading, the last evaluation, the exports) all that was trained is saved, so
-    the process ends at once, even if its main thread waits for other ranks.
+    the process ends at once, even if its main thread waits for other ranks. After ``share`` the
+    other ranks end with it.
 
     ``with`` may be nested; the inner ones do nothing.
 
@@ -44,6 +49,7 @@ class StopSignals:
         self._depth = 0
         self._held = False
         self._deciding = threading.Lock()
+        self._others: OtherRanks | None = None
 
     def __enter__(self) -> StopSignals:
         self._depth += 1
@@ -67,6 +73,16 @@ class StopSignals:
             self._writer.close()  # ends the thread
             self._thread.join()
             self._reader.close()
+            if self._others:
+                self._others.close()
+
+    def share(self, world: World) -> None:
+        """From now on, a signal to one rank counts on all. Called on every rank."""
+        # Not before: signals count from the start, and torch takes seconds to import.
+        from scalora_dist.distributed.stop_together import OtherRanks
+
+        if world.size > 1:
+            self._others = OtherRanks(world.store, world.size, self._hear)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -88,13 +104,19 @@ class StopSignals:
         while numbers := self._reader.recv(16):
             for number in numbers:
                 if number in SIGNALS:
-                    self._note(number, None)
-            with self._deciding:
-                if self.received and not self._held:
-                    self._leave()
+                    self._hear(signal.Signals(number).name)
+
+    def _hear(self, name: str) -> None:
+        self.received = self.received or name
+        with self._deciding:
+            if not self._held:
+                self._leave()
 
     def _leave(self) -> NoReturn:
         """Exit without any clean-up, which could wait for other ranks."""
+        assert self.received
+        if self._others:
+            self._others.tell(self.received)
         if self.output_dir:
             mark_preempted(self.output_dir, self.step)
         if is_rank_0():

@@ -130,6 +130,7 @@ class Victim:
             assert set(statuses) == {Preempted.status if any(statuses) else 0}, run.text()
             assert reached or not any(statuses)
             assert "Traceback" not in run.text()
+            assert run.text().count("stopped by") == any(statuses)
         return any(statuses)
 
     def _is_in(self, aim: str, run: Forked) -> bool:

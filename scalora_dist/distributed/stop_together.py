@@ -1,0 +1,62 @@
+"""Lets a stop signal to one rank count on all, where they do not meet between two steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+from torch.distributed import DistStoreError, PrefixStore, Store
+
+POLL = timedelta(seconds=30)  # duration of one wait on the store, before the next one
+PATIENCE = 3.0  # seconds that a rank waits until all others know
+SIGNAL, KNOW = "signal", "know"
+
+
+class OtherRanks:
+    """Tells the other ranks of a signal over the store, and hears of theirs in a thread."""
+
+    def __init__(self, store: Store, size: int, hear: Callable[[str], None]) -> None:
+        """
+        Args:
+            store: the store of the ranks.
+            size: number of ranks.
+            hear: called in the thread with the name of another rank's signal.
+        """
+        self.size = size
+        self._hear = hear
+        # A wait blocks its connection, so the thread has its own.
+        ears, mouth = store.clone(), store.clone()  # type: ignore[attr-defined]
+        self._ears, self._mouth = PrefixStore("stop", ears), PrefixStore("stop", mouth)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def tell(self, name: str) -> None:
+        """Send the signal's name to all ranks, and wait until they know it: at most PATIENCE.
+
+        An exit before that would look to the others like a crash.
+        """
+        deadline = time.monotonic() + PATIENCE
+        with suppress(RuntimeError):  # the store has ended with rank 0
+            self._mouth.set(SIGNAL, name)
+            know = self._mouth.add(KNOW, 1)
+            while know < self.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                know = self._mouth.add(KNOW, 0)
+
+    def close(self) -> None:
+        """End the thread."""
+        with suppress(RuntimeError):
+            self._mouth.set(SIGNAL, "")
+        self._thread.join(PATIENCE)
+
+    def _listen(self) -> None:
+        with suppress(RuntimeError):  # the store has ended with rank 0
+            while True:
+                with suppress(DistStoreError):  # nothing for a while
+                    self._ears.wait([SIGNAL], POLL)
+                    break
+            if name := self._ears.get(SIGNAL).decode():
+                self._hear(name)
