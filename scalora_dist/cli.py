@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.launch.dry_run:
             plan(options)
         else:
+            signals.output_dir = Path(str(options.train.output_dir))
             train(options, signals)
 
 
@@ -62,7 +63,6 @@ def train(options: Options, signals: StopSignals) -> None:
     from scalora_dist.training.summary import render
     from scalora_dist.training.trainer import Trainer
 
-    signals.output_dir = Path(str(options.train.output_dir))
     world = World.join(
         local_rank=options.launch.local_rank,
         timeout=timedelta(seconds=options.train.ddp_timeout),
