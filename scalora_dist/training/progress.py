@@ -20,7 +20,7 @@ class Progress:
         health: what decisions need of the last steps.
         tally: what the summary needs of all steps.
         before: the evaluation before the first step, or None.
-        history: all lines of metrics.jsonl before ``first_step``, evaluations included.
+        history: on rank 0, all lines of metrics.jsonl before ``first_step``; else empty.
     """
 
     first_step: int = 0
@@ -34,10 +34,6 @@ class Progress:
         """Take a step's line of metrics.jsonl into account."""
         self.health.note(record)
         self.tally.note(record)
-
-    def evaluated(self, step: int) -> bool:
-        """Whether ``history`` has an evaluation after ``step`` steps."""
-        return any("eval_loss" in line and line["step"] == step for line in self.history)
 
     def state(self) -> dict[str, Any]:
         """The part of it that a checkpoint holds, as JSON values."""

@@ -202,7 +202,7 @@ class Trainer:
         first_step = step_of(checkpoint) or 0
         micro_batches = self.micro_batches(first_step)  # draws a seed, as at the start of a run
         state = self.state.restore(self.checkpoints, checkpoint)
-        history = read_history(checkpoint.parent, first_step)
+        history = read_history(checkpoint.parent, first_step) if self.world.is_main else []
         if not here:
             self.results.clear()
         elif first_step < self.feed.steps:
@@ -236,7 +236,7 @@ class Trainer:
         self.engine.module.train()
         if not first:
             progress.before = self._evaluate(log, 0)
-        elif self._evaluates_after(first) and not progress.evaluated(first):
+        elif self._evaluates_after(first) and not self._evaluated(first):
             self._evaluate(log, first)  # a signal has cut it short
         save = partial(self._save, log)
         with self.signals.held():
@@ -264,6 +264,13 @@ class Trainer:
         """Whether the run evaluates between ``step`` and the next one."""
         every = self.options.train.eval_steps
         return bool(every) and step % every == 0 and step < self.feed.steps
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether an earlier process has evaluated after ``step``. A collective."""
+        lines = self.progress.history
+        return self.checkpoints.from_rank_0(
+            lambda: any("eval_loss" in line and line["step"] == step for line in lines)
+        )
 
     def _save(self, log: RunLog, step: int) -> None:
         log.sync()
