@@ -11,7 +11,7 @@ import torch
 
 from scalora_dist.checkpoint.manifest import checkpoints, is_sound, step_of
 from scalora_dist.checkpoint.replicas import Differing, differing, sentence
-from scalora_dist.training.saving import PREEMPTED
+from scalora_dist.distributed.stop_signals import PREEMPTED
 from tests.support import launched, runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
 from tests.support.toy import ranks_of
