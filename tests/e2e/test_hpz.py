@@ -48,8 +48,8 @@ def train(world: World, case: dict[str, Any]) -> list[set[int]]:
     seen: list[set[int]] = []
 
     class Watched(Trainer):
-        def _evaluate(self, *args: Any) -> Any:
-            result = super()._evaluate(*args)
+        def _evaluate(self, *args: Any, **named: Any) -> Any:
+            result = super()._evaluate(*args, **named)
             seen.append(
                 {
                     world.size * p.ds_tensor.ds_numel // p.ds_secondary_tensor.numel()

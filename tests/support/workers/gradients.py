@@ -141,7 +141,7 @@ def train(world: World, options: dict[str, Any], budget: int | None) -> None:
     """Train. With a budget (bytes), compute the weights' gradients before."""
 
     class Looking(Trainer):
-        def _train(self) -> Any:
+        def start(self) -> Any:
             if budget is not None:
                 for _, shard in weight_gradients(
                     self.model,
@@ -152,7 +152,7 @@ def train(world: World, options: dict[str, Any], budget: int | None) -> None:
                     budget_bytes=budget,
                 ):
                     assert shard.local.abs().sum() > 0
-            return super()._train()
+            return super().start()
 
     runs.make(world, options, Looking).run()
 
