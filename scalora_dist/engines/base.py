@@ -61,6 +61,7 @@ class Engine(ABC):
 
     Attributes:
         dtype: dtype of the stored weights.
+        gradient_dtype: dtype in which gradients are summed over micro-batches and kept.
         keeps_whole_weights: whether each rank keeps the full weights. They are best read straight
             to its device.
         loads_on_rank_0: whether only rank 0 reads the model's files. The other ranks build the
@@ -74,6 +75,7 @@ class Engine(ABC):
 
     world: World
     dtype: torch.dtype
+    gradient_dtype = torch.float32
     keeps_whole_weights = False
     loads_on_rank_0 = False
     model: nn.Module

@@ -24,6 +24,7 @@ from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import MOMENTS, Engine, MakeOptimizer, ParameterShards
 from scalora_dist.engines.broadcast import broadcast_buffers, match_rank_0, replaced_parameters
+from scalora_dist.engines.ds_config import compute_dtype, gradient_dtype
 from scalora_dist.engines.layer_shards import TrainedShard, as_matrix
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import adapted_linear
@@ -62,10 +63,7 @@ class DeepSpeedEngine(Engine):
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.keeps_whole_weights = self.stage < 3
         self.loads_on_rank_0 = quantized and self.stage == 3
-        self.dtype = torch.float32
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            if config.get(name, {}).get("enabled"):
-                self.dtype = dtype
+        self.dtype, self.gradient_dtype = compute_dtype(config), gradient_dtype(config)
         if self.dtype not in get_accelerator().supported_dtypes():
             raise UserError("DeepSpeed has no fp16 on this device: set --bf16 or neither")
 
@@ -115,9 +113,8 @@ class DeepSpeedEngine(Engine):
         deepspeed.zero.Init(config_dict_or_path=self.config)._convert_to_zero_parameters(parameters)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        # DeepSpeed divides by the accumulation steps and by the world size. Our loss is one share
-        # of a sum, so both are multiplied back.
-        self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.world.size))
+        # DeepSpeed divides gradients by the world size. Our loss is one share of a sum.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         if not last:
             self.engine.step()
         elif self.shards.offloads:  # copies of gradients to the CPU may still be running
@@ -305,6 +302,11 @@ class _Stage1And2Shards(_ZeroShards):
             return self._nothing()
         return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
+    def clear_gradients(self, trained: list[TrainedShard]) -> None:
+        super().clear_gradients(trained)
+        if self.offloads:  # DeepSpeed keeps the fp32 sums of a discarded step on the device
+            self.zero.averaged_gradients.clear()
+
     def moments(self, p: ZeroParameter) -> list[Tensor]:
         mapping = p._hp_mapping
         if mapping is None:  # as many moments as on the ranks that own a part
@@ -388,7 +390,7 @@ class _Stage3Shards(_ZeroShards):
 
     def clear_gradients(self, trained: list[TrainedShard]) -> None:
         super().clear_gradients(trained)
-        if self.offloads:  # the gradients also went through this buffer on the device
+        if self.offloads:  # the gradients also went through this buffer
             self.zero.grad_partitions_flat_buffer.zero_()
 
     def moments(self, p: ZeroParameter) -> list[Tensor]:

@@ -1,10 +1,15 @@
-"""Reads DeepSpeed's JSON: fills in "auto" values, refuses settings that break the rescale."""
+"""Reads DeepSpeed's JSON: fills in "auto" values, refuses settings that break the rescale.
+
+Also decides in which dtype DeepSpeed sums gradients (``sum_gradients_in_fp32``).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
@@ -19,6 +24,7 @@ SECTIONS = (
     "zero_optimization.offload_param",
     "zero_optimization.offload_optimizer",
 )
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # DeepSpeed knows fp32 by all of these
 
 
 def load_ds_config(
@@ -47,6 +53,7 @@ def load_ds_config(
     _check_sections(config, path)
     _fill(config, args, world_size, hidden_size, path)
     _refuse(config, world_size, path)
+    sum_gradients_in_fp32(config, path)
     if left := [key for key, value in _leaves(config) if value == "auto"]:
         raise UserError(f'{path}: nothing decides {left[0]}: write a value instead of "auto"')
     # The optimizer is torch's AdamW on every engine, offloaded or not.
@@ -96,6 +103,56 @@ def _fill(
             section[name] = value
 
 
+def sum_gradients_in_fp32(config: dict[str, Any], path: str) -> None:
+    """Make DeepSpeed sum gradients over micro-batches and ranks in fp32, at stages 2 and 3.
+
+    By itself DeepSpeed sums in the training's dtype. A bf16 number has 8 significant bits. So a
+    bf16 sum of hundreds of gradients takes in ever less of each further gradient. A rescale is
+    solved from these sums.
+
+    Only trained parameters have gradients. Those of adapters are small. With ``--method full``
+    fp32 sums take 4 bytes of a parameter instead of 2, divided by the number of ranks, and twice
+    the bytes of a reduction. It is no exception: FSDP2 and one process sum its gradients in fp32
+    too, so that engines train alike.
+
+    Stages 0 and 1 keep what the config says. In 16 bits DeepSpeed refuses fp32 sums at stage 0. At
+    stage 1 in bf16 it takes another optimizer for them, with whole gradients on every rank.
+
+    Args:
+        config: a DeepSpeed config; changed.
+        path: the config's file, for the error.
+
+    Raises:
+        UserError: the config asks for another dtype at stage 2 or 3.
+    """
+    if config.get("zero_optimization", {}).get("stage", 0) < 2:
+        return
+    for key in ("data_types.grad_accum_dtype", "communication_data_type"):
+        section, name = _section(config, key)
+        given = section.get(name)
+        if given not in (None, "auto") and str(given).lower() not in FP32_NAMES:
+            raise UserError(
+                f"{path}: {key} {given} rounds what the rescale is solved from: remove it, or set "
+                '"fp32"'
+            )
+        section[name] = "fp32"
+
+
+def compute_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the weights under a config of ``load_ds_config``."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(name, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def gradient_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype in which DeepSpeed sums and keeps gradients, for a config of ``load_ds_config``."""
+    if config.get("data_types", {}).get("grad_accum_dtype") in FP32_NAMES:
+        return torch.float32
+    return compute_dtype(config)
+
+
 def _refuse(config: dict[str, Any], world_size: int, path: str) -> None:
     zero = config.get("zero_optimization", {})
     hpz = zero.get("zero_hpz_partition_size", 1)
@@ -108,12 +165,10 @@ def _refuse(config: dict[str, Any], world_size: int, path: str) -> None:
                 f"{path}: remove the {name!r} block: --learning_rate, --weight_decay, "
                 "--lr_scheduler_type and --warmup_ratio decide, alike on every engine"
             )
-    bf16 = config["bf16"]["enabled"]
+    bf16, fp16 = (config[name]["enabled"] for name in ("bf16", "fp16"))
     accumulate = config.get("data_types", {}).get("grad_accum_dtype")
     reasons = {
-        "fp16 unscales gradients wrongly at stage 0: set stage 1, 2 or 3": (
-            config["fp16"]["enabled"] and stage == 0
-        ),
+        "fp16 unscales gradients wrongly at stage 0: set stage 1, 2 or 3": (fp16 and stage == 0),
         "round_robin_gradients moves gradients away from their parameters: set it to false": (
             zero.get("round_robin_gradients")
         ),
@@ -147,8 +202,8 @@ def _refuse(config: dict[str, Any], world_size: int, path: str) -> None:
         "torch_autocast is not supported: remove it and set --bf16": (
             config.get("torch_autocast", {}).get("enabled")
         ),
-        "fp32 gradient accumulation with bf16 needs stage 2 or 3": (
-            bf16 and stage < 2 and accumulate in ("fp32", "float32")
+        "fp32 gradient accumulation in 16 bits needs stage 2 or 3": (
+            (bf16 or fp16) and stage < 2 and accumulate in FP32_NAMES
         ),
         "check_grad_overflow must stay on, so that a non-finite step is skipped": (
             bf16 and config["bf16"].get("check_grad_overflow", True) is False

@@ -24,7 +24,7 @@ class LayerShards:
         W: frozen weight (m, n).
         A: fp32 master (m, r).
         B: fp32 master (n, r).
-        grad_A: gradient (m, r); may be 16-bit and multiplied by the loss scale.
+        grad_A: gradient (m, r), of ``Engine.gradient_dtype``, multiplied by the loss scale.
         grad_B: gradient (n, r), like ``grad_A``.
         moments_A: AdamW's (m, v) of A, each (m, r); empty before the first step.
         moments_B: AdamW's (m, v) of B, each (n, r); empty before the first step.
@@ -60,8 +60,8 @@ class TrainedShard:
     Attributes:
         name: the parameter's name.
         master: fp32 master.
-        gradient: gradient; may be 16-bit and multiplied by the loss scale. The master, if gradients
-            were not asked for.
+        gradient: gradient, of ``Engine.gradient_dtype``, multiplied by the loss scale. The master,
+            if gradients were not asked for.
         moments: AdamW's (m, v); empty before the first step.
     """
 

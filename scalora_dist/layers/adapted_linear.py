@@ -45,6 +45,10 @@ class AdaptedLinear(nn.Linear):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
+        # x gets two gradients here, through W and through the adapter. With a node of its own for
+        # this layer, autograd adds these two first, on every engine. ZeRO-3's hooks make such a
+        # node, other engines do not, and in bf16 another order of sums is another rounding.
+        x = x.view_as(x)
         y = super().forward(x)
         return y + self.scaling * self.added(x).to(y.dtype)
 

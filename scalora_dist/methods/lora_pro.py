@@ -40,10 +40,13 @@ class LoraPro(Transform):
     def __init__(self, engine: Engine) -> None:
         """
         Raises:
-            UserError: the engine trains in fp16. P⁻¹ makes gradients too large for its range.
+            UserError: the engine keeps gradients in fp16. P⁻¹ makes them too large for its range.
         """
-        if engine.dtype == torch.float16:
-            raise UserError("--method lora-pro overflows fp16 gradients: set --bf16 or neither")
+        if engine.gradient_dtype == torch.float16:
+            raise UserError(
+                "--method lora-pro overflows fp16 gradients: set --bf16, or ZeRO stage 2 or 3, "
+                "which keep gradients in fp32"
+            )
         self.world = engine.world
         shards = factor_shards(engine.layer_shards(gradients=False))
         self.layout = Layout.of(shards, self.world.device)

@@ -185,7 +185,7 @@ def _rescaler(engine: Engine, merger: Merger | None, args: MethodArguments) -> R
         bounds=args.bounds,
         interval=args.interval or 1,
         threshold=0.0 if args.interval else args.auto_threshold,
-        fp16=engine.dtype == torch.float16,
+        fp16=engine.gradient_dtype == torch.float16,
     )
 
 

@@ -9,7 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from scalora_dist.core.arithmetic import ceil_div
+from scalora_dist.engines.ds_config import gradient_dtype
 from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
 from scalora_dist.planning.trace import Event
 
@@ -32,6 +35,7 @@ class ZeroResidency(Residency):
         self.prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
         self.most_live = int(zero.get("stage3_max_live_parameters", 1e9))
         self.reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
+        self.in_fp32 = gradient_dtype(config) == torch.float32
         self.secondary = min(int(zero.get("zero_hpz_partition_size", 1)), world)
         self.weights_on_host = offloads(zero, "offload_param") and self.stage == 3
         self.states_on_host = offloads(zero, "offload_optimizer")
@@ -54,23 +58,53 @@ class ZeroResidency(Residency):
         adapters = low / self.world if self.stage == 3 else low
         device["adapters"] = device.get("adapters", 0) + adapters
         states = {"masters": masters, "moments": 8 * numel / part}
-        # Stage 1 accumulates full gradients. So does stage 2 between the micro-batches of a step.
-        gradients = low / self.world if self.stage == 3 else low
+        gradients = self._gradients(trained)
         if self.states_on_host:
+            # Of the masters' dtype and layout. Stage 3 keeps its sums on the host too.
             host |= states | {"gradients": 4 * numel / part}
+            if self.stage == 3:
+                host["gradients"] += gradients
+                gradients = 0.0
         else:
             device |= states
         device["gradients"] = gradients
-        if self.stage and self.contiguous:
-            itemsize = low / numel
-            buckets = 2 if self.overlaps and self.stage < 3 else 1
-            device["engine buffers"] = buckets * self.bucket * itemsize
+        device["engine buffers"] = self._buffers(trained)
         if self.stage == 3:
             device["gathered and kept"] = sum(w.nbytes for w in weights if self._persistent(w))
             if self.secondary > 1:
                 kept = sum(w.nbytes for w in weights) / self.secondary
                 device["secondary shards"] = kept
-        return Held(device, host, during_step=0.0 if self.states_on_host else 4 * numel / part)
+        # A flat fp32 copy of the gradients, unless they are one already.
+        copied = not self.states_on_host and not (self.stage == 2 and self._sums_apart(trained))
+        return Held(device, host, during_step=4 * numel / part if copied else 0.0)
+
+    def _sums_apart(self, trained: Sequence[Weight]) -> bool:
+        """Whether fp32 sums are kept beside gradients in 16 bits (``sum_gradients_in_fp32``)."""
+        return self.in_fp32 and any(weight.itemsize < 4 for weight in trained)
+
+    def _gradients(self, trained: Sequence[Weight]) -> float:
+        """Bytes of the gradients that are kept from one micro-batch to the next."""
+        low = sum(weight.nbytes for weight in trained)
+        if self._sums_apart(trained):
+            return sum(4 * weight.numel for weight in trained) / self.world
+        # Stage 1 accumulates full gradients. So does stage 2 in fp32.
+        return low / self.world if self.stage == 3 else low
+
+    def _buffers(self, trained: Sequence[Weight]) -> float:
+        """Bytes of the buckets in which gradients are reduced, and of a bucket's fp32 copy."""
+        if not self.stage:
+            return 0.0
+        apart = self._sums_apart(trained)
+        itemsize = max(weight.itemsize for weight in trained)
+        numel = sum(weight.numel for weight in trained)
+        buckets = 0
+        if self.contiguous:
+            buckets = 2 if self.overlaps and self.stage < 3 else 1
+        if self.stage == 3:  # gradients are copied into a bucket in fp32
+            return buckets * self.bucket * (4 if apart else itemsize)
+        # Stage 2 casts a full bucket, or a gradient that is larger than a bucket.
+        cast = max(min(self.bucket, numel), *(weight.numel for weight in trained))
+        return buckets * self.bucket * itemsize + (cast * (itemsize + 4) if apart else 0)
 
     def _persistent(self, weight: Weight) -> bool:
         return weight.numel <= self.persists
@@ -84,13 +118,17 @@ class ZeroResidency(Residency):
         self, weights: Sequence[Weight], events: Sequence[Event], micro_batches: int
     ) -> list[Message]:
         trained = [weight for weight in weights if weight.trained]
-        gradients = others(self.world) * sum(weight.nbytes for weight in trained)
+        updated = others(self.world) * sum(weight.nbytes for weight in trained)
+        gradients = updated
+        if self.in_fp32:
+            gradients = others(self.world) * sum(4 * weight.numel for weight in trained)
         if self.stage == 0:
             return [Message("gradients", 2 * gradients, self.world)]
-        if self.stage < 3:
+        if self.stage < 3:  # stage 2 reduces every micro-batch's gradients, by all-reduces
+            reductions = micro_batches if self.stage == 2 else 1
             return [
-                Message("gradients", 2 * gradients, self.world),
-                Message("updated weights", gradients, self.world),
+                Message("gradients", 2 * reductions * gradients, self.world),
+                Message("updated weights", updated, self.world),
             ]
         fetches = [fetched for _, fetched in self._coordinate(weights, events)]
         far, near = micro_batches * sum(fetches), 0.0

@@ -214,11 +214,10 @@ def test_copies_stay_the_same_bit_for_bit(
 
 @HEAVY
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora-pro"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_in_fp16(
     ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
 ) -> None:
-    """Every method but LoRA-Pro, which refuses it."""
     # A loss scale that overflows on no first step.
     fp16 = tiny_runs.fp16_options(engine, tmp_path, initial_scale_power=5)
     case = options(task, tmp_path / "run", engine, method, save_steps=0, **fp16)

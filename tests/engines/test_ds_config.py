@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.engines.ds_config import load_ds_config
@@ -63,6 +64,11 @@ def test_shipped_configs_load(path: Path, world_size: int, precision: dict[str, 
     assert config["gradient_clipping"] == 0.7
     assert config["bf16"]["enabled"] is precision.get("bf16", False)
     assert config["fp16"]["enabled"] is precision.get("fp16", False)
+    sums = (
+        config.get("data_types", {}).get("grad_accum_dtype"),
+        config.get("communication_data_type"),
+    )
+    assert sums == (("fp32", "fp32") if stage >= 2 else (None, None))
     if stage == 3 and path.stem not in FOR_12B:
         assert config["zero_optimization"]["reduce_bucket_size"] == 576**2
 
@@ -72,9 +78,11 @@ def test_shipped_configs_load(path: Path, world_size: int, precision: dict[str, 
 def test_deepspeed_takes_the_shipped_configs(path: Path) -> None:
     """DeepSpeed's own checks, as it makes them where there is one rank."""
     runtime = pytest.importorskip("deepspeed.runtime.config")
-    bf16 = path.stem in FOR_12B
-    config = load(str(path), world_size=1, per_device_train_batch_size=3, bf16=bf16)
+    config = load(str(path), world_size=1, per_device_train_batch_size=3, bf16=True)
     read = runtime.DeepSpeedConfig(config)
+    if read.zero_optimization_stage >= 2:
+        assert runtime.DtypeEnum(read.grad_accum_dtype).value == torch.float32
+        assert read.communication_data_type == torch.float32
     assert read.zero_optimization_stage == config["zero_optimization"]["stage"]
     assert read.train_batch_size == 3
     assert read.gradient_clipping == config["gradient_clipping"]
@@ -158,11 +166,23 @@ NVME = {"device": "nvme", "nvme_path": "/tmp"}
         (zero(3, offload_optimizer={"super_offload": True}), {}, "super_offload"),
         (zero(3, offload_optimizer=NVME), {}, "NVMe"),
         (zero(1) | {"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel"),
-        (
-            zero(1) | {"data_types": {"grad_accum_dtype": "fp32"}},
-            {"bf16": True},
-            "stage 2 or 3",
+        *(
+            (zero(1) | {"data_types": {"grad_accum_dtype": name}}, {dtype: True}, "stage 2 or 3")
+            for name in ("fp32", "torch.float32")
+            for dtype in ("bf16", "fp16")
         ),
+        (
+            zero(2) | {"data_types": {"grad_accum_dtype": "bf16"}},
+            {"bf16": True},
+            "grad_accum_dtype",
+        ),
+        (
+            zero(3) | {"data_types": {"grad_accum_dtype": "fp16"}},
+            {"fp16": True},
+            "grad_accum_dtype",
+        ),
+        (zero(2) | {"communication_data_type": "bf16"}, {"bf16": True}, "communication_data_type"),
+        (zero(3) | {"communication_data_type": "fp16"}, {}, "communication_data_type"),
         (zero(2) | {"bf16": {"check_grad_overflow": False}}, {"bf16": True}, "check_grad_overflow"),
         (zero(3, compute_grad_norm=False), {}, "compute_grad_norm"),
         (
@@ -200,6 +220,9 @@ def test_settings_that_would_break_the_rescale(
         zero(3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}),
         zero(1) | {"tensor_parallel": {"autotp_size": 1}},
         zero(2) | {"data_types": {"grad_accum_dtype": "fp32"}},
+        zero(3) | {"data_types": {"grad_accum_dtype": "auto"}, "communication_data_type": "auto"},
+        zero(2) | {"communication_data_type": "FP32"},
+        zero(1) | {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp32"},
     ],
 )
 def test_harmless_settings_are_taken(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -128,13 +128,18 @@ def test_an_option_at_its_default_may_be_given() -> None:
 
 
 def test_lora_pro_refuses_fp16() -> None:
-    engine: Any = SimpleNamespace(dtype=torch.float16)
+    engine: Any = SimpleNamespace(gradient_dtype=torch.float16)
     transform = METHODS["lora-pro"].transform
     assert transform is not None
     with pytest.raises(UserError) as error:
         transform(engine, None, arguments("--method", "lora-pro"))
     sentence = one_sentence(error)
-    assert "--method lora-pro" in sentence and "fp16" in sentence and "--bf16" in sentence
+    assert (
+        "--method lora-pro" in sentence
+        and "fp16" in sentence
+        and "--bf16" in sentence
+        and "stage 2 or 3" in sentence
+    )
 
 
 @pytest.mark.parametrize(("method", "most"), [("lora", 8), ("pissa", 8), ("lora-ga", 4)])

@@ -112,8 +112,9 @@ def test_16_bit_masters_equal_reference(
 ) -> None:
     case = {"engine": engine, "dtype": dtype, "offload": offload, "accumulation": accumulation}
     records = ranks(ranks_of(engine)).run(toy.steps, 3, **case)[0]
-    # What the forward reads is 16-bit; so are the gradients, which a scaling rounds once more.
+    # What the forward reads is 16-bit; so are gradients at stages 0 and 1, which a scaling rounds.
     rounding = 2.0 ** {"bf16": -8, "fp16": -10}[dtype]
+    scaled = rounding if engine in ("zero0", "zero1") else 1e-6
     for step, record in enumerate(records):
         assert record["applied"]
         for index, name in enumerate(toy.SHAPES):
@@ -121,7 +122,7 @@ def test_16_bit_masters_equal_reference(
             expected = transform(record["before"][name], alpha, beta, toy.SCALING)
             after = record["after"][name]
             assert expected.largest_error(after, KEPT) < 1e-6
-            assert expected.largest_error(after, ("grad_A", "grad_B")) < rounding
+            assert expected.largest_error(after, ("grad_A", "grad_B")) < scaled
         check_optimizer_step(record, step)
         check_forward(record, 4 * rounding)
 

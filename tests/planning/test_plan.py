@@ -34,6 +34,7 @@ SIZES = {
     "head_dim": 24,
     "vocab_size": 3001,
 }
+FULL: dict[str, Any] = {"method": "full", "rank": None, "lora_alpha": None}
 SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "local": (1, {}),
     "local, bf16, checkpointing": (1, {"bf16": True, "gradient_checkpointing": True}),
@@ -50,8 +51,11 @@ SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3, accumulation": (2, {"gradient_accumulation_steps": 3}),
     "zero3, 4 bits": (2, {"load_in_4bit": True}),
     "zero2, bf16, nearest": (2, {"bf16": True, "merge_rounding": "nearest"}),
-    "zero2, full": (2, {"method": "full", "rank": None, "lora_alpha": None}),
-    "fsdp, full": (2, {"method": "full", "rank": None, "lora_alpha": None}),
+    "zero2, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
+    "zero3, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
+    "zero1, bf16, accumulation": (2, {"bf16": True, "gradient_accumulation_steps": 3}),
+    "zero2, full": (2, FULL),
+    "fsdp, full": (2, FULL),
 }
 QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing")
 
@@ -82,6 +86,10 @@ def test_a_plan_is_within_a_tenth_of_what_tensors_take(
     assert plan.peak.total == pytest.approx(max(f.tracked for f in found), rel=0.1)
     if size > 1:
         assert plan.gathered == pytest.approx(max(f.gathered for f in found), rel=0.1)
+    if size == 2:  # a reduction fills as many bytes here as a rank receives
+        reduced = [m for m in (*plan.messages, *plan.rescale) if m.what in ("gradients", "grams")]
+        received = sum(message.received for message in reduced)
+        assert received == pytest.approx(max(f.reduced for f in found), rel=0.1)
 
 
 PARAMETERS = {

@@ -21,6 +21,7 @@ from scalora_dist.core.split_precision import join_halves
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import Engine
 from scalora_dist.engines.deepspeed import DeepSpeedEngine
+from scalora_dist.engines.ds_config import sum_gradients_in_fp32
 from scalora_dist.engines.fsdp import FSDPEngine
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.layer_shards import LayerShards
@@ -130,7 +131,7 @@ def ds_config(world: World, stage: int, dtype: str, offload: bool, accumulation:
         zero["offload_optimizer"] = {"device": "cpu"}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    config = {
         "train_micro_batch_size_per_gpu": EXAMPLES // world.size // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
@@ -140,6 +141,8 @@ def ds_config(world: World, stage: int, dtype: str, offload: bool, accumulation:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    sum_gradients_in_fp32(config, "the toy's config")
+    return config
 
 
 class Run:
@@ -184,7 +187,7 @@ class Run:
             eta_lipschitz=ETA_LIPSCHITZ,
             bounds=BOUNDS,
             threshold=threshold,
-            fp16=self.engine.dtype == torch.float16,
+            fp16=self.engine.gradient_dtype == torch.float16,
         )
         solve = self.rescaler.solve
 

@@ -14,15 +14,24 @@ from tests.support import runs
 
 
 class Found(NamedTuple):
+    """What one rank needed in a step.
+
+    Attributes:
+        tracked: peak bytes of live tensors.
+        gathered: bytes that all-gathers filled.
+        reduced: bytes that other collectives filled.
+    """
+
     tracked: int
     gathered: int
+    reduced: int
 
 
 def measured(world: World, options: dict[str, Any]) -> Found:
-    """This rank's peak bytes of live tensors in a step, and the bytes that all-gathers filled."""
     trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
     trainer.run()
-    return Found(trainer.tracked, trainer.traffic.gathered)
+    traffic = trainer.traffic
+    return Found(trainer.tracked, traffic.gathered, traffic.received - traffic.gathered)
 
 
 def planned(options: dict[str, Any], size: int) -> Plan:

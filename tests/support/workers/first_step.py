@@ -112,7 +112,7 @@ def lora_pro(
         """The part of an engine's interface that LoraPro uses."""
 
         def __init__(self) -> None:
-            self.world, self.dtype = world, torch.float32
+            self.world, self.gradient_dtype = world, torch.float32
 
         def layer_shards(self, *, gradients: bool) -> list[LayerShards]:
             return shards
