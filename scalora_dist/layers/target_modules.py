@@ -71,6 +71,23 @@ def reached_by_text(model: PreTrainedModel) -> set[nn.Module]:
     return {*model.get_decoder().modules(), model.get_output_embeddings()}
 
 
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: decoder block} in model order: the modules of ``_no_split_modules`` in transformers.
+
+    Without those inside another one, as Mamba's mixers are in its blocks, and without those that
+    text does not reach, as a vision tower's.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    reached = reached_by_text(model) if isinstance(model, PreTrainedModel) else {*model.modules()}
+    blocks: dict[str, nn.Module] = {}
+    outer = "."
+    for name, module in model.named_modules():
+        inside = f"{name}.".startswith(outer)
+        if type(module).__name__ in kinds and module in reached and not inside:
+            blocks[name], outer = module, f"{name}."
+    return blocks
+
+
 class _Survey:
     """A model's modules, and which of them can carry A and B."""
 
