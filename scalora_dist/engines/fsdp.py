@@ -16,7 +16,6 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
@@ -30,7 +29,7 @@ from scalora_dist.engines.broadcast import (
 from scalora_dist.engines.fsdp_config import FSDPConfig
 from scalora_dist.engines.layer_shards import LayerShards, NamedShard, TrainedShard, as_matrix
 from scalora_dist.engines.local import LocalEngine, TorchShards
-from scalora_dist.layers.target_modules import reached_by_text
+from scalora_dist.layers.target_modules import decoder_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +80,12 @@ class FSDPEngine(LocalEngine):
         config, on_gpu = self.config, self.world.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
         policy = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype)
-        blocks = _decoder_blocks(model)
+        # Blocks that no text reaches stay in the root's group: torch fails in the backward if a
+        # separate group was never gathered.
+        blocks = decoder_blocks(model)
         if not blocks:
             logger.warning("the model names no decoder blocks: FSDP gathers all of it at once")
-        for module in (*blocks, model):
+        for module in (*blocks.values(), model):
             sharded = fully_shard(
                 module,
                 mesh=self.mesh,
@@ -146,12 +147,3 @@ class DTensorShards(TorchShards):
     def local(self, tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor)
         return tensor.to_local().detach().view(-1)
-
-
-def _decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks, named in ``_no_split_modules`` of transformers, in model order."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    # Blocks that text does not pass through (vision towers) stay in the root's group: torch fails
-    # in the backward if a separate group was never gathered.
-    reached = reached_by_text(model) if isinstance(model, PreTrainedModel) else set(model.modules())
-    return [x for x in model.modules() if type(x).__name__ in names and x in reached]

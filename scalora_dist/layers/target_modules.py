@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeVar
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from scalora_dist.errors import UserError
+from scalora_dist.layers.bypassed import ShapeOf, find_bypassed
 from scalora_dist.layers.fourbit_linear import FourBitLinear
 
 ALL_LINEAR = "all-linear"
-ShapeOf: TypeAlias = Callable[[Tensor], torch.Size]
+ADAPTABLE = (nn.Linear, FourBitLinear)
 logger = logging.getLogger(__name__)
 L = TypeVar("L", bound=nn.Module)
 
@@ -48,12 +50,19 @@ def inject(
             parameter while it was loaded.
 
     Raises:
-        UserError: a target that does not exist or cannot be adapted, a rank that does not fit.
+        UserError: a target that does not exist or cannot be adapted, a rank that does not fit, a
+            model that multiplies 4-bit weights itself.
     """
     model.requires_grad_(False)
     survey = _Survey(model, shape_of)
     every = list(target_modules) == [ALL_LINEAR]
     targets = survey.all_linear() if every else survey.by_suffix(target_modules)
+    for name, module in survey.modules.items():
+        if isinstance(module, FourBitLinear) and module in survey.bypassed:
+            raise UserError(
+                f"the model multiplies the weight of {name} itself, and 4-bit codes are no matrix: "
+                "load the model unquantized"
+            )
     limits = {n: min(t.out_features, t.in_features) // directions for n, t in targets.items()}
     narrowest = min(limits, key=lambda name: limits[name])
     if not 1 <= rank <= limits[narrowest]:
@@ -71,16 +80,42 @@ def reached_by_text(model: PreTrainedModel) -> set[nn.Module]:
     return {*model.get_decoder().modules(), model.get_output_embeddings()}
 
 
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: decoder block} in model order: the modules of ``_no_split_modules`` in transformers.
+
+    Without those inside another one, as Mamba's mixers are in its blocks, and without those that
+    text does not reach, as a vision tower's.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    reached = reached_by_text(model) if isinstance(model, PreTrainedModel) else {*model.modules()}
+    blocks: dict[str, nn.Module] = {}
+    outer = "."
+    for name, module in model.named_modules():
+        inside = f"{name}.".startswith(outer)
+        if type(module).__name__ in kinds and module in reached and not inside:
+            blocks[name], outer = module, f"{name}."
+    return blocks
+
+
 class _Survey:
     """A model's modules, and which of them can carry A and B."""
 
     def __init__(self, model: PreTrainedModel, shape_of: ShapeOf) -> None:
+        self.model = model
         self.shape_of = shape_of
         self.modules = dict(model.named_modules())
         self.head = model.get_output_embeddings()
         self.reached = reached_by_text(model)
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         self.shared = {parameter for parameter, count in owners.items() if count > 1}
+
+    @cached_property
+    def bypassed(self) -> set[nn.Module]:
+        """The layers whose weight the model multiplies itself."""
+        every = self.modules.values()
+        layers = [x for x in every if type(x) in ADAPTABLE]
+        experts = [x for x in every if self._fused_experts(x)]
+        return {*find_bypassed(self.model, layers, experts, self.shape_of)}
 
     def all_linear(self) -> dict[str, nn.Linear]:
         targets, skipped = {}, {}
@@ -101,7 +136,15 @@ class _Survey:
             reason = next(iter(skipped.values()), "the model has no nn.Linear besides its LM head")
             raise UserError(f"--target_modules all-linear finds nothing to adapt: {reason}")
         if skipped:
-            logger.warning("all-linear leaves out %d layers: %s", len(skipped), "; ".join(skipped))
+            bypassed = sum(self.modules[name] in self.bypassed for name in skipped)
+            logger.warning(
+                "all-linear leaves out %d layers%s: %s",
+                len(skipped),
+                f" ({bypassed} whose weight the model or its GPU kernels multiply themselves)"
+                if bypassed
+                else "",
+                "; ".join(skipped),
+            )
         return targets
 
     def by_suffix(self, suffixes: Sequence[str]) -> dict[str, nn.Linear]:
@@ -145,10 +188,15 @@ class _Survey:
             return f"{name} is quantized to {module.weight.dtype}: load the model unquantized"
         if isinstance(module.weight, DTensor):
             return f"{name} is tensor-parallel: load the model without a tp_plan"
-        if type(module) not in (nn.Linear, FourBitLinear):
+        if type(module) not in ADAPTABLE:
             return f"{name} is a {type(module).__name__} with a forward of its own: leave it out"
         if id(module.weight) in self.shared:
             return f"{name} shares its weight, and a merge would change both: leave it out"
+        if module in self.bypassed:
+            return (
+                f"{name} is bypassed, as the model or its GPU kernels multiply the weight "
+                "themselves, without A and B: leave it out"
+            )
         return None
 
     def _fused_experts(self, module: nn.Module) -> bool:

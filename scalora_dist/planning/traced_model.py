@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from scalora_dist.config.options import Options
 from scalora_dist.layers.adapted_linear import adapted_linear, own_parameters
 from scalora_dist.layers.fourbit_linear import FourBitLinear
-from scalora_dist.layers.target_modules import ALL_LINEAR, reached_by_text
+from scalora_dist.layers.target_modules import ALL_LINEAR, decoder_blocks
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import find_method
 from scalora_dist.modeling.load import BaseModelSpec, load_model
@@ -94,13 +94,12 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
             )
         )
     head = model.get_output_embeddings()
-    kinds, reached = set(model._no_split_modules or ()), reached_by_text(model)
     names = {id(module): name for name, module in model.named_modules()}
     return Traced(
         weights=weights,
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         trace=trace_micro_batch(model, train.per_device_train_batch_size, options.data.max_length),
-        blocks=[n for n, x in model.named_modules() if type(x).__name__ in kinds and x in reached],
+        blocks=[*decoder_blocks(model)],
         head=names.get(id(head), ""),
         layers=len(layers),
         factors=sum(w.numel for w in weights if w.trained and w.part == "adapters"),

@@ -21,6 +21,7 @@ __all__ = [
     "save_texts",
     "save_tiny_deepseek",
     "save_tiny_llama",
+    "save_tiny_mamba",
 ]
 
 
@@ -77,6 +78,28 @@ def save_tiny_deepseek(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return buffers
+
+
+def save_tiny_mamba(folder: Path) -> None:
+    """Save a tiny random Mamba, its tokenizer and texts."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    MambaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_texts(folder, "abc ", longest=24, count=41)
 
 
 def save_task(folder: Path, **sizes: Any) -> Path:
