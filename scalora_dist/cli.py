@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Renamed functions that DeepSpeed, or the oldest transformers we run with, has by the old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    with StopSignals() as signals, exit_with_one_sentence():
+    with StopSignals() as signals, exit_with_one_sentence(signals.ignore):
         from scalora_dist.config.parser import parse_options
 
         options = parse_options(sys.argv[1:] if argv is None else argv)

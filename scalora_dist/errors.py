@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Launchers kill all ranks when one exits. So the others wait this long for rank 0's message.
@@ -42,13 +42,23 @@ def is_rank_0() -> bool:
 
 
 @contextmanager
-def exit_with_one_sentence() -> Iterator[None]:
+def exit_with_one_sentence(failing: Callable[[], None] | None = None) -> Iterator[None]:
     """Turn a RunExit into its message on rank 0's stderr and its exit status on every rank.
 
     Another rank prints its error too, if it still runs after ``PATIENCE_SECONDS``.
+
+    Args:
+        failing: called first after any exception but Preempted.
     """
     try:
-        yield
+        try:
+            yield
+        except Preempted:
+            raise
+        except BaseException:
+            if failing:
+                failing()
+            raise
     except Preempted as ending:  # on all ranks at the same step
         if is_rank_0():
             print(ending, file=sys.stderr)

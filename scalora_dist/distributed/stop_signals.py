@@ -91,6 +91,11 @@ class StopSignals:
         yield
         self._hold(False)  # not after an error, which ends the run anyway
 
+    def ignore(self) -> None:
+        """Signals no longer count, because the run has failed. Launchers then send one to all."""
+        with self._deciding:
+            self._held = True
+
     def _hold(self, held: bool) -> None:
         with self._deciding:
             if self.received:
@@ -115,9 +120,9 @@ class StopSignals:
     def _leave(self) -> NoReturn:
         """Exit without any clean-up, which could wait for other ranks."""
         assert self.received
-        if self._others:
-            self._others.tell(self.received)
-        if self.output_dir:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        all_end = self._others.tell(self.received) if self._others else alone
+        if all_end and self.output_dir:
             mark_preempted(self.output_dir, self.step)
         if is_rank_0():
             # Not by sys.stderr: the main thread may hold its lock.

@@ -11,7 +11,7 @@ from datetime import timedelta
 from torch.distributed import DistStoreError, PrefixStore, Store
 
 POLL = timedelta(seconds=30)  # duration of one wait on the store, before the next one
-PATIENCE = 3.0  # seconds that a rank waits until all others know
+PATIENCE = 10.0  # seconds that a rank waits until all others know. Launchers wait for 30
 SIGNAL, KNOW = "signal", "know"
 
 
@@ -33,18 +33,24 @@ class OtherRanks:
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
-    def tell(self, name: str) -> None:
+    def tell(self, name: str) -> bool:
         """Send the signal's name to all ranks, and wait until they know it: at most PATIENCE.
 
         An exit before that would look to the others like a crash.
+
+        Returns:
+            whether all ranks know it. Not if one has failed: then its launcher has sent the signal.
         """
         deadline = time.monotonic() + PATIENCE
-        with suppress(RuntimeError):  # the store has ended with rank 0
+        try:
             self._mouth.set(SIGNAL, name)
             know = self._mouth.add(KNOW, 1)
             while know < self.size and time.monotonic() < deadline:
                 time.sleep(0.05)
                 know = self._mouth.add(KNOW, 0)
+        except RuntimeError:  # the store has ended with rank 0
+            return False
+        return know >= self.size
 
     def close(self) -> None:
         """End the thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from scalora_dist.training import phases
 # What a finished run leaves besides checkpoints, and what it writes on the way.
 RESULTS = ("summary.json", "adapter", "model")
 LOGS = ("metrics.jsonl", "tensorboard", "profile", PREEMPTED)
-PARTIAL = ("metrics.jsonl.partial", "adapter.partial", "model.partial")
+PARTIAL = tuple(
+    f"{name}.partial"
+    for name in ("metrics.jsonl", "phase.json", "summary.json", "adapter", "model")
+)
 # Earlier results stay in folders of this name until this run's results are whole.
 REPLACED = "replaced-results"
 _REPLACED = re.compile(rf"{REPLACED}(-\d+)?")
@@ -32,16 +36,22 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
     Raises:
         UserError: ``folder`` is a file, or is not empty and ``overwrite_output_dir`` is not set.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file, or a link to nothing: name a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     begun = names & {*LOGS, phases.FILE} and "summary.json" not in names
     resumes = train.resume_from_checkpoint == "latest" and begun
     empty = not names - {PREEMPTED}
     if not (empty or resumes or train.overwrite_output_dir):
+        goes_on = checkpoints(folder) or phases.FILE in names
+        resume = "go on with --resume_from_checkpoint latest, " if goes_on else ""
         raise UserError(
-            f"--output_dir {folder} is not empty: name another, or give --overwrite_output_dir"
+            f"--output_dir {folder} is not empty: {resume}name another, or give "
+            "--overwrite_output_dir"
         )
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: {there} cannot be written to: name another folder")
 
 
 def check_inputs(folder: Path, options: Options, checkpoint: Path | None) -> None:
@@ -105,9 +115,7 @@ def set_aside(folder: Path, *, everything: bool = True) -> None:
         folder: the run's ``output_dir``.
         everything: False: checkpoints and logs stay, because this run goes on from them.
     """
-    clear_leftovers(folder)
-    for name in PARTIAL:
-        _delete(folder / name)
+    clear_partial(folder)
     results = [folder / name for name in RESULTS if (folder / name).exists()]
     if everything:
         results += checkpoints(folder)
@@ -121,6 +129,13 @@ def set_aside(folder: Path, *, everything: bool = True) -> None:
         path.rename(_free(path))
 
 
+def clear_partial(folder: Path) -> None:
+    """Delete what a killed run had begun to write or to delete."""
+    clear_leftovers(folder)
+    for name in PARTIAL:
+        _delete(folder / name)
+
+
 def discard_replaced(folder: Path) -> None:
     """Delete what ``set_aside`` has moved."""
     for path in _replaced(folder):
@@ -128,7 +143,8 @@ def discard_replaced(folder: Path) -> None:
 
 
 def _replaced(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"{REPLACED}*") if _REPLACED.fullmatch(path.name)]
+    found = [path for path in folder.glob(f"{REPLACED}*") if _REPLACED.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _free(path: Path) -> Path:
@@ -136,7 +152,8 @@ def _free(path: Path) -> Path:
     count = 1
     while True:
         folder = path.with_name(REPLACED if count == 1 else f"{REPLACED}-{count}")
-        if not (folder / path.name).exists():
+        mine = folder.is_dir() and not folder.is_symlink()
+        if not (os.path.lexists(folder / path.name) if mine else os.path.lexists(folder)):
             folder.mkdir(exist_ok=True)
             return folder / path.name
         count += 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.training.evaluate import Evaluation
 from scalora_dist.training.run_log import write_json
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Phases:
         folder: the run's ``output_dir``.
         finished: the last finished phase; None: not even "start".
         step: number of steps at the end of training; 0 before.
+        saved: whether the checkpoint of the last step is written.
         wanted: the options that decide what the last phases write.
         found: what the finished phases found out, for the summary. JSON values.
     """
@@ -34,6 +36,7 @@ class Phases:
         self.folder = checkpoints.output_dir
         self.finished: str | None = None
         self.step = 0
+        self.saved = True
         self.wanted = wanted
         self.found: dict[str, Any] = {}
 
@@ -41,26 +44,39 @@ class Phases:
         return self.finished is not None and PHASES.index(phase) <= PHASES.index(self.finished)
 
     def begin(self) -> None:
-        """Record that no phase is finished: the folder's content is about to be moved."""
-        self._set(None, {})
+        """Record that no phase is finished: the folder's content is about to be moved. Rank 0 only.
+
+        Raises:
+            OSError: it cannot be recorded, so nothing may be moved.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(None, {})
 
     def started(self) -> None:
         """Record that the folder is this run's."""
         self._set("start", {})
 
-    def trained(self, step: int) -> None:
-        """Record that all ``step`` steps are trained and saved."""
+    def trained(self, step: int, *, saved: bool) -> None:
+        """Record that all ``step`` steps are trained.
+
+        Args:
+            saved: whether their checkpoint is written. If not, a resume trains the last steps
+                again, so no later phase is recorded before the end.
+        """
         self.step = step
+        self.saved = saved
         self._set("training", {})
 
-    def finish(self, phase: str, written: Sequence[str] = (), **found: Any) -> None:
+    def finish(self, phase: str, written: Iterable[Path] = (), **found: Any) -> None:
         """Record that a phase after the training is finished.
 
         Args:
-            written: names of what the phase wrote to the folder.
+            written: the files that the phase wrote. Only rank 0's count.
             found: what the phase found out. JSON values.
         """
-        files = [*self.found.get("written", []), *written]
+        files = dict(self.found.get("written", {}))
+        if self.checkpoints.world.is_main:
+            files |= {str(f.relative_to(self.folder)): f.stat().st_size for f in written}
         self._set(phase, {**self.found, **found, "written": files})
 
     def restore(self, step: int) -> None:
@@ -72,22 +88,24 @@ class Phases:
         Args:
             step: number of steps of the whole run, all of which the checkpoint has.
         """
-        saved = self.checkpoints.from_rank_0(lambda: _read(self.folder))
+        saved = self.checkpoints.from_rank_0(lambda: _later_phases(self.folder))
         self.finished, self.step = "training", step
-        whole = isinstance(saved.get("found"), dict) and saved.get("finished") in PHASES[2:]
-        if whole and (saved.get("step"), saved.get("wanted")) == (step, self.wanted):
+        if (saved.get("step"), saved.get("wanted")) == (step, self.wanted):
             self.finished, self.found = saved["finished"], saved["found"]
 
-    def _set(self, finished: str | None, found: dict[str, Any]) -> None:
+    def _set(self, finished: str, found: dict[str, Any]) -> None:
         self.finished, self.found = finished, found
-        if not self.checkpoints.world.is_main:
+        recorded = self.saved or finished == PHASES[-1]
+        if not self.checkpoints.world.is_main or not recorded:
             return
-        record = {"finished": finished, "step": self.step, "wanted": self.wanted, "found": found}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / FILE, record)
+            self._write(finished, found)
         except OSError as error:  # a full disk: a resume repeats the phase
             logger.warning("%s: %s", self.folder / FILE, error.strerror)
+
+    def _write(self, finished: str | None, found: dict[str, Any]) -> None:
+        record = {"finished": finished, "step": self.step, "wanted": self.wanted, "found": found}
+        write_json(self.folder / FILE, record)
 
 
 def interrupted_start(folder: Path) -> bool:
@@ -96,15 +114,30 @@ def interrupted_start(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The contents of phase.json. Empty if it is missing or damaged.
-
-    "training" is the last finished phase if what a later one wrote is no longer there.
-    """
+    """The contents of phase.json. Empty if it is missing or damaged."""
     try:
         saved = json.loads((folder / FILE).read_bytes())
-        written = saved["found"].get("written", [])
-        if not all((folder / str(name)).exists() for name in written):
-            saved["finished"] = "training"
+    except (OSError, ValueError, RecursionError):
+        return {}
+    fields = {"finished", "step", "wanted", "found"}
+    return saved if isinstance(saved, dict) and saved.keys() == fields else {}
+
+
+def _later_phases(folder: Path) -> dict[str, Any]:
+    """The contents of phase.json, if a phase after the training is finished. Else empty.
+
+    Also empty if what the summary needs is missing, or a file that a phase wrote.
+    """
+    saved = _read(folder)
+    if saved.get("finished") not in PHASES[2:]:
+        return {}
+    found = saved["found"]
+    try:
+        Evaluation.restored(found["after"])
+        int(found["peak_memory_bytes"])
+        sum(found["update_rank"])
+        sizes = {str(name): int(size) for name, size in found["written"].items()}
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return dict(saved)
+    return saved if whole else {}

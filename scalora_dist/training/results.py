@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scalora_dist.checkpoint.manifest import prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
-from scalora_dist.errors import UserError
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.export_adapter import AdapterExport
 from scalora_dist.model_io.export_model import export_model
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.training.evaluate import Evaluation
-from scalora_dist.training.output_dir import discard_replaced, set_aside
+from scalora_dist.training.output_dir import clear_partial, discard_replaced, set_aside
 from scalora_dist.training.phases import Phases
-from scalora_dist.training.run_log import write_json
+from scalora_dist.training.run_log import disk_errors_told, write_json
 from scalora_dist.training.summary import Tally, summarize
 from scalora_dist.training.update_rank import UpdateRank
 
@@ -61,11 +59,29 @@ class Results:
         Args:
             resumed: whether this run goes on from the checkpoints and logs that are there.
         """
-        if not resumed:
-            self.phases.begin()
-        if self.runner.engine.world.is_main:
-            set_aside(self.folder, everything=not resumed)
+
+        def clear() -> None:
+            with disk_errors_told(self.folder):
+                if not resumed:
+                    self.phases.begin()
+                set_aside(self.folder, everything=not resumed)
+
+        self.runner.engine.world.main_only(clear)
         self.phases.started()
+
+    def go_on(self, checkpoint: Path, keep: int) -> None:
+        """Go on after the last step, with the phases that an earlier process has not finished.
+
+        Args:
+            checkpoint: the checkpoint of the last step.
+            keep: number of checkpoints to keep.
+        """
+        self.phases.restore(step_of(checkpoint) or 0)
+        if self.runner.engine.world.is_main:
+            clear_partial(self.folder)
+            prune(self.folder, keep, newest=self.folder / checkpoint.name)
+            if not self.phases.done("summary"):  # it is written last
+                (self.folder / "summary.json").unlink(missing_ok=True)
 
     def evaluated(self, after: Evaluation | None) -> None:
         """Finish the phase "evaluation". A collective.
@@ -104,23 +120,23 @@ class Results:
         engine, low_halves = self.runner.engine, self.runner.low_halves
         if not self.phases.done("adapter"):
             folder = self.folder / "adapter"
-            with _told(folder):
+            with disk_errors_told(folder):
                 written = self.adapter.write(folder, low_halves)
-            self.phases.finish("adapter", [folder.name] if written else [])
+            self.phases.finish("adapter", folder.glob("*") if written else ())
         if not self.phases.done("model"):
             folder = self.folder / "model"
             if self.options.train.save_model:
-                with _told(folder):
+                with disk_errors_told(folder):
                     export_model(folder, engine, model, tokenizer, low_halves)
-            self.phases.finish("model", [folder.name] if self.options.train.save_model else [])
+            self.phases.finish("model", folder.glob("*") if self.options.train.save_model else ())
         summary = self._summary(tally, before)
         if not self.phases.done("summary"):
             file = self.folder / "summary.json"
             if engine.world.is_main:
-                with _told(file):
+                with disk_errors_told(file):
                     write_json(file, summary)
                 discard_replaced(self.folder)
-            self.phases.finish("summary", [file.name])
+            self.phases.finish("summary", [file])
         return summary
 
     def _summary(self, tally: Tally, before: Evaluation | None) -> dict[str, Any]:
@@ -137,15 +153,3 @@ class Results:
             carry=runner.merger.target.summary() if runner.merger else {},
             peak_memory_bytes=found["peak_memory_bytes"],
         )
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into a sentence that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror or error}); what was trained is saved: "
-            "free some space, then go on with --resume_from_checkpoint latest"
-        ) from error

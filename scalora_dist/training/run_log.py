@@ -6,14 +6,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from scalora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class RunLog:
             steps: number of steps of the whole run.
             logging_steps: steps between two points in TensorBoard.
             history: the lines with which metrics.jsonl begins.
+
+        Raises:
+            UserError: on rank 0, where metrics.jsonl cannot be written.
         """
         self.is_main = is_main
         self.folder = folder
@@ -51,16 +56,21 @@ class RunLog:
             total=steps, initial=first_step, unit="step", desc="training", disable=not is_main
         )
         if is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / "metrics.jsonl.partial"
-            aside.write_text("".join(json.dumps(_without_nan(record)) + "\n" for record in history))
-            aside.replace(folder / "metrics.jsonl")
-            self.lines = _Lines(folder / "metrics.jsonl")
+            file = folder / "metrics.jsonl"
+            with disk_errors_told(file):
+                folder.mkdir(parents=True, exist_ok=True)
+                aside = folder / "metrics.jsonl.partial"
+                lines = (json.dumps(_without_nan(record)) + "\n" for record in history)
+                aside.write_text("".join(lines))
+                aside.replace(file)
+                self.lines = _Lines(file)
             # TensorBoard discards the events that an earlier run logged after its checkpoint.
             purge = first_step + 1 if history else None
-            self.board: SummaryWriter | None = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=purge
-            )
+            self.board: SummaryWriter | None = None
+            try:
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            except OSError as error:
+                logger.warning("no TensorBoard events: %s", error)
 
     def step(self, record: dict[str, Any]) -> None:
         """Log one optimizer step: a line, the bar, and every ``logging_steps`` the scalars."""
@@ -182,10 +192,28 @@ def _record(line: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl, with NaN for null. None if the line is damaged."""
     try:
         record = json.loads(line)
-        int(record["step"])
-        return {name: math.nan if value is None else value for name, value in record.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        step, loss = record["step"], record.get("loss", 0.0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    if not isinstance(step, int) or not isinstance(loss, float | None):
+        return None
+    return {name: math.nan if value is None else value for name, value in record.items()}
+
+
+@contextmanager
+def disk_errors_told(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a sentence that names ``path``.
+
+    Raises:
+        UserError: inside ``with`` there was an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}): mend that (free some space, "
+            "for example), then go on with --resume_from_checkpoint latest"
+        ) from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -199,4 +227,6 @@ def _without_nan(value: Any) -> Any:
     """``value`` with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

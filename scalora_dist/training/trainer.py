@@ -141,7 +141,6 @@ class Trainer:
         try:
             with self.signals:
                 summary = self._run()
-            self.profile.close()
         except RuntimeError:
             if gone := self.watchdog.blame():  # a collective failed: a rank is no longer there
                 self.watchdog.end(gone)
@@ -171,6 +170,7 @@ class Trainer:
                 self.results.evaluated(self._evaluate(log, self.feed.steps))
         finally:
             log.close()  # before a final error message is printed
+        self.profile.close()
         return self.results.write(
             self.model, self.feed.tokenizer, self.progress.tally, self.progress.before
         )
@@ -208,23 +208,26 @@ class Trainer:
         elif first_step < self.feed.steps:
             self.results.clear(resumed=True)
         else:
-            self.results.phases.restore(first_step)
+            self.results.go_on(checkpoint, self.checkpoints.keep)
         if not self.results.phases.done("evaluation"):  # then its lines are written again
             steps = self.feed.steps
             history = [line for line in history if "loss" in line or line["step"] < steps]
         self.progress = Progress.restored(state["progress"], first_step, history)
         if here:
             self.saves.saved = first_step
+            self._advise(first_step)
             if self.world.is_main:
                 (self.output_dir / PREEMPTED).unlink(missing_ok=True)
-        self._advise(first_step, checkpoint)
         logger.info("going on from %s", checkpoint)
         return micro_batches
 
-    def _advise(self, step: int, checkpoint: Path) -> None:
-        """Set what is said after a signal, now that ``checkpoint`` has all that was trained."""
+    def _advise(self, step: int) -> None:
+        """Set what is said after a signal, now that the checkpoint of ``step`` is written."""
         self.signals.step = step
-        self.signals.advice = f"{checkpoint} is written: start the same run again, to go on"
+        self.signals.advice = (
+            f"{checkpoint_folder(self.output_dir, step)} is written: go on with "
+            "--resume_from_checkpoint latest"
+        )
 
     def micro_batches(self, first_step: int) -> MicroBatches:
         """This rank's micro-batches from ``first_step`` on, counted from 0."""
@@ -255,10 +258,10 @@ class Trainer:
                         votes[0] = 1.0
                 self.watchdog.pause()
                 self.saves.after(done, progress.health.skipped_in_a_row, votes, save)
-            if self.saves.finish(steps, save):
-                self._advise(steps, checkpoint_folder(self.output_dir, steps))
+            if saved := self.saves.finish(steps, save):
+                self._advise(steps)
             if not self.results.phases.done("training"):
-                self.results.phases.trained(steps)
+                self.results.phases.trained(steps, saved=saved)
 
     def _evaluates_after(self, step: int) -> bool:
         """Whether the run evaluates between ``step`` and the next one."""
