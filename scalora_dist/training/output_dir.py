@@ -18,10 +18,7 @@ from scalora_dist.training import phases
 # What a finished run leaves besides checkpoints, and what it writes on the way.
 RESULTS = ("summary.json", "adapter", "model")
 LOGS = ("metrics.jsonl", "tensorboard", "profile", PREEMPTED)
-PARTIAL = tuple(
-    f"{name}.partial"
-    for name in ("metrics.jsonl", "phase.json", "summary.json", "adapter", "model")
-)
+PARTIAL = tuple(f"{name}.partial" for name in (*RESULTS, "metrics.jsonl", phases.FILE))
 # Earlier results stay in folders of this name until this run's results are whole.
 REPLACED = "replaced-results"
 _REPLACED = re.compile(rf"{REPLACED}(-\d+)?")

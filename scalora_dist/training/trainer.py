@@ -36,7 +36,7 @@ from scalora_dist.training.optimizer import make_schedule
 from scalora_dist.training.progress import Progress
 from scalora_dist.training.results import Results
 from scalora_dist.training.resume import check_not_beyond, checkpoint_to_resume, goes_on_in
-from scalora_dist.training.run_log import RunLog, read_history
+from scalora_dist.training.run_log import RunLog, disk_errors_told, read_history
 from scalora_dist.training.saving import SavePolicy, StopAsked
 from scalora_dist.training.step_profile import make_profile
 
@@ -170,7 +170,8 @@ class Trainer:
                 self.results.evaluated(self._evaluate(log, self.feed.steps))
         finally:
             log.close()  # before a final error message is printed
-        self.profile.close()
+        with disk_errors_told(self.output_dir / "profile"):
+            self.profile.close()
         return self.results.write(
             self.model, self.feed.tokenizer, self.progress.tally, self.progress.before
         )

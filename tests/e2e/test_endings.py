@@ -24,6 +24,7 @@ from scalora_dist.training.phases import Phases
 from scalora_dist.training.run_log import RunLog
 from scalora_dist.training.trainer import Trainer
 from tests.support import launched, runs, tiny_models, tiny_runs
+from tests.support.forked import Forked
 from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
@@ -255,6 +256,33 @@ def test_a_full_disk_while_results_are_written(
     assert {**found[1], "output_dir": ""} == {**expected[1], "output_dir": ""}
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_full_disk_is_no_preemption(task: Path, disk: Path, tmp_path: Path, engine: str) -> None:
+    """The model does not fit. The launcher's signal to the other rank leaves no mark."""
+    (disk / "ballast").write_bytes(bytes(40_000))
+    others = {"max_steps": 2, "save_steps": 0, "save_model": True, "method": "lora"}
+    case = tiny_runs.options(task, disk / "run", engine, **others)
+    with Forked(2, case, tmp_path / "log") as run:
+        assert run.wait()[0] == 2, run.text()
+    assert f"{disk / 'run' / 'model'} could not be written" in run.text()
+    assert sound(disk / "run") == [2]
+    assert not (disk / "run" / PREEMPTED_MARK).exists()
+    assert not list((disk / "run").glob("*.partial"))
+
+
+def test_a_disk_that_is_full_at_the_start(
+    ranks: GetRanks, task: Path, disk: Path, tmp_path: Path
+) -> None:
+    with open(disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+        while ballast.write(bytes(256)):
+            pass
+    case = tiny_runs.options(task, disk / "run", "local", max_steps=2)
+    sentence, status, _ = ranks(1).run(tiny_runs.refusal, case)[0]
+    assert status == 2 and "\n" not in sentence
+    assert "could not be written (No space left on device)" in sentence
+
+
 def test_lines_wait_for_space(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     """metrics.jsonl on a disk that is full for some steps, in the middle of a line."""
     log = RunLog(disk, is_main=True, first_step=0, steps=900, logging_steps=1000)
@@ -380,7 +408,7 @@ def test_a_damaged_checkpoint_in_a_whole_run(task: Path, tmp_path: Path) -> None
     with launched.Launched("local", case, tmp_path / "log") as run:
         assert run.wait() == 0, run.text()
     expected = tiny_runs.lines(tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoint-6"
+    newest = tmp_path / "run" / "checkpoint-7"
     file = newest / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     named = {**case, "resume_from_checkpoint": newest}
@@ -393,9 +421,9 @@ def test_a_damaged_checkpoint_in_a_whole_run(task: Path, tmp_path: Path) -> None
     with launched.Launched("local", latest, tmp_path / "latest") as run:
         assert run.wait() == 0, run.text()
     assert f"{newest} cannot be used: {file.name} has " in run.text()
-    assert f"going on from {newest.with_name('checkpoint-4')}" in run.text()
+    assert f"going on from {newest.with_name('checkpoint-6')}" in run.text()
     assert tiny_runs.lines(tmp_path / "run") == expected
-    assert sound(tmp_path / "run") == [6, 4, 2]  # the damaged one is replaced
+    assert sound(tmp_path / "run") == [7, 6, 4]  # the damaged one is replaced
     for checkpoint in checkpoints(tmp_path / "run"):
         (checkpoint / "state.json").unlink()
     with launched.Launched("local", latest, tmp_path / "none") as run:

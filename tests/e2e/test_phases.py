@@ -38,6 +38,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
+@pytest.fixture(scope="module")
+def finished(ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run in one process."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    ranks(1).run(tiny_runs.train, options(task, folder, "local"))
+    return folder
+
+
 def options(task: Path, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
     """A run with all phases; the ranks of updates and an approximation make them last longer."""
     return tiny_runs.options(
@@ -278,12 +286,59 @@ def test_a_finished_run_started_again_changes_nothing(
     expected = outputs(tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model*")}
     summary = (tmp_path / "summary.json").read_bytes()
+    for name in ("checkpoint-9.partial", "checkpoint-1.old", "model.partial"):  # of a killed run
+        (tmp_path / name).mkdir()
     ranks(1).run(tiny_runs.train, case)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (tmp_path / "summary.json").read_bytes() == summary
-    shutil.rmtree(tmp_path / "model")
+    assert not [*tmp_path.glob("*.partial"), *tmp_path.glob("*.old")]
+    (tmp_path / "model" / "config.json").unlink()
     ranks(1).run(tiny_runs.train, case)
     assert outputs(tmp_path) == expected
+
+
+def drop(file: Path, *keys: str) -> None:
+    """Remove a value from a JSON file."""
+    content = json.loads(file.read_text())
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    file.write_text(json.dumps(content))
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "no phase.json": lambda folder: (folder / FILE).unlink(),
+    "empty": lambda folder: (folder / FILE).write_text(""),
+    "deep": lambda folder: (folder / FILE).write_text("[" * 100_000),
+    "a list": lambda folder: (folder / FILE).write_text("[]"),
+    "no step": lambda folder: drop(folder / FILE, "step"),
+    "no evaluation": lambda folder: drop(folder / FILE, "found", "after"),
+    "summary.json": lambda folder: (folder / "summary.json").write_text("garbage"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_damaged_at_the_end_is_written_again(
+    ranks: GetRanks, task: Path, tmp_path: Path, finished: Path, harm: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    HARMS[harm](folder)
+    case = options(task, folder, "local", resume_from_checkpoint="latest")
+    assert ranks(1).run(tiny_runs.train, case)[0][0] == STEPS
+    check_whole(folder, finished)
+
+
+def test_a_refused_run_leaves_nothing(task: Path, tmp_path: Path) -> None:
+    """Not even the mark of a preempted run, though a launcher then ends the other ranks."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").touch()
+    with Forked(2, options(task, folder, "fsdp"), tmp_path / "log") as run:
+        assert run.wait()[0] == 2, run.text()
+    assert "is not empty" in run.text()
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(

@@ -187,9 +187,10 @@ def lose(file: Path) -> None:
 
 
 def tear(file: Path) -> None:
-    """A line is no JSON, one has no step, one is not UTF-8, and one is cut short."""
+    """Lines that are no JSON, have no step or another one, are not UTF-8, or are cut short."""
     lines = file.read_bytes().splitlines()
-    lines[1:4] = [b'{"step": 1, "lo', b"[]", b"\xff\xfe", lines[3]]
+    odd = [b"[]", b"\xff\xfe", b'{"step": "3"}', b'{"step": 1e999}', b"[" * 99_999]
+    lines[1:4] = [b'{"step": 1, "lo', *odd, lines[3]]
     file.write_bytes(b"\n".join(lines))
 
 
