@@ -90,8 +90,19 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
+    """Plans to load what both the checkpoint and this run have.
+
+    Attributes:
+        missing: names of this run's tensors that the checkpoint does not hold.
+        unread: names of the checkpoint's tensors that this run does not load.
+    """
+
     def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        super().__init__(
+            flatten_state_dict=False, flatten_sharded_tensors=False, allow_partial_load=True
+        )
+        self.missing: list[str] = []
+        self.unread: list[str] = []
 
     def set_up_planner(
         self,
@@ -102,6 +113,9 @@ class LoadPlanner(DefaultLoadPlanner):
         # torch's default replaces everything that is not a tensor by None.
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
+        held = metadata.state_dict_metadata if metadata else {}
+        self.missing = [name for name in state_dict if name not in held]
+        self.unread = [name for name in held if name not in state_dict]
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].local

@@ -30,6 +30,7 @@ from scalora_dist.methods.runner import MethodRunner
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
+RANDOM = "random."  # begins the names of the ranks' random states
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
 # The checkpoint means something else under other values of these options: refuse to resume.
 FIXED_METHOD = (
@@ -153,7 +154,8 @@ class RunState:
         """Restore the run from a sound checkpoint. Returns its state.json. A collective.
 
         Raises:
-            UserError: the checkpoint was made on another base model.
+            UserError: on every rank, if the checkpoint was made on another base model, or by a
+                version that chose other layers.
         """
         state = read_state(folder)
         if state["base"] != self.base:
@@ -166,7 +168,8 @@ class RunState:
             random = self._random_parts()
             here = (self.world.size, self.world.device.type)
             same_ranks = (state["world_size"], state["device"]) == here
-            checkpoints.load(folder, parts | random if same_ranks else parts)
+            names = checkpoints.load(folder, parts | random if same_ranks else parts)
+        _check_same_tensors(folder, *names)
         if same_ranks:
             states = {name.rpartition(".")[2]: part.local for name, part in random.items()}
             random_state.restore(states, self.world.device)
@@ -201,7 +204,7 @@ class RunState:
         """The states of this rank's random generators. Only this rank saves and loads them."""
         states = random_state.capture(self.world.device)
         return {
-            f"random.{self.world.rank}.{name}": FlatPart(state, 0, state.numel())
+            f"{RANDOM}{self.world.rank}.{name}": FlatPart(state, 0, state.numel())
             for name, state in states.items()
         }
 
@@ -217,6 +220,21 @@ def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) ->
     )
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def _check_same_tensors(folder: Path, missing: Sequence[str], unread: Sequence[str]) -> None:
+    """Check that this run's tensors are the checkpoint's. ``unread`` may hold random states."""
+    for name in unread:
+        if not name.startswith(RANDOM):
+            raise UserError(
+                f"{folder} was saved by a version that trained or watched other layers than this "
+                f"one ({name} is in it): resume it with that version"
+            )
+    if missing:
+        raise UserError(
+            f"{folder} was saved by a version that trained or watched other layers than this one "
+            f"({missing[0]} is not in it): resume it with that version"
+        )
 
 
 def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None:

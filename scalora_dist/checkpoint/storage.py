@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -112,14 +112,23 @@ class Checkpoints:
             return f"{self._target.name} could not be written ({'; '.join(sorted(reasons))})"
         return None
 
-    def load(self, folder: Path, parts: Mapping[str, FlatPart]) -> None:
-        """Fill ``parts`` from a sound checkpoint, which may be sharded otherwise. A collective."""
+    def load(
+        self, folder: Path, parts: Mapping[str, FlatPart]
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Fill ``parts`` from a sound checkpoint, which may be sharded otherwise. A collective.
+
+        Returns:
+            the names of parts that the checkpoint does not hold, and of its tensors that are not
+            among the parts.
+        """
+        planner = LoadPlanner()
         dcp.load(
             dict(parts),
             storage_reader=HuggingFaceStorageReader(str(folder)),
-            planner=LoadPlanner(),
+            planner=planner,
             process_group=self.group,
         )
+        return planner.missing, planner.unread
 
     def faults(self, folder: Path) -> list[str]:
         """What is wrong with a checkpoint, on every rank. Each rank checks some of the files.

@@ -57,7 +57,32 @@ class RankMonitor:
         return [(layers[i].A, layers[i].B) for i in self.chosen]
 
 
-def spread_out(names: list[str], count: int) -> list[str]:
-    """``count`` of the names (or all, if there are fewer), spread evenly over the model."""
-    count = min(count, len(names))
-    return [names[i * len(names) // count] for i in range(count)]
+def spread_out(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of the layers' names (or all, if there are fewer), in the given order.
+
+    Each kind of layer (a name without block numbers) occurs equally often, as far as it has layers.
+    The blocks are spread over the depth: each kind begins a bit deeper than the one before it.
+
+    Args:
+        names: names of different layers in model order.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        layers.setdefault(kind, []).append(name)
+    shares = dict.fromkeys(layers, 0)
+    missing = min(count, len(names))
+    while missing:
+        open_kinds = [kind for kind, share in shares.items() if share < len(layers[kind])]
+        some = min(missing, len(open_kinds))
+        for i in range(some):
+            shares[open_kinds[i * len(open_kinds) // some]] += 1
+        missing -= some
+    chosen = [kind for kind, share in shares.items() if share]
+    picked = {
+        # Exactly (j + k / len(chosen)) / share of the kind's depth. The steps are at least a layer.
+        layers[kind][(j * len(chosen) + k) * len(layers[kind]) // (len(chosen) * shares[kind])]
+        for k, kind in enumerate(chosen)
+        for j in range(shares[kind])
+    }
+    return [name for name in names if name in picked]

@@ -15,6 +15,7 @@ import pytest
 from scalora_dist.checkpoint.manifest import MANIFEST, STATE, read_state, write_synced
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
+from tests.support.workers import older
 
 GetRanks = Callable[[int], Ranks]
 
@@ -375,6 +376,38 @@ def test_another_base_model_is_refused(
     for sentence, status, _ in ranks(2).run(tiny_runs.refusal, case):
         assert status == 2
         assert "--model_name_or_path" in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("size", "engine"),
+    [(1, "local"), *(pytest.param(*x, marks=pytest.mark.heavy) for x in ENGINES[2:4])],
+)
+def test_a_checkpoint_with_other_monitored_layers_is_refused(
+    ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    """As an older version left it, which followed other layers under the same options."""
+    others = {"rank_monitor_steps": 2, "rank_monitor_layers": 2, "max_steps": 3, "save_steps": 2}
+    case = tiny_runs.options(task, tmp_path / "run", engine, **others)
+    ranks(size).run(older.train, case)
+    for sentence, status, _ in ranks(size).run(
+        tiny_runs.refusal, {**case, "resume_from_checkpoint": "latest"}
+    ):
+        assert status == 2 and "\n" not in sentence
+        assert "checkpoint-3 was saved by a version" in sentence and ".sketch." in sentence
+
+
+def test_a_checkpoint_with_more_layers_is_refused(ranks: GetRanks, tmp_path: Path) -> None:
+    """It holds factors of Mamba's x_proj, which this version leaves out."""
+    (tmp_path / "mamba").mkdir()
+    tiny_models.save_tiny_mamba(tmp_path / "mamba")
+    others = {"method": "lora", "rank": 1, "max_steps": 3, "save_steps": 2}
+    case = tiny_runs.options(tmp_path / "mamba", tmp_path / "run", "local", **others)
+    ranks(1).run(older.train, case)
+    ((sentence, status, _),) = ranks(1).run(
+        tiny_runs.refusal, {**case, "resume_from_checkpoint": "latest"}
+    )
+    assert status == 2 and "\n" not in sentence
+    assert "checkpoint-3 was saved by a version" in sentence and "_proj.A is in it" in sentence
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(

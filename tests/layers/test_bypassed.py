@@ -134,6 +134,21 @@ def test_layers_beside_fused_experts_are_adapted(
     assert not caplog.records
 
 
+def test_a_router_before_fused_experts_is_found() -> None:
+    """Its weight has a part in nothing but the experts' weights."""
+    sizes = {
+        k: v for k, v in SIZES.items() if k not in ("num_hidden_layers", "num_key_value_heads")
+    }
+    ranks = {"q_lora_rank": 4, "kv_lora_rank": 4, "num_layers": 1, "head_dim": 4}
+    heads = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    experts = {"n_routed_experts": 2, "zero_expert_num": 1, "moe_topk": 1}
+    widths = {"ffn_hidden_size": 16, "expert_ffn_hidden_size": 8}
+    model = make("longcat_flash", sizes | ranks | heads | experts | widths)
+    with pytest.raises(UserError, match=r"router\.classifier is bypassed"):
+        adapted(model, "router.classifier")
+    assert adapted(model, "o_proj")
+
+
 # --- models of our own ---------------------------------------------------------------------------
 
 
