@@ -50,6 +50,7 @@ class StopSignals:
         self._held = False
         self._deciding = threading.Lock()
         self._others: OtherRanks | None = None
+        self._others_left = False
 
     def __enter__(self) -> StopSignals:
         self._depth += 1
@@ -82,7 +83,7 @@ class StopSignals:
         from scalora_dist.distributed.stop_together import OtherRanks
 
         if world.size > 1:
-            self._others = OtherRanks(world.store, world.size, self._hear)
+            self._others = OtherRanks(world.store, world.size, self._hear_of_others)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -95,6 +96,11 @@ class StopSignals:
         """Signals no longer count, because the run has failed. Launchers then send one to all."""
         with self._deciding:
             self._held = True
+
+    def end_with_others(self) -> None:
+        """After a failed collective: end the process if others have ended on a signal."""
+        if self._others_left:
+            self._leave()
 
     def _hold(self, held: bool) -> None:
         with self._deciding:
@@ -116,6 +122,13 @@ class StopSignals:
         with self._deciding:
             if not self._held:
                 self._leave()
+
+    def _hear_of_others(self, name: str) -> None:
+        """Another rank leaves. Where this one is held already, its next collective will fail."""
+        self._others_left = True
+        self._hear(name)
+        assert self._others
+        self._others.acknowledge()
 
     def _leave(self) -> NoReturn:
         """Exit without any clean-up, which could wait for other ranks."""

@@ -52,6 +52,11 @@ class OtherRanks:
             return False
         return know >= self.size
 
+    def acknowledge(self) -> None:
+        """Let a rank that leaves know that this one knows it."""
+        with suppress(RuntimeError):
+            self._mouth.add(KNOW, 1)
+
     def close(self) -> None:
         """End the thread."""
         with suppress(RuntimeError):

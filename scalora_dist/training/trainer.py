@@ -142,6 +142,7 @@ class Trainer:
             with self.signals:
                 summary = self._run()
         except RuntimeError:
+            self.signals.end_with_others()
             if gone := self.watchdog.blame():  # a collective failed: a rank is no longer there
                 self.watchdog.end(gone)
             raise
