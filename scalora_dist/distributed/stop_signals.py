@@ -84,6 +84,7 @@ class StopSignals:
 
         if world.size > 1:
             self._others = OtherRanks(world.store, world.size, self._hear_of_others)
+            self._others.listen()
 
     @contextmanager
     def held(self) -> Iterator[None]:

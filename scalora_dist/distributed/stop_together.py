@@ -31,6 +31,9 @@ class OtherRanks:
         ears, mouth = store.clone(), store.clone()  # type: ignore[attr-defined]
         self._ears, self._mouth = PrefixStore("stop", ears), PrefixStore("stop", mouth)
         self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def listen(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def tell(self, name: str) -> bool:
