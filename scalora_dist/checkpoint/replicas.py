@@ -60,14 +60,13 @@ def check_replicas(
         if differing(table[:, i : i + 1], [size])
     ]
     before = [x.name for x in checkpoints.newest_first() if (step_of(x) or 0) < step]
+    advice = "there is no checkpoint from before, so start again on other nodes"
+    if before:
+        advice = f"go on from {before[0]} with --resume_from_checkpoint latest, on other nodes"
+    refused = checkpoint_folder(checkpoints.output_dir, step).name
     raise ReplicasDiffer(
-        f"{sentence(found, names)}: {checkpoint_folder(checkpoints.output_dir, step).name} is not "
-        "written; a device or its driver may be faulty: "
-        + (
-            f"go on from {before[0]} with --resume_from_checkpoint latest, on other nodes"
-            if before
-            else "there is no checkpoint from before, so start again on other nodes"
-        )
+        f"{describe_differing(found, names)}: {refused} is not written; a device or its driver may "
+        f"be faulty: {advice}"
     )
 
 
@@ -118,7 +117,7 @@ def _everyones(numbers: Tensor, world: World) -> Tensor:
     return world.gather_rows(numbers[None]).cpu()
 
 
-def sentence(found: Differing, names: Sequence[str]) -> str:
+def describe_differing(found: Differing, names: Sequence[str]) -> str:
     """Which ranks differ, and in which tensors."""
     ranks = [str(rank) for rank in found.ranks[:NAMED]]
     if more := len(found.ranks) - len(ranks):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import set_seed
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_state, step_of
 from scalora_dist.checkpoint.parts import FlatPart
@@ -175,7 +176,7 @@ class RunState:
             random_state.restore(states, self.world.device)
         else:  # other dropout than on the same ranks, but not that of the first steps
             seed = f"{self.options.train.seed}:{state['step']}:{self.world.rank}"
-            torch.manual_seed(zlib.crc32(seed.encode()))
+            set_seed(zlib.crc32(seed.encode()))
         restore_schedule(self.scheduler, state["schedule"]["last_epoch"])
         if self.runner.merger:
             self.runner.merger.target.restore(state["merges"])
@@ -224,16 +225,14 @@ def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) ->
 
 def _check_same_tensors(folder: Path, missing: Sequence[str], unread: Sequence[str]) -> None:
     """Check that this run's tensors are the checkpoint's. ``unread`` may hold random states."""
-    for name in unread:
-        if not name.startswith(RANDOM):
-            raise UserError(
-                f"{folder} was saved by a version that trained or watched other layers than this "
-                f"one ({name} is in it): resume it with that version"
-            )
-    if missing:
+    found = [f"{name} is in it" for name in unread if not name.startswith(RANDOM)]
+    found += [f"{name} is not in it" for name in missing]
+    if found:
+        what = (
+            "has other random states" if RANDOM in found[0] else "trained or watched other layers"
+        )
         raise UserError(
-            f"{folder} was saved by a version that trained or watched other layers than this one "
-            f"({missing[0]} is not in it): resume it with that version"
+            f"{folder} was saved by a version that {what} ({found[0]}): resume it with that version"
         )
 
 

@@ -42,7 +42,11 @@ class Options:
     profile: ProfileArguments = field(default_factory=ProfileArguments)
 
     def __post_init__(self) -> None:
-        """Check options of different groups against each other."""
+        """Check options of different groups against each other.
+
+        Raises:
+            UserError: ``--sb_eta code`` without ``--warmup_ratio``.
+        """
         if self.method.sb_eta == "code" and not self.train.warmup_ratio:
             raise UserError(
                 "--sb_eta code is a learning rate of the warm-up: set --warmup_ratio, or leave "

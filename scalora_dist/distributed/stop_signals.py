@@ -6,8 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,10 +26,10 @@ PREEMPTED = "preempted"
 class StopSignals:
     """Inside ``with``, a signal ends the process with status 75, now or when nothing is lost.
 
-    Inside ``held()`` a signal is only recorded, and the run asks ``received`` between two steps.
-    Everywhere else (loading, the last evaluation, the exports) all that was trained is saved, so
-    the process ends at once, even if its main thread waits for other ranks. After ``share`` the
-    other ranks end with it.
+    Between ``hold`` and ``release`` a signal is only recorded, and the run asks ``received``
+    between two steps. Everywhere else (loading, the last evaluation, the exports) all that was
+    trained is saved, so the process ends at once, even if its main thread waits for other ranks.
+    After ``share`` the other ranks end with it.
 
     ``with`` may be nested; the inner ones do nothing.
 
@@ -86,12 +85,13 @@ class StopSignals:
             self._others = OtherRanks(world.store, world.size, self._hear_of_others)
             self._others.listen()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside it, a signal does not end the process. It ends it on the way in or out."""
+    def hold(self) -> None:
+        """From now on a signal is only recorded. An earlier one ends the process."""
         self._hold(True)
-        yield
-        self._hold(False)  # not after an error, which ends the run anyway
+
+    def release(self) -> None:
+        """From now on a signal ends the process at once. So does a recorded one."""
+        self._hold(False)
 
     def ignore(self) -> None:
         """Signals no longer count, because the run has failed. Launchers then send one to all."""

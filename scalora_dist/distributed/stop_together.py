@@ -37,9 +37,10 @@ class OtherRanks:
         self._thread.start()
 
     def tell(self, name: str) -> bool:
-        """Send the signal's name to all ranks, and wait until they know it: at most PATIENCE.
+        """Send the signal's name to all ranks, and wait until they know it.
 
-        An exit before that would look to the others like a crash.
+        It waits at most PATIENCE, if the store answers. An exit before that would look like a
+        crash to the others.
 
         Returns:
             whether all ranks know it. Not if one has failed: then its launcher has sent the signal.

@@ -59,7 +59,7 @@ def find_bypassed(
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
     else:
-        logger.info(
+        logger.warning(
             "a forward of %s on the CPU fails (%s): which layers it bypasses is read from its code",
             type(model).__name__,
             reason,
@@ -146,7 +146,7 @@ def _set_to_be_watched(
     found = {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}
     chosen = [(c, c._attn_implementation, c._experts_implementation) for c in found.values()]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)  # a model may skip blocks at random
+        torch.default_generator.manual_seed(0)  # a model may skip blocks at random
         try:
             model.train()
             for config, *_ in chosen:

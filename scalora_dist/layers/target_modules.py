@@ -83,8 +83,8 @@ def reached_by_text(model: PreTrainedModel) -> set[nn.Module]:
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """{name: decoder block} in model order: the modules of ``_no_split_modules`` in transformers.
 
-    Without those inside another one, as Mamba's mixers are in its blocks, and without those that
-    text does not reach, as a vision tower's.
+    Blocks inside another block (Mamba's mixers) are left out. So are blocks that text does not
+    reach (a vision tower's).
     """
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     reached = reached_by_text(model) if isinstance(model, PreTrainedModel) else {*model.modules()}

@@ -54,8 +54,9 @@ class NamePattern:
     It matches a name if it fits the whole name, or all that comes after one of the name's dots.
 
     A pattern is a Python regular expression of characters, escapes, sets, groups and the signs
-    ``. | * + ? ^ $``. Counts ``{2,3}``, possessive repeats, back-references and all that begins
-    with ``(?``, but ``(?:``, are refused.
+    ``. | * + ? ^ $``. Refused are: escapes of letters that are no class of characters (outside of
+    sets), counts ``{2,3}`` and unescaped braces, a ``]`` without ``[``, possessive repeats,
+    back-references, and groups that begin with ``(?`` except ``(?:``.
     """
 
     def __init__(self, pattern: str) -> None:

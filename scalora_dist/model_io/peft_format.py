@@ -32,6 +32,8 @@ MORE_THAN_LORA = (
 )
 
 
+# Characters of all keys of alpha_pattern. A name of 1000 layers takes some 100.
+LONGEST_PATTERNS = 100_000
 # Initializations that subtract s·A Bᵀ from W, and so change the base model.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -106,6 +108,8 @@ class SavedScaling:
         patterns = config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise ValueError("alpha_pattern is no JSON object")
+        if sum(map(len, patterns)) > LONGEST_PATTERNS:
+            raise ValueError(f"alpha_pattern has more than {LONGEST_PATTERNS} characters")
         self.patterns = [
             (NamePattern(pattern), _positive(alpha, "alpha")) for pattern, alpha in patterns.items()
         ]

@@ -16,7 +16,7 @@ def weight_map(index: Path) -> dict[str, str]:
     folder.
 
     Raises:
-        ValueError: the index is no such file, or names a file outside of its folder.
+        ValueError: the file is not an index of weights, or names a file outside of its folder.
         OSError: it cannot be read.
     """
     try:
@@ -38,10 +38,10 @@ def weight_map(index: Path) -> dict[str, str]:
 def check_index_files(folder: Path) -> None:
     """Check the indexes of a model's folder before transformers opens what they name.
 
-    Of a model of the hub huggingface_hub checks it.
+    For a model of the hub, huggingface_hub makes this check.
 
     Raises:
-        ValueError: an index is none, or names a file outside of ``folder``.
+        ValueError: an index file is not an index of weights, or names a file outside of ``folder``.
         OSError: an index cannot be read.
     """
     for name in NAMES:

@@ -40,7 +40,8 @@ def check_output_dir(folder: Path, train: TrainArguments) -> None:
     resumes = train.resume_from_checkpoint == "latest" and begun
     empty = not names - {PREEMPTED}
     if not (empty or resumes or train.overwrite_output_dir):
-        goes_on = checkpoints(folder) or phases.FILE in names
+        may_resume = train.resume_from_checkpoint != "latest"
+        goes_on = may_resume and (checkpoints(folder) or phases.FILE in names)
         resume = "go on with --resume_from_checkpoint latest, " if goes_on else ""
         raise UserError(
             f"--output_dir {folder} is not empty: {resume}name another, or give "

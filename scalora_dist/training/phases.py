@@ -23,6 +23,7 @@ class Phases:
     """The phases of a run that are finished. The same on every rank; rank 0 writes phase.json.
 
     Attributes:
+        checkpoints: the run's checkpoints.
         folder: the run's ``output_dir``.
         finished: the last finished phase; None: not even "start".
         step: number of steps at the end of training; 0 before.
@@ -53,8 +54,12 @@ class Phases:
         self._write(None, {})
 
     def started(self) -> None:
-        """Record that the folder is this run's."""
-        self._set("start", {})
+        """Record that the folder is this run's. Rank 0 only: the others do not ask before the end.
+
+        Raises:
+            OSError: it cannot be recorded. A resume would take this run's checkpoints for old ones.
+        """
+        self._write("start", {})
 
     def trained(self, step: int, *, saved: bool) -> None:
         """Record that all ``step`` steps are trained.

@@ -36,10 +36,13 @@ class Progress:
         self.tally.note(record)
 
     def state(self) -> dict[str, Any]:
-        """The part of it that a checkpoint holds, as JSON values."""
+        """The part of it that a checkpoint holds, as JSON values.
+
+        It is a copy, because the checkpoint is written while training goes on.
+        """
         return {
             "steps_taken": self.steps_taken,
-            "health": vars(self.health),
+            "health": dict(vars(self.health)),
             "tally": asdict(self.tally),
             "before": self.before and asdict(self.before),
         }

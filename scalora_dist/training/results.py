@@ -65,9 +65,9 @@ class Results:
                 if not resumed:
                     self.phases.begin()
                 set_aside(self.folder, everything=not resumed)
+                self.phases.started()
 
         self.runner.engine.world.main_only(clear)
-        self.phases.started()
 
     def go_on(self, checkpoint: Path, keep: int) -> None:
         """Go on after the last step, with the phases that an earlier process has not finished.
@@ -77,11 +77,15 @@ class Results:
             keep: number of checkpoints to keep.
         """
         self.phases.restore(step_of(checkpoint) or 0)
-        if self.runner.engine.world.is_main:
-            clear_partial(self.folder)
-            prune(self.folder, keep, newest=self.folder / checkpoint.name)
-            if not self.phases.done("summary"):  # it is written last
-                (self.folder / "summary.json").unlink(missing_ok=True)
+
+        def clear() -> None:
+            with disk_errors_told(self.folder):
+                clear_partial(self.folder)
+                prune(self.folder, keep, newest=self.folder / checkpoint.name)
+                if not self.phases.done("summary"):  # it is written last
+                    (self.folder / "summary.json").unlink(missing_ok=True)
+
+        self.runner.engine.world.main_only(clear)
 
     def evaluated(self, after: Evaluation | None) -> None:
         """Finish the phase "evaluation". A collective.
@@ -132,10 +136,13 @@ class Results:
         summary = self._summary(tally, before)
         if not self.phases.done("summary"):
             file = self.folder / "summary.json"
-            if engine.world.is_main:
+
+            def finish() -> None:
                 with disk_errors_told(file):
                     write_json(file, summary)
                 discard_replaced(self.folder)
+
+            engine.world.main_only(finish)  # the others wait: a signal must still reach them
             self.phases.finish("summary", [file])
         return summary
 

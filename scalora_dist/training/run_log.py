@@ -100,7 +100,7 @@ class RunLog:
     def sync(self) -> None:
         """Flush the log to disk, before a checkpoint that relies on it is written.
 
-        A run resumed from that checkpoint writes only the lines after it.
+        A run resumed from that checkpoint keeps the lines before it, and writes those after it.
         """
         if self.is_main:
             self.lines.sync()

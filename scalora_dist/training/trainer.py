@@ -101,6 +101,8 @@ class Trainer:
         )
         self.resumes_from = checkpoint_to_resume(self.checkpoints, options)
         self.signals = signals or StopSignals()
+        if self.resumes_from and goes_on_in(self.resumes_from, self.output_dir):
+            self._advise(step_of(self.resumes_from) or 0)
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
@@ -136,7 +138,8 @@ class Trainer:
             the contents of summary.json.
 
         Raises:
-            RunExit: on every rank, after everything that can be written is written.
+            RunExit: on every rank, after everything that can be written is written. On rank 0
+                alone, where an export cannot be written; launchers then end the other ranks.
         """
         try:
             with self.signals:
@@ -217,7 +220,6 @@ class Trainer:
         self.progress = Progress.restored(state["progress"], first_step, history)
         if here:
             self.saves.saved = first_step
-            self._advise(first_step)
             if self.world.is_main:
                 (self.output_dir / PREEMPTED).unlink(missing_ok=True)
         logger.info("going on from %s", checkpoint)
@@ -244,26 +246,29 @@ class Trainer:
         elif self._evaluates_after(first) and not self._evaluated(first):
             self._evaluate(log, first)  # a signal has cut it short
         save = partial(self._save, log)
-        with self.signals.held():
-            for step in range(first, steps):
-                self.profile.start(step + 1)
-                record, votes = self.take_step(step, micro_batches)
-                self.watchdog.pause()  # a slow disk does not mean a hung rank
-                record |= self.profile.finish(record["tokens"])
-                progress.note(record)
-                log.step(record)
-                done = step + 1
-                if self._evaluates_after(done):
-                    try:
-                        self._evaluate(log, done, each_batch=self.saves.check_asked)
-                    except StopAsked:
-                        votes[0] = 1.0
-                self.watchdog.pause()
-                self.saves.after(done, progress.health.skipped_in_a_row, votes, save)
-            if saved := self.saves.finish(steps, save):
-                self._advise(steps)
-            if not self.results.phases.done("training"):
-                self.results.phases.trained(steps, saved=saved)
+        self.world.sum(0.0)  # a barrier: a signal that finds one rank held must find all held
+        self.signals.hold()
+        for step in range(first, steps):
+            self.profile.start(step + 1)
+            record, votes = self.take_step(step, micro_batches)
+            self.watchdog.pause()  # a slow disk does not mean a hung rank
+            record |= self.profile.finish(record["tokens"])
+            progress.note(record)
+            log.step(record)
+            done = step + 1
+            if self._evaluates_after(done):
+                try:
+                    self._evaluate(log, done, each_batch=self.saves.check_asked)
+                except StopAsked:
+                    votes[0] = 1.0
+            self.watchdog.pause()
+            self.saves.after(done, progress.health.skipped_in_a_row, votes, save)
+        saved = self.saves.finish(steps, save)
+        if not self.results.phases.done("training"):
+            self.results.phases.trained(steps, saved=saved)
+        if saved:  # otherwise the results are all that will be left of the last steps
+            self._advise(steps)
+            self.signals.release()
 
     def _evaluates_after(self, step: int) -> bool:
         """Whether the run evaluates between ``step`` and the next one."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scalora_dist.checkpoint.manifest import checkpoints, is_sound, step_of
-from scalora_dist.checkpoint.replicas import Differing, differing, sentence
+from scalora_dist.checkpoint.replicas import Differing, describe_differing, differing
 from scalora_dist.distributed.stop_signals import PREEMPTED
 from tests.support import launched, runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
@@ -62,7 +62,7 @@ def test_who_is_outvoted(
 def test_the_ranks_are_named(
     found: tuple[list[int], bool], names: list[str], expected: str
 ) -> None:
-    assert sentence(Differing(*found), names).startswith(expected)
+    assert describe_differing(Differing(*found), names).startswith(expected)
 
 
 # On each engine's real shards.

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from scalora_dist.training.health import ENOUGH, SPIKE_DEVIATIONS, WINDOW, Health
+from scalora_dist.training.progress import Progress
 
 
 def after(*losses: float, skipped: int = 0) -> Health:
@@ -69,3 +70,13 @@ def test_a_checkpoint_holds_it() -> None:
     vars(restored).update(json.loads(json.dumps(vars(health))))
     assert restored.spike(5.0) == health.spike(5.0) is not None
     assert restored.skipped_in_a_row == 2
+
+
+def test_a_checkpoint_holds_what_was_when_it_began() -> None:
+    """Training goes on while it is written."""
+    progress = Progress()
+    progress.note({"step": 1, "loss": 1.0, "tokens": 1, "seconds": 1.0})
+    state = progress.state()
+    before = json.dumps(state)
+    progress.note({"step": 2, "loss": math.nan, "skipped_step": True, "tokens": 1, "seconds": 1.0})
+    assert json.dumps(state) == before
