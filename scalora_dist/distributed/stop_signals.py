@@ -94,9 +94,14 @@ class StopSignals:
         self._hold(False)
 
     def ignore(self) -> None:
-        """Signals no longer count, because the run has failed. Launchers then send one to all."""
+        """The run has failed: a signal, which launchers then send to all ranks, just kills this one.
+
+        Called in the main thread.
+        """
         with self._deciding:
             self._held = True
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def end_with_others(self) -> None:
         """After a failed collective: end the process if others have ended on a signal."""

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 TOKENS = 4  # of the watched forward
-STORED = 2**16  # largest number of elements of a weight that are stored, see `_ones`
+STORED = 2**12  # largest number of elements of a weight that are stored, see `_ones`
 ShapeOf: TypeAlias = Callable[[Tensor], torch.Size]
 logger = logging.getLogger(__name__)
 
