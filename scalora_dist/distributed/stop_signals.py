@@ -94,7 +94,7 @@ class StopSignals:
         self._hold(False)
 
     def ignore(self) -> None:
-        """The run has failed: a signal, which launchers then send to all ranks, just kills this one.
+        """The run has failed: the signal that launchers then send to all ranks kills this one.
 
         Called in the main thread.
         """
