@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support import tiny_models
+from tests.support import tiny_models, tiny_runs
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +21,19 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.workers.adapter import save_even_task  # which imports PEFT
 
     return save_even_task(tmp_path_factory.mktemp("even"))
+
+
+@pytest.fixture(scope="module")
+def saved(
+    ranks: Callable[[int], Ranks], task: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, str], Path]:
+    """``saved(size, engine)``: the folder of a run of 8 steps with a checkpoint at step 4."""
+    made: dict[tuple[int, str], Path] = {}
+
+    def get(size: int, engine: str) -> Path:
+        if (size, engine) not in made:
+            folder = made[size, engine] = tmp_path_factory.mktemp("saved") / "run"
+            ranks(size).run(tiny_runs.train, tiny_runs.steady(task, folder, engine))
+        return made[size, engine]
+
+    return get

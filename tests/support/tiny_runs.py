@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from scalora_dist.checkpoint.manifest import checkpoints, is_sound, step_of
 from scalora_dist.config.parser import parse_options
 from scalora_dist.data.collate import Collator, PaddedExamples
 from scalora_dist.data.prepare import prepare_data
@@ -79,6 +80,22 @@ def left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, 
     """The results that must not depend on an interruption: metrics, summary and checksums."""
     summary = json.loads((folder / "summary.json").read_text())
     return lines(folder), timeless(summary), digests(folder)
+
+
+def sound(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest first; all must be whole."""
+    assert all(is_sound(checkpoint) for checkpoint in checkpoints(folder))
+    return [step_of(checkpoint) or 0 for checkpoint in checkpoints(folder)]
+
+
+def steady(task: Path, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
+    """No dropout, which other ranks draw otherwise."""
+    return options(
+        task,
+        folder,
+        engine,
+        **{"max_steps": 8, "save_steps": 4, "eval_steps": 4, "lora_dropout": 0.0, **others},
+    )
 
 
 def evaluations(folder: Path) -> list[float]:
