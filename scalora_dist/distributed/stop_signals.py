@@ -93,13 +93,17 @@ class StopSignals:
         """From now on a signal ends the process at once. So does a recorded one."""
         self._hold(False)
 
+    def finish(self) -> None:
+        """The run is finished: signals no longer count. Ranks then end one by one."""
+        with self._deciding:
+            self._held = True
+
     def ignore(self) -> None:
         """The run has failed: the signal that launchers then send to all ranks kills this one.
 
         Called in the main thread.
         """
-        with self._deciding:
-            self._held = True
+        self.finish()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 

@@ -138,12 +138,12 @@ class Trainer:
             the contents of summary.json.
 
         Raises:
-            RunExit: on every rank, after everything that can be written is written. On rank 0
-                alone, where an export cannot be written; launchers then end the other ranks.
+            RunExit: on every rank; on rank 0 alone, where an export cannot be written.
         """
         try:
             with self.signals:
                 summary = self._run()
+                self.signals.finish()
         except RuntimeError:
             self.signals.end_with_others()
             if gone := self.watchdog.blame():  # a collective failed: a rank is no longer there
