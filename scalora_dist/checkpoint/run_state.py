@@ -306,7 +306,7 @@ def check_same_run(folder: Path, options: Options) -> None:
 
 
 def check_same_data(folder: Path, options: Options, checksum: str) -> None:
-    """Check that a run has the data of the checkpoint ``folder``. Only reads: no collective.
+    """Check that a run has the data of the checkpoint ``folder``.
 
     Content decides: the same examples in a file of another name are the same data.
 

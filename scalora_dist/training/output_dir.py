@@ -69,14 +69,17 @@ def check_inputs(folder: Path, options: Options, checkpoint: Path | None) -> Non
     # Where an entry is a link, both the link and what it leads to count.
     places = {entry.parent.resolve() / entry.name for entry in written}
     places |= {entry.resolve() for entry in written}
+    around = {parent: place for place in places for parent in place.parents}
     for option, name, nested in _inputs(options, checkpoint):
         for path in _paths(Path(name).expanduser(), nested=nested):
-            for place in places:
-                if place == path or place in path.parents or (nested and path in place.parents):
-                    raise UserError(
-                        f"--{option} {name} and --output_dir {folder} share {place}, which this "
-                        "run would replace: name another --output_dir"
-                    )
+            shared = next((place for place in (path, *path.parents) if place in places), None)
+            if shared is None and nested:
+                shared = around.get(path)
+            if shared:
+                raise UserError(
+                    f"--{option} {name} and --output_dir {folder} share {shared}, which this run "
+                    "would replace: name another --output_dir"
+                )
 
 
 def _inputs(options: Options, checkpoint: Path | None) -> Iterator[tuple[str, str, bool]]:

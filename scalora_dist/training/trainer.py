@@ -107,8 +107,9 @@ class Trainer:
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
         self.feed = DataFeed(options, world)
+        data = self.feed.data.checksum
         if self.resumes_from is not None:
-            check_same_data(self.resumes_from, options, self.feed.data.checksum)
+            world.main_only(partial(check_same_data, self.resumes_from, options, data))
             check_not_beyond(self.resumes_from, self.feed.steps)
         check_same_attention(base, world)
         self.engine = make_engine()
@@ -123,9 +124,7 @@ class Trainer:
         )
         self.results = Results(self.runner, options, self.checkpoints)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
-        self.state = RunState(
-            self.engine, self.runner, self.scheduler, options, self.feed.data.checksum
-        )
+        self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
         self.profile = self.runner.clock = make_profile(options, self.runner, self.feed.steps)
         self.saves = SavePolicy(self.checkpoints, train, self.signals)
         self.watchdog = Watchdog(world, train.hang_timeout)

@@ -23,16 +23,9 @@ from transformers import (
 
 from scalora_dist.errors import UserError
 from scalora_dist.layers.target_modules import inject
+from tests.support import tiny_models
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-}
+SIZES = tiny_models.SIZES | {"pad_token_id": 0}
 LLAMA = SIZES | {"head_dim": 8}
 MAMBA = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 # Two heads of 16 channels, which is twice the hidden size.

@@ -31,16 +31,9 @@ from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.lora_init import lora_init
 from scalora_dist.layers.target_modules import inject
+from tests.support import tiny_models
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+SIZES = tiny_models.SIZES | {"head_dim": 8}
 PROJECTIONS = {
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),

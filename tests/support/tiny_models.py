@@ -15,6 +15,7 @@ from tools.loss_compare import ODD_SIZES, byte_tokenizer, save_odd_model, save_t
 
 __all__ = [
     "ODD_SIZES",
+    "SIZES",
     "byte_tokenizer",
     "save_odd_model",
     "save_task",
@@ -23,6 +24,17 @@ __all__ = [
     "save_tiny_llama",
     "save_tiny_mamba",
 ]
+
+
+# Of a decoder of any family, for tests that need no tokenizer.
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
