@@ -10,7 +10,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,21 +56,13 @@ def train(options: Options, signals: StopSignals) -> None:
     Args:
         signals: what handles requests to stop; already entered.
     """
-    from scalora_dist.distributed.world import World
-    from scalora_dist.engines.build import engine_factory
-    from scalora_dist.modeling.load import read_base_model
+    from scalora_dist.engines.build import join
     from scalora_dist.training.summary import render
     from scalora_dist.training.trainer import Trainer
 
-    world = World.join(
-        local_rank=options.launch.local_rank,
-        timeout=timedelta(seconds=options.train.ddp_timeout),
-    )
+    world = join(options)
     signals.share(world)
-    options.train.settle_batch(world.size)
-    base = read_base_model(options.model, options.train.dtype, world.device)
-    make_engine = engine_factory(options, world, base)
-    summary = Trainer(options, world, base, make_engine, signals).run()
+    summary = Trainer(options, world, signals).run()
     if world.is_main:
         print(f"\n{render(summary)}")
     world.leave()

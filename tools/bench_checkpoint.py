@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,18 +35,11 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
 
     Durations are medians over the rounds.
     """
-    from scalora_dist.distributed.world import World
-    from scalora_dist.engines.build import engine_factory
-    from scalora_dist.modeling.load import read_base_model
+    from scalora_dist.engines.build import join
     from scalora_dist.training.trainer import Trainer
 
-    world = World.join(
-        local_rank=options.launch.local_rank,
-        timeout=timedelta(seconds=options.train.ddp_timeout),
-    )
-    options.train.settle_batch(world.size)
-    base = read_base_model(options.model, options.train.dtype, world.device)
-    trainer = Trainer(options, world, base, engine_factory(options, world, base))
+    world = join(options)
+    trainer = Trainer(options, world)
     batches, checkpoints = trainer.micro_batches(0), trainer.checkpoints
     steps = 0
 

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -37,9 +37,9 @@ import torch
 import torch.distributed as dist
 
 from scalora_dist.config.data import DataArguments
-from scalora_dist.config.fields import option
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
+from scalora_dist.config.option import Group, tool_option
 from scalora_dist.config.options import LaunchArguments, Options
 from scalora_dist.config.parser import Parser
 from scalora_dist.config.training import TrainArguments
@@ -52,33 +52,35 @@ from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.method import AddContext
-from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import merge_target
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.modeling.load import BaseModelSpec, load_model, read_base_model
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.profiling.clock import Clock, Stopwatch
 from scalora_dist.profiling.traffic import Traffic
+from scalora_dist.training.resolve import resolve_merges
 from scalora_dist.training.run_log import write_json
 
 DERIVED = ("scalora_step_interval_10", "rescale")  # variants that are not run on their own
 
 
-@dataclass
-class BenchArguments:
+@dataclass(frozen=True)
+class BenchArguments(Group):
     _argument_group_name = "bench"
 
-    ds_config: str = field(metadata={"help": "DeepSpeed's JSON, e.g. ds_configs/zero3.json."})
-    steps: int = option(5, "Rounds that are timed, after one that is not.")
-    length: int = option(64, "Random tokens per example.")
-    per_device_train_batch_size: int = option(2, "Examples of one rank and step.")
-    bf16: bool = option(False, "bfloat16 weights with fp32 masters of A and B.")
-    json: Optional[str] = option(None, "A file to write the figures to.")
-    local_rank: int = option(-1, "Set by the launcher.")
+    ds_config: str = tool_option(
+        "zero3", "DeepSpeed's JSON: a file, or a shipped one such as zero3."
+    )
+    steps: int = tool_option(5, "Rounds that are timed, after one that is not.", at_least=1)
+    length: int = tool_option(64, "Random tokens per example.", at_least=2)
+    per_device_train_batch_size: int = tool_option(2, "Examples of one rank and step.", at_least=1)
+    bf16: bool = tool_option(False, "bfloat16 weights with fp32 masters of A and B.")
+    json: Optional[str] = tool_option(None, "A file to write the figures to.")
+    local_rank: int = tool_option(-1, "Set by the launcher.")
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.length < 2:
-            raise UserError("set --steps to at least 1 and --length to at least 2")
+        super().__post_init__()
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"--json {self.json}: its folder does not exist")
 
@@ -134,8 +136,7 @@ class Bench:
             model = load_model(options.model, base, self.engine.dtype, weights=weights)
         if method.name != "scalora":
             raise UserError(f"--method {method.name} rescales nothing: leave it out")
-        scalora = find_method(method)
-        resolve_merge_options(method, scalora, quantized=base.fourbit is not None)
+        scalora = METHODS[method.name]
         self.modules = scalora.add(
             model, AddContext(method, train.seed, self.engine.dtype, self.engine.shape_of)
         )
@@ -313,6 +314,7 @@ def run(argv: list[str]) -> None:
     options = Options(model, DataArguments(), method, train, LaunchArguments())
     world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
     base = read_base_model(model, train.dtype, world.device)
+    options = replace(options, method=resolve_merges(method, quantized=base.fourbit is not None))
     width = base.hidden_size
     ds = load_ds_config(args.ds_config, train, world_size=world.size, hidden_size=width)
     bench = Bench(options, world, base, ds, args.length)

@@ -18,17 +18,15 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
-from scalora_dist.config.fields import option
+from scalora_dist.config.option import tool_option
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.distributed.world import World
-from scalora_dist.engines.build import engine_factory
+from scalora_dist.engines.build import join
 from scalora_dist.errors import exit_with_one_sentence
-from scalora_dist.modeling.load import read_base_model
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.measured import STEPS, MeasuredTrainer
 from scalora_dist.planning.planner import Planner
@@ -40,17 +38,14 @@ MB = 1e6
 
 @dataclass
 class CheckArguments:
-    json: Optional[str] = option(None, "A file to write the figures to.")
+    json: Optional[str] = tool_option(None, "A file to write the figures to.")
 
 
 def measure(options: Options, world: World) -> dict[str, float]:
     """The three measured figures in bytes, the largest of any rank. Collective."""
-    options.train.settle_batch(world.size)
-    base = read_base_model(options.model, options.train.dtype, world.device)
-    make_engine = engine_factory(options, world, base)
     restart_peak(world.device)  # forgets the peak of the imports
     before = restart_peak(world.device) or 0
-    trainer = MeasuredTrainer(options, world, base, make_engine)
+    trainer = MeasuredTrainer(options, world)
     trainer.run()
     peak = float("nan") if trainer.peak is None else float(trainer.peak)
     if world.device.type != "cuda":  # CUDA's allocator counts only the run's own tensors
@@ -73,10 +68,7 @@ def main(argv: list[str]) -> None:
         fixed = ["--max_steps", str(STEPS), "--eval_size", "0", "--save_steps", "0"]
         fixed += ["--save_model", "false", "--update_rank_layers", "0", "--output_dir", folder]
         options = parse_options([*words, *fixed])
-        world = World.join(
-            local_rank=options.launch.local_rank,
-            timeout=timedelta(seconds=options.train.ddp_timeout),
-        )
+        world = join(options)
         found = measure(options, world)
     world.leave()
     if not world.is_main:

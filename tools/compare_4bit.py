@@ -23,12 +23,10 @@ from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
-from scalora_dist.engines.build import engine_factory
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.fourbit_linear import FourBitLinear, quantize
 from scalora_dist.methods.merger import MergeTarget
-from scalora_dist.modeling.load import read_base_model
 from scalora_dist.training.run_log import read_history, write_json
 from scalora_dist.training.trainer import Trainer
 
@@ -79,9 +77,7 @@ def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) 
     options = parse_options([*argv, *(f"--{name}={value}" for name, value in given.items())])
     if options.launch.ds_config or options.launch.fsdp:
         raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
-    options.train.settle_batch(world.size)
-    base = read_base_model(options.model, options.train.dtype, world.device)
-    trainer = Trainer(options, world, base, engine_factory(options, world, base))
+    trainer = Trainer(options, world)
     if way == REQUANTIZED:
         assert trainer.runner.merger is not None
         modules = {n: x for n, x in trainer.engine.adapted.items() if isinstance(x, FourBitLinear)}

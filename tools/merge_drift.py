@@ -26,7 +26,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -35,17 +34,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.config.fields import option
+from scalora_dist.config.option import tool_option
 from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.core.split_precision import add_low_rank_, join_halves, zero_low_half
-from scalora_dist.distributed.world import World
-from scalora_dist.engines.build import engine_factory
+from scalora_dist.engines.build import join
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.methods.scalora import Rescaler
-from scalora_dist.modeling.load import read_base_model
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.training.run_log import write_json
 from scalora_dist.training.trainer import Trainer
@@ -60,9 +57,11 @@ ONCE = "reference, rounded once"
 class DriftArguments:
     _argument_group_name = "drift"
 
-    merges: list[int] = option([1, 100, 1000], "After how many merges to measure.")
-    blocks: int = option(3, "Decoder blocks, spread over the model, whose layers are measured.")
-    json: Optional[str] = option(None, "A file to write the figures to.")
+    merges: list[int] = tool_option([1, 100, 1000], "After how many merges to measure.")
+    blocks: int = tool_option(
+        3, "Decoder blocks, spread over the model, whose layers are measured."
+    )
+    json: Optional[str] = tool_option(None, "A file to write the figures to.")
 
     def __post_init__(self) -> None:
         self.merges = sorted(set(self.merges))
@@ -242,11 +241,8 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
             raise UserError(f"--method {options.method.name} rescales nothing: leave it out")
         if options.launch.ds_config or options.launch.fsdp:
             raise UserError("this tool runs in one process: leave out --ds_config and --fsdp")
-        world = World.join(timeout=timedelta(minutes=30))
-        options.train.settle_batch(world.size)
-        base = read_base_model(options.model, options.train.dtype, world.device)
-        make_engine = engine_factory(options, world, base)
-        trainer = Trainer(options, world, base, make_engine)
+        world = join(options)
+        trainer = Trainer(options, world)
         watcher = Watcher(trainer, args.blocks, args.merges)
         trainer.run()
         world.leave()

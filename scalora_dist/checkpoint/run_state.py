@@ -19,6 +19,7 @@ from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_s
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.replicas import check_replicas
 from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.config.option import declarations
 from scalora_dist.config.options import Options
 from scalora_dist.core.checksum import bits
 from scalora_dist.core.flat_shard import FlatShard
@@ -33,62 +34,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 RANDOM = "random."  # begins the names of the ranks' random states
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
-# The checkpoint means something else under other values of these options: refuse to resume.
-FIXED_METHOD = (
-    "method",
-    "rank",
-    "lora_alpha",
-    "alpha_variant",
-    "alpha_multiplier",
-    "target_modules",
-    "merge_rounding",
-    "merge_target",
-    "carry_rank",
-    "carry_room",
-    "relora_interval",
-)
-FIXED_MODEL = (
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype",
-)
-FIXED_TRAIN = (
-    "bf16",
-    "fp16",
-    "seed",
-    "train_batch_size",
-    "rank_monitor_steps",
-    "rank_monitor_layers",
-)
-# These options change where or how fast the run continues, not what it computes.
-FREE_MODEL = (
-    "model_name_or_path",
-    "adapter_name_or_path",
-    "attn_implementation",
-    "trust_remote_code",
-    "bnb_4bit_quant_storage",
-)
-FREE_TRAIN = (
-    "output_dir",
-    "overwrite_output_dir",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_steps",
-    "logging_steps",
-    "gradient_checkpointing",
-    "update_rank_layers",
-    "save_steps",
-    "save_total_limit",
-    "on_save_failure",
-    "resume_from_checkpoint",
-    "max_skipped_steps",
-    "hang_timeout",
-    "save_model",
-    "adapter_rank",
-    "ddp_timeout",
-)
 
 
 class RunState:
@@ -287,13 +232,13 @@ def check_same_run(folder: Path, options: Options) -> None:
             f"{folder} has format {state.get('format')}, and this version reads {FORMAT}: resume "
             "with the version that wrote it, or start again with another --output_dir"
         )
-    now = options_as_json(options)
-    for group in ("model", "data", "method", "train"):
-        for name, before in state["options"][group].items():
-            after = now[group].get(name)
-            if str(before) == str(after) or name in FREE_TRAIN + FREE_MODEL:
+    for group, saved in state["options"].items():
+        for each, declaration in declarations(getattr(options, group)):
+            name, after = each.name, getattr(getattr(options, group), each.name)
+            before = saved.get(name, after)  # a newer option than the checkpoint
+            if str(before) == str(after) or declaration.resume == "free":
                 continue
-            if name in FIXED_MODEL + FIXED_METHOD + FIXED_TRAIN:
+            if declaration.resume == "fixed":
                 raise UserError(
                     f"{folder} was saved with --{name} {before}, and this run has {after}: "
                     f"set --{name} {before}"

@@ -5,35 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from scalora_dist.config.fields import option
+from scalora_dist.config.option import Group, option
 
 
-@dataclass
-class ModelArguments:
+@dataclass(frozen=True)
+class ModelArguments(Group):
     _argument_group_name = "model"
 
     model_name_or_path: Optional[str] = option(
-        None, "A folder in Hugging Face format or a hub name."
+        None, "A folder in Hugging Face format or a hub name.", resume="free"
     )
     attn_implementation: Optional[str] = option(
         None,
         "eager, sdpa or flash_attention_2; by default flash_attention_2 in 16 bits on a GPU where "
         "it is installed (extra: flash) and the model has it, else sdpa.",
+        resume="free",
     )
-    trust_remote_code: bool = option(False, "Run the model's own Python code from the hub.")
+    trust_remote_code: bool = option(
+        False, "Run the model's own Python code from the hub.", resume="free"
+    )
     load_in_4bit: bool = option(
-        False, "Keep linear layers but the LM head in bitsandbytes' 4 bits (extra: quant)."
+        False,
+        "Keep linear layers but the LM head in bitsandbytes' 4 bits (extra: quant).",
+        resume="fixed",
     )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "Which 4-bit numbers.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option(
+        "nf4", "Which 4-bit numbers.", resume="fixed"
+    )
     bnb_4bit_use_double_quant: bool = option(
-        True, "Quantize the blocks' sizes too: 0.016 bytes a weight beside its codes, not 0.063."
+        True,
+        "Quantize the blocks' sizes too: 0.016 bytes a weight beside its codes, not 0.063.",
+        resume="fixed",
     )
     bnb_4bit_compute_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = option(
-        None, "What 4-bit weights are multiplied in; by default the input's dtype."
+        None,
+        "What 4-bit weights are multiplied in; by default the input's dtype.",
+        resume="fixed",
     )
     bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = option(
-        "uint8", "Of the tensors that hold the codes: uint8, or the training's dtype."
+        "uint8",
+        "Of the tensors that hold the codes: uint8, or the training's dtype.",
+        resume="free",
     )
     adapter_name_or_path: Optional[str] = option(
-        None, "Continue from this PEFT LoRA adapter (a folder, or a hub name)."
+        None, "Continue from this PEFT LoRA adapter (a folder, or a hub name).", resume="free"
     )

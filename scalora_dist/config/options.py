@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Optional
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Optional
 
 from scalora_dist.config.data import DataArguments
-from scalora_dist.config.fields import option
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
+from scalora_dist.config.option import Group, option
 from scalora_dist.config.profile import ProfileArguments
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
 
-@dataclass
-class LaunchArguments:
+@dataclass(frozen=True)
+class LaunchArguments(Group):
     _argument_group_name = "launch"
 
     config: Optional[str] = option(
-        None, "A YAML file of these options; the command line overrides it."
+        None,
+        "A YAML file of these options, or a shipped recipe such as demo; the command line "
+        "overrides it.",
+        resume="free",
     )
     ds_config: Optional[str] = option(
-        None, "Train under DeepSpeed with this JSON, e.g. ds_configs/zero3.json."
+        None,
+        "Train under DeepSpeed with this JSON file, or a shipped one such as zero3.",
+        resume="free",
     )
-    fsdp: bool = option(False, "Train under FSDP2 (start with torchrun).")
-    fsdp_config: Optional[str] = option(None, "FSDP2's settings, JSON or YAML.")
+    fsdp: bool = option(False, "Train under FSDP2 (start with torchrun).", resume="free")
+    fsdp_config: Optional[str] = option(
+        None,
+        "FSDP2's settings: a JSON or YAML file, or a shipped one such as hybrid.",
+        resume="free",
+    )
     dry_run: bool = option(
-        False, "Print what the run will need (as tools/plan.py), and end; loads no weights."
+        False,
+        "Print what the run will need (as scalora plan), and end; loads no weights.",
+        resume="free",
     )
-    local_rank: int = option(-1, "Set by the launcher.")
+    local_rank: int = option(-1, "Set by the launcher.", resume="free")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     model: ModelArguments
     data: DataArguments
@@ -40,6 +51,15 @@ class Options:
     train: TrainArguments
     launch: LaunchArguments
     profile: ProfileArguments = field(default_factory=ProfileArguments)
+
+    def having(self, **values: Any) -> Options:
+        """A copy with other values of some options, by name, whichever group they are in."""
+        changed = {}
+        for group in fields(self):
+            old = getattr(self, group.name)
+            own = {each.name: values[each.name] for each in fields(old) if each.name in values}
+            changed[group.name] = replace(old, **own)
+        return replace(self, **changed)
 
     def __post_init__(self) -> None:
         """Check options of different groups against each other.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.options import LaunchArguments, Options
 from scalora_dist.config.profile import ProfileArguments
+from scalora_dist.config.shipped import find, names
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
@@ -24,6 +26,13 @@ class Parser(HfArgumentParser):
     """Raises a UserError instead of printing the usage and exiting."""
 
     source = ""  # what is being parsed, for messages
+
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        # All metadata becomes argparse's keywords, and argparse knows no declarations.
+        known = copy.copy(field)
+        known.metadata = {"help": field.metadata["help"]}
+        HfArgumentParser._parse_dataclass_field(parser, known)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.source}{message}; --help lists the options")
@@ -53,6 +62,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
     known = sorted({action.dest for action in parser._actions} - {"help"})
     named, left = parser.parse_known_args(argv)
+    recipe = find("recipes", named.config)
     if left:
         raise UserError(
             _unknown_field(left[0].lstrip("-").partition("=")[0], known)
@@ -60,23 +70,30 @@ def parse_options(argv: Sequence[str]) -> Options:
             else f"{left[0]!r} belongs to no field: write --field value"
         )
     words = []
-    for name, value in _read_recipe(named.config).items() if named.config else ():
+    for name, value in _read_recipe(recipe).items() if recipe else ():
         if name not in known:
-            raise UserError(f"{named.config}: {_unknown_field(str(name), known)}")
+            raise UserError(f"{recipe}: {_unknown_field(str(name), known)}")
         if name == "config":
-            raise UserError(f"{named.config}: a recipe cannot name another: remove `config`")
-        parser.source = f"{named.config}, {name}: "
+            raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
+        parser.source = f"{recipe}, {name}: "
         parser.parse_args(field := _words(name, value))
         words += field
     parser.source = ""
-    return Options(*parser.parse_args_into_dataclasses([*words, *argv]))
+    options = Options(*parser.parse_args_into_dataclasses([*words, *argv]))
+    return options.having(
+        config=recipe,
+        ds_config=find("ds_configs", options.launch.ds_config),
+        fsdp_config=find("fsdp", options.launch.fsdp_config),
+    )
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; see launch/recipes/") from error
+        raise UserError(
+            f"--config {path}: {error.strerror}; give a file, or one of {names('recipes')}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 text: {error.reason}") from error
     except yaml.YAMLError as error:

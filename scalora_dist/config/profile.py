@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
+from scalora_dist.config.option import Group, option
 from scalora_dist.errors import UserError
 
 
-@dataclass
-class ProfileArguments:
+@dataclass(frozen=True)
+class ProfileArguments(Group):
     _argument_group_name = "profile"
 
-    profile: bool = field(
-        default=False,
-        metadata={
-            "help": "Measure seconds, FLOP/s and memory of each part of every step; on CPUs the "
-            "reading of each takes up to a quarter of it, and is not counted in it."
-        },
+    profile: bool = option(
+        False,
+        "Measure seconds, FLOP/s and memory of each part of every step; on CPUs the reading of "
+        "each takes up to a quarter of it, and is not counted in it.",
+        resume="free",
     )
-    profile_window: Optional[list[int]] = field(
-        default=None,
-        metadata={
-            "help": "FIRST LAST: the steps to write traces of; the run's 3rd and 4th by default."
-        },
+    profile_window: Optional[list[int]] = option(
+        None,
+        "FIRST LAST: the steps to write traces of; the run's 3rd and 4th by default.",
+        resume="free",
     )
-    peak_tflops: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "What the device can do in the training's dtype, 1e12 FLOP/s, for MFU; "
-            "by default known GPUs' in 16 bits."
-        },
+    peak_tflops: Optional[float] = option(
+        None,
+        "What the device can do in the training's dtype, 1e12 FLOP/s, for MFU; by default known "
+        "GPUs' in 16 bits.",
+        resume="free",
+        above=0,
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("profile_window", "peak_tflops"):
             if getattr(self, name) is not None and not self.profile:
                 raise UserError(f"--{name} says how to --profile: set that too, or leave it out")
-        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise UserError(f"--peak_tflops {self.peak_tflops}: set a positive number")
         window = self.profile_window
         if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1]):
             raise UserError(

@@ -110,13 +110,6 @@ def _check(args: DataArguments) -> tuple[str, dict[str, Any]]:
     """Refuse bad arguments; return `dataset`, and `dataset_options` as a dict."""
     if not args.dataset:
         raise UserError("Say what to train on with --dataset: a file, a folder, or a hub name.")
-    if args.max_length < 2:
-        raise UserError(f"max_length must be at least 2 to leave a target, got {args.max_length}.")
-    if args.dataset_size < 1 or args.eval_size < 0:
-        raise UserError(
-            "dataset_size must be at least 1 and eval_size at least 0, "
-            f"got {args.dataset_size} and {args.eval_size}."
-        )
     try:
         options = json.loads(args.dataset_options)
     except json.JSONDecodeError as error:

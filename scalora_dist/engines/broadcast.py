@@ -27,7 +27,7 @@ def match_rank_0(model: nn.Module, world: World) -> None:
     if not world.agree(zlib.crc32(repr(known).encode())):
         raise UserError(
             "the model's files hold other tensors than its config.json says "
-            "(tie_word_embeddings?): correct it, or train with --ds_config ds_configs/zero2.json"
+            "(tie_word_embeddings?): correct it, or train with --ds_config zero2"
         )
     dtypes = [[tensor.dtype for tensor in tensors.values()]]
     dist.broadcast_object_list(dtypes, src=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 
@@ -13,18 +14,26 @@ from scalora_dist.errors import UserError
 from scalora_dist.modeling.load import BaseModelSpec
 
 
+def join(options: Options) -> World:
+    """Join the launcher's ranks, or be the only one."""
+    return World.join(
+        local_rank=options.launch.local_rank,
+        timeout=timedelta(seconds=options.train.ddp_timeout),
+    )
+
+
 def engine_factory(options: Options, world: World, base: BaseModelSpec) -> Callable[[], Engine]:
     """Check the settings and return a function that makes the engine.
 
     The engine is DeepSpeed, FSDP2, or, on one rank, the local one.
 
     Args:
+        options: resolved for these ranks and this base model.
         base: facts about the base model, read before it is loaded.
 
     Raises:
-        UserError: two engines are given, several ranks have no engine, or settings are wrong.
+        UserError: the engine's settings are wrong.
     """
-    check_engine_choice(options, world.size)
     train, launch = options.train, options.launch
     dtype = train.dtype
     if launch.ds_config:
@@ -71,7 +80,7 @@ def check_engine_choice(options: Options, ranks: int) -> None:
         return
     if ranks > 1:
         raise UserError(
-            f"{ranks} ranks need an engine: give --ds_config FILE (see ds_configs/) or --fsdp"
+            f"{ranks} ranks need an engine: give --ds_config zero3 (or a file) or --fsdp"
         )
     if options.train.fp16:
         raise UserError("--fp16 needs DeepSpeed's loss scale: set --bf16, or give --ds_config")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from scalora_dist.config.shipped import names
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
@@ -45,7 +46,9 @@ def load_ds_config(
     try:
         config = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"--ds_config {path}: {error.strerror}; see ds_configs/") from error
+        raise UserError(
+            f"--ds_config {path}: {error.strerror}; give a file, or one of {names('ds_configs')}"
+        ) from error
     except ValueError as error:
         raise UserError(f"--ds_config {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

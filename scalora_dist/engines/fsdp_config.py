@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 import yaml
 
+from scalora_dist.config.shipped import names
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
@@ -80,7 +81,9 @@ def _read(path: str) -> dict[str, Any]:
         except json.JSONDecodeError:  # JSON is tried first: YAML forbids the tabs that JSON allows
             given = yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"--fsdp_config {path}: {error.strerror}") from error
+        raise UserError(
+            f"--fsdp_config {path}: {error.strerror}; give a file, or one of {names('fsdp')}"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--fsdp_config {path} is neither JSON nor YAML: {reason}") from error

@@ -42,11 +42,10 @@ AddLayers: TypeAlias = Callable[[PreTrainedModel, AddContext], Layers]
 
 @dataclass(frozen=True)
 class Method:
-    """One method of the papers.
+    """One method of the papers. Which options it reads is declared with the options.
 
     Attributes:
         add: puts its layers into a model and sets ``requires_grad`` of what is trained.
-        options: the fields of MethodArguments that it reads. All others must keep their defaults.
         initialize: sets the added parameters after the model is sharded. It may edit W.
         transform: makes, once, the transform that runs between backward and optimizer step.
         restart: makes, once, the restart that runs between two steps.
@@ -59,7 +58,6 @@ class Method:
     """
 
     add: AddLayers
-    options: tuple[str, ...]
     initialize: Callable[[Initialization], None] | None = None
     transform: Callable[[Engine, Merger | None, MethodArguments], Transform] | None = None
     restart: Callable[[Merger, MethodArguments, int], Restart] | None = None

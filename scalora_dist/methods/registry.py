@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TypeAlias
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.method import MethodArguments, MethodName
 from scalora_dist.engines.base import Engine
-from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear, SquareLinear
 from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.layers.lora_init import lora_init
@@ -27,62 +25,6 @@ from scalora_dist.methods.relora import ReloraRestart
 from scalora_dist.methods.scalora import Rescaler
 
 Scaling: TypeAlias = Callable[[MethodArguments, int], float]
-
-
-def find_method(args: MethodArguments) -> Method:
-    """Look up the method that ``args`` names.
-
-    Raises:
-        UserError: there is no such method, or an option is set that the method does not read.
-    """
-    if args.name not in METHODS:
-        raise UserError(f"--method {args.name}: choose one of {', '.join(METHODS)}")
-    method = METHODS[args.name]
-    default = MethodArguments()
-    for field in fields(args):
-        unread = field.name not in ("method", *method.options)
-        if unread and getattr(args, field.name) != getattr(default, field.name):
-            raise UserError(f"--method {args.name} does not read --{field.name}: leave it out")
-    return method
-
-
-def resolve_merge_options(args: MethodArguments, method: Method, *, quantized: bool) -> None:
-    """Set the merge options that were left at None. The defaults depend on the base model.
-
-    Args:
-        quantized: whether the base model is in 4 bits.
-
-    Raises:
-        UserError: the method cannot train a 4-bit base, or options contradict each other.
-    """
-    if quantized and method.needs_dense:
-        raise UserError(
-            f"--method {args.name} reads or changes W itself, which 4 bits do not hold: choose "
-            f"one of {', '.join(name for name, x in METHODS.items() if not x.needs_dense)}"
-        )
-    if not method.merges:
-        return
-    args.merge_target = args.merge_target or ("carry" if quantized else "weight")
-    if args.merge_target == "weight":
-        if quantized:
-            raise UserError(
-                "--merge_target weight: a merge would round away in 4 bits; leave it out or set "
-                "carry"
-            )
-        for name in ("carry_rank", "carry_room", "carry_limit"):
-            if getattr(args, name) != getattr(MethodArguments(), name):
-                raise UserError(f"--{name} is --merge_target carry's: leave it out or set that")
-        return
-    if args.merge_rounding != MethodArguments().merge_rounding:
-        raise UserError("--merge_rounding is --merge_target weight's: leave it out")
-    args.carry_rank = 8 * args.rank if args.carry_rank is None else args.carry_rank
-    args.carry_room = 4 * args.rank if args.carry_room is None else args.carry_room
-    for name in ("carry_rank", "carry_room"):
-        if getattr(args, name) < args.rank:
-            raise UserError(
-                f"--{name} {getattr(args, name)} is less than --rank {args.rank}, the columns of "
-                f"one merge: set at least {args.rank}"
-            )
 
 
 # --- added layers --------------------------------------------------------------------------------
@@ -195,54 +137,39 @@ def _restart(merger: Merger, args: MethodArguments, seed: int) -> ReloraRestart:
 
 # --- the registry --------------------------------------------------------------------------------
 
-_LAYERS = ("rank", "lora_dropout", "target_modules")
-_LORA = (*_LAYERS, "lora_alpha")
-_SAMPLES = ("start_samples", "start_memory")
-_RESCALE = ("scaling_rule", "scaling_interval", "auto_threshold", "eta_lipschitz", "scale_bounds")
-_MERGE = ("merge_target", "carry_rank", "carry_room", "carry_limit", "merge_rounding")
-_RELORA = ("relora_interval", "relora_prune", "relora_warmup_steps")
-
-METHODS = {
+METHODS: dict[MethodName, Method] = {
     "scalora": Method(
         _low_rank(lora_scaling),
-        (*_LORA, *_RESCALE, *_MERGE),
         transform=_rescaler,
         edits_weights=True,
         merges=True,
     ),
-    "lora": Method(_low_rank(lora_scaling), _LORA),
-    "rslora": Method(_low_rank(rslora_scaling), _LORA),
-    "lora-alpha": Method(
-        _low_rank(lora_alpha_scaling), (*_LAYERS, "alpha_variant", "alpha_multiplier")
-    ),
-    "lora-plus": Method(_low_rank(lora_scaling), (*_LORA, "lr_ratio"), rate=lora_plus_rate),
+    "lora": Method(_low_rank(lora_scaling)),
+    "rslora": Method(_low_rank(rslora_scaling)),
+    "lora-alpha": Method(_low_rank(lora_alpha_scaling)),
+    "lora-plus": Method(_low_rank(lora_scaling), rate=lora_plus_rate),
     "lora-pro": Method(
-        _low_rank(lora_scaling), _LORA, transform=lambda engine, merger, args: LoraPro(engine)
+        _low_rank(lora_scaling), transform=lambda engine, merger, args: LoraPro(engine)
     ),
     "relora": Method(
         _low_rank(lora_scaling),
-        (*_LORA, *_RELORA, *_MERGE),
         restart=_restart,
         edits_weights=True,
         merges=True,
     ),
-    "lora-xs": Method(_zero_initialized(CoreLinear, lora_scaling), _LORA, initialize=init_lora_xs),
+    "lora-xs": Method(_zero_initialized(CoreLinear, lora_scaling), initialize=init_lora_xs),
     "lora-sb": Method(
         _zero_initialized(CoreLinear, _unscaled),
-        (*_LAYERS, *_SAMPLES, "sb_eta"),
         initialize=init_lora_sb,
     ),
-    "mora": Method(_zero_initialized(SquareLinear, _unscaled), _LAYERS),
-    "full": Method(_all_parameters, (), needs_dense=True),
-    "peft-lora": Method(_by_peft("lora"), _LORA, needs_dense=True),  # PEFT has its own 4-bit layers
-    "dora": Method(_by_peft("dora"), _LORA, needs_dense=True),
-    "hira": Method(_by_peft("hira"), _LAYERS, needs_dense=True),
-    "pissa": Method(
-        _by_peft("lora"), _LORA, initialize=init_pissa, edits_weights=True, needs_dense=True
-    ),
+    "mora": Method(_zero_initialized(SquareLinear, _unscaled)),
+    "full": Method(_all_parameters, needs_dense=True),
+    "peft-lora": Method(_by_peft("lora"), needs_dense=True),  # PEFT has its own 4-bit layers
+    "dora": Method(_by_peft("dora"), needs_dense=True),
+    "hira": Method(_by_peft("hira"), needs_dense=True),
+    "pissa": Method(_by_peft("lora"), initialize=init_pissa, edits_weights=True, needs_dense=True),
     "lora-ga": Method(
         _by_peft("lora", directions=2),  # B takes the gradient's first r directions, A the next r
-        (*_LORA, *_SAMPLES),
         initialize=init_lora_ga,
         edits_weights=True,
         needs_dense=True,

@@ -6,40 +6,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from scalora_dist.config.fields import option
+from scalora_dist.config.option import Group, tool_option
 from scalora_dist.errors import UserError
 from scalora_dist.profiling.gpus import GPUS
 
 SHIPPED = Path(__file__).parent / "models"
 
 
-@dataclass
-class PlanArguments:
+@dataclass(frozen=True)
+class PlanArguments(Group):
     """A plan's own options, for ``HfArgumentParser``. The run's options are the trainer's."""
 
     _argument_group_name = "plan"
 
-    model: Optional[str] = option(
+    model: Optional[str] = tool_option(
         None,
         "A hub name, a folder or a config.json; of google/gemma-3-12b-pt, meta-llama/Llama-2-7b-hf,"
         " meta-llama/Meta-Llama-3-8B and microsoft/deberta-v3-base the config is here.",
     )
-    nodes: int = option(1, "Machines.")
-    gpus_per_node: int = option(8, "GPUs of each.")
-    gpu: str = option("h100-80g", f"One of {', '.join(GPUS)}.")
-    network: float = option(50.0, "10⁹ bytes/s between nodes for each GPU (400 Gb/s are 50).")
-    reserve: float = option(
-        2.0, "GiB of a GPU that a plan leaves alone: CUDA, NCCL, what the allocator cannot use."
+    nodes: int = tool_option(1, "Machines.", at_least=1)
+    gpus_per_node: int = tool_option(8, "GPUs of each.", at_least=1)
+    gpu: str = tool_option("h100-80g", f"One of {', '.join(GPUS)}.")
+    network: float = tool_option(
+        50.0, "10⁹ bytes/s between nodes for each GPU (400 Gb/s are 50).", above=0
     )
-    json: Optional[str] = option(None, "A file to write the plan to.")
+    reserve: float = tool_option(
+        2.0,
+        "GiB of a GPU that a plan leaves alone: CUDA, NCCL, what the allocator cannot use.",
+        at_least=0,
+    )
+    json: Optional[str] = tool_option(None, "A file to write the plan to.")
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.gpus_per_node < 1:
-            raise UserError("--nodes and --gpus_per_node: set at least 1")
+        super().__post_init__()
         if self.gpu not in GPUS:
             raise UserError(f"--gpu {self.gpu}: choose one of {', '.join(GPUS)}")
-        if self.network <= 0 or self.reserve < 0:
-            raise UserError("--network: set a positive number; --reserve: at least 0")
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"--json {self.json}: its folder does not exist")
 

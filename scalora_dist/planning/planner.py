@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from scalora_dist.config.options import Options
-from scalora_dist.config.shipped import DS_CONFIGS, shipped_ds_config
-from scalora_dist.engines.build import check_engine_choice
+from scalora_dist.config.shipped import find
 from scalora_dist.errors import UserError
-from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.modeling.load import BaseModelSpec, read_base_model
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.plan import GIB, Plan, pick_residency, plan_of
 from scalora_dist.planning.traced_model import Traced, trace_model
 from scalora_dist.planning.zero_residency import offloads
 from scalora_dist.profiling.gpus import GPUS
+from scalora_dist.training.resolve import resolve
 
 MOST_GPUS = 1024
 
@@ -43,21 +42,17 @@ class Planner:
         """Plan a run. Loads no weights.
 
         Args:
-            options: options of the run; not changed.
+            options: options of the run, as they were given.
             gpus: number of ranks.
 
         Raises:
             UserError: the trainer would refuse these options.
         """
-        options = copy.deepcopy(options)
-        options.train.settle_batch(gpus)
-        check_engine_choice(options, gpus)
         # The trace uses SDPA's flash attention, which runs on every machine.
         if (options.model.attn_implementation or "").startswith("flash"):
-            options.model.attn_implementation = None
+            options = options.having(attn_implementation=None)
         base = read_base_model(options.model, options.train.dtype, torch.device("meta"))
-        method = find_method(options.method)
-        resolve_merge_options(options.method, method, quantized=base.fourbit is not None)
+        options = resolve(options, gpus, base)
         residency, compute = pick_residency(options, base, gpus)
         traced = self._trace(options, base, compute)
         residency.see(traced.blocks)
@@ -83,14 +78,15 @@ class Planner:
 
         Tries each change of ``CHANGES`` alone, and together with all changes before it.
         """
-        together = copy.deepcopy(self.options)
+        together = self.options
         words: list[str] = []
         for change in CHANGES:
-            alone = copy.deepcopy(self.options)
-            if word := change(alone, self.where.gpus):
+            alone, word = change(self.options, self.where.gpus)
+            if word:
                 if word.startswith("--ds_config"):  # replaces an earlier one
                     words = [x for x in words if not x.startswith("--ds_config")]
-                words.append(change(together, self.where.gpus))
+                together, added = change(together, self.where.gpus)
+                words.append(added)
                 for options, said in ((alone, word), (together, " ".join(words))):
                     plan = self._try(options, self.where.gpus)
                     if plan and self.fits(plan):
@@ -103,10 +99,12 @@ class Planner:
         Tries powers of two, with gradient checkpointing, one example per micro-batch, and stage 3.
         """
         for gpus in (2**i for i in range(MOST_GPUS.bit_length())):
-            options = copy.deepcopy(self.options)
-            words = [change(options, gpus) for change in (_any_mesh, *CHANGES[:3])]
+            options, words = self.options, []
+            for change in (_any_mesh, *CHANGES[:3]):
+                options, added = change(options, gpus)
+                words.append(added)
             # The global batch size need not be divisible by this number of GPUs.
-            options.train.train_batch_size, options.train.gradient_accumulation_steps = None, 1
+            options = options.having(train_batch_size=None, gradient_accumulation_steps=1)
             plan = self._try(options, gpus)
             if plan and self.fits(plan):
                 return gpus, " ".join(filter(None, words)), plan
@@ -119,67 +117,60 @@ class Planner:
             return None
 
 
-# A change edits the options so that the run needs less memory. It returns the words of the command
-# line for this, or "" if there is nothing to change.
+# A change returns options with which the run needs less memory, and the words of the command line
+# for this: "" if there is nothing to change.
+Change: TypeAlias = Callable[[Options, int], tuple[Options, str]]
 
 
-def _checkpoint(options: Options, gpus: int) -> str:
+def _checkpoint(options: Options, gpus: int) -> tuple[Options, str]:
     if options.train.gradient_checkpointing:
-        return ""
-    options.train.gradient_checkpointing = True
-    return "--gradient_checkpointing"
+        return options, ""
+    return options.having(gradient_checkpointing=True), "--gradient_checkpointing"
 
 
-def _one_example(options: Options, gpus: int) -> str:
-    train = options.train
+def _one_example(options: Options, gpus: int) -> tuple[Options, str]:
+    train, one = options.train, "--per_device_train_batch_size 1"
     if train.per_device_train_batch_size == 1:
-        return ""
+        return options, ""
+    # Computed again from the global batch size, where that is given.
+    accumulation = 1
     if train.train_batch_size is None:
-        train.gradient_accumulation_steps *= train.per_device_train_batch_size
-    else:
-        train.gradient_accumulation_steps = 1  # computed again from the global batch size
-    train.per_device_train_batch_size = 1
-    return "--per_device_train_batch_size 1"
+        accumulation = train.gradient_accumulation_steps * train.per_device_train_batch_size
+    return options.having(
+        per_device_train_batch_size=1, gradient_accumulation_steps=accumulation
+    ), one
 
 
-def _shard_weights(options: Options, gpus: int) -> str:
+def _shard_weights(options: Options, gpus: int) -> tuple[Options, str]:
     if gpus == 1 or options.launch.fsdp or _zero(options).get("stage") == 3:
-        return ""
-    return _with_ds_config(options, "zero3.json")
+        return options, ""
+    return _with_ds_config(options, "zero3")
 
 
-def _any_mesh(options: Options, gpus: int) -> str:
+def _any_mesh(options: Options, gpus: int) -> tuple[Options, str]:
     """Drop the FSDP config: its mesh fits only one number of GPUs."""
     if not options.launch.fsdp_config:
-        return ""
-    options.launch.fsdp_config = None
-    return "--fsdp alone"
+        return options, ""
+    return options.having(fsdp_config=None), "--fsdp alone"
 
 
-def _offload(options: Options, gpus: int) -> str:
+def _offload(options: Options, gpus: int) -> tuple[Options, str]:
     if options.launch.fsdp or offloads(_zero(options), "offload_param"):
-        return ""
-    return _with_ds_config(options, "zero3_offload.json")
+        return options, ""
+    return _with_ds_config(options, "zero3_offload")
 
 
-def _quantize(options: Options, gpus: int) -> str:
-    if options.model.load_in_4bit or find_method(options.method).needs_dense:
-        return ""
-    options.model.load_in_4bit = True
-    return "--load_in_4bit"
+def _quantize(options: Options, gpus: int) -> tuple[Options, str]:
+    if options.model.load_in_4bit or METHODS[options.method.name].needs_dense:
+        return options, ""
+    return options.having(load_in_4bit=True), "--load_in_4bit"
 
 
-CHANGES: list[Callable[[Options, int], str]] = [
-    *(_checkpoint, _one_example, _shard_weights, _offload, _quantize)
-]
+CHANGES: list[Change] = [_checkpoint, _one_example, _shard_weights, _offload, _quantize]
 
 
-def _with_ds_config(options: Options, name: str) -> str:
-    path = shipped_ds_config(name)
-    if path is None:
-        return ""
-    options.launch.ds_config = str(path)
-    return f"--ds_config {DS_CONFIGS}/{name}"
+def _with_ds_config(options: Options, name: str) -> tuple[Options, str]:
+    return options.having(ds_config=str(find("ds_configs", name))), f"--ds_config {name}"
 
 
 def _zero(options: Options) -> dict[str, Any]:

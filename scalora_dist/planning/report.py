@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from scalora_dist.planning.plan import GIB
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.table import as_json, describe, render, verdict
 from scalora_dist.profiling.gpus import GPUS, find_gpu
+from scalora_dist.training.resolve import resolve_batch
 from scalora_dist.training.run_log import write_json
 
 logger = logging.getLogger(__name__)
@@ -27,19 +28,19 @@ def report(options: Options, where: PlanArguments) -> str:
 
     Args:
         options: options of the run.
-        where: the model and the cluster. ``where.model`` is set if it is None.
+        where: the model and the cluster.
 
     Raises:
         UserError: no model is given, or the trainer would refuse these options.
     """
-    options = copy.deepcopy(options)
-    where.model = where.model or options.model.model_name_or_path
-    if not where.model:
+    model = where.model or options.model.model_name_or_path
+    if not model:
         raise UserError("--model is missing: name one of the hub, a folder or a config.json")
-    options.model.model_name_or_path = config_folder(where.model)
+    where = replace(where, model=model)
+    options = options.having(model_name_or_path=config_folder(model))
     planner = Planner(options, where)
     plan = planner.plan(options, where.gpus)
-    options.train.settle_batch(where.gpus)
+    options = replace(options, train=resolve_batch(options.train, where.gpus))
     times, fits = least_times_of(plan, where), planner.fits(plan)
     lines = [
         describe(options, where),
@@ -77,5 +78,4 @@ def where_we_are() -> PlanArguments:
     gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if gpu is None:
         logger.warning("this machine's GPU is not known: planned for %s", where.gpu)
-    where.gpu = next((key for key, known in GPUS.items() if known == gpu), where.gpu)
-    return where
+    return replace(where, gpu=next((key for key, x in GPUS.items() if x == gpu), where.gpu))

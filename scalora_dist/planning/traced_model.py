@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.options import Options
 from scalora_dist.layers.adapted_linear import adapted_linear, own_parameters
 from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.layers.target_modules import ALL_LINEAR, decoder_blocks
 from scalora_dist.methods.method import AddContext
-from scalora_dist.methods.registry import find_method
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.modeling.load import BaseModelSpec, load_model
 from scalora_dist.planning.residency import Part, Weight
 from scalora_dist.planning.trace import Trace, trace_micro_batch
@@ -60,10 +61,9 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     Raises:
         UserError: the trainer would refuse this model, method or these options.
     """
-    args, train = options.method, options.train
-    method = find_method(args)
+    train, method = options.train, METHODS[options.method.name]
     with _quiet():
-        model = _make(options, base, compute)
+        model, args = _make(options, base, compute)
         for module in model.modules():
             if isinstance(module, FourBitLinear):
                 module.dense = partial(_dense, module)  # type: ignore[method-assign]
@@ -106,17 +106,20 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     )
 
 
-def _make(options: Options, base: BaseModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+def _make(
+    options: Options, base: BaseModelSpec, dtype: torch.dtype
+) -> tuple[PreTrainedModel, MethodArguments]:
+    """The model, and the method's options with the layers that an encoder adapts."""
     name = options.model.model_name_or_path
     config = AutoConfig.from_pretrained(name, trust_remote_code=options.model.trust_remote_code)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or base.fourbit:
-        return load_model(options.model, base, dtype, weights=False)
+        return load_model(options.model, base, dtype, weights=False), options.method
     with init_empty_weights():  # an encoder, with the head for GLUE's tasks
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     if options.method.target_modules == [ALL_LINEAR]:  # all except that head
         linear = {n.split(".")[-1] for n, x in model.named_modules() if type(x) is nn.Linear}
-        options.method.target_modules = sorted(linear - {"classifier"})
-    return model
+        return model, replace(options.method, target_modules=sorted(linear - {"classifier"}))
+    return model, options.method
 
 
 def _dense(layer: FourBitLinear, codes: Tensor, dtype: torch.dtype) -> Tensor:

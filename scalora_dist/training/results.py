@@ -154,7 +154,7 @@ class Results:
             before,
             Evaluation.restored(found["after"]),
             world_size=runner.engine.world.size,
-            rank=options.method.rank if "rank" in runner.method.options else None,
+            rank=options.method.rank if options.method.reads("rank") else None,
             parameters=runner.parameters,
             update_rank=found["update_rank"],
             carry=runner.merger.target.summary() if runner.merger else {},

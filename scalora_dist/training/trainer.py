@@ -21,19 +21,20 @@ from scalora_dist.config.options import Options
 from scalora_dist.distributed.stop_signals import PREEMPTED, StopSignals
 from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.distributed.world import World
-from scalora_dist.engines.base import Engine
+from scalora_dist.engines.build import engine_factory
 from scalora_dist.errors import RunExit
-from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.export_adapter import check_adapter_rank
 from scalora_dist.model_io.import_adapter import SavedAdapter
-from scalora_dist.modeling.load import BaseModelSpec
+from scalora_dist.modeling.load import read_base_model
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.training.build_model import build_model, check_same_attention
 from scalora_dist.training.evaluate import Evaluation, evaluate
 from scalora_dist.training.feed import DataFeed
 from scalora_dist.training.optimizer import make_schedule
 from scalora_dist.training.progress import Progress
+from scalora_dist.training.resolve import resolve
 from scalora_dist.training.results import Results
 from scalora_dist.training.resume import check_not_beyond, checkpoint_to_resume, goes_on_in
 from scalora_dist.training.run_log import RunLog, disk_errors_told, read_history
@@ -74,8 +75,6 @@ class Trainer:
         self,
         options: Options,
         world: World,
-        base: BaseModelSpec,
-        make_engine: Callable[[], Engine],
         signals: StopSignals | None = None,
     ) -> None:
         """Load data and model, add the method's layers, and shard the model. Writes no results.
@@ -88,11 +87,11 @@ class Trainer:
         Raises:
             UserError: on every rank, for every mistake in the options or the data.
         """
-        self.options = options
+        base = read_base_model(options.model, options.train.dtype, world.device)
+        self.options = options = resolve(options, world.size, base)
         self.world = world
-        train = options.train
-        method = find_method(options.method)
-        resolve_merge_options(options.method, method, quantized=base.fourbit is not None)
+        train, method = options.train, METHODS[options.method.name]
+        make_engine = engine_factory(options, world, base)
         check_adapter_rank(options, merges=method.merges)
         self.output_dir = Path(str(train.output_dir))
         timeout = timedelta(seconds=train.ddp_timeout)

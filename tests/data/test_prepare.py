@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 
 from scalora_dist.config.data import DataArguments
 from scalora_dist.data.prepare import prepare_data
@@ -131,20 +130,3 @@ def test_bad_arguments(tokenizer, numbers):
     assert "at least 1" in refused(tokenizer, dataset=numbers, eval_dataset=TASK)
     assert "max_length" in refused(tokenizer, dataset=numbers, max_length=1)
     assert "eval_size" in refused(tokenizer, dataset=numbers, eval_size=-1)
-
-
-def test_arguments_parse_from_a_command_line():
-    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(
-        [
-            "--dataset",
-            "d.jsonl",
-            "--eval_dataset",
-            "e.csv",
-            "--train_on_prompt",
-            "--max_length",
-            "9",
-        ]
-    )
-    assert args == DataArguments(
-        dataset="d.jsonl", eval_dataset="e.csv", train_on_prompt=True, max_length=9
-    )

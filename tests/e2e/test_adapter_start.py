@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.methods.method import AddContext
-from scalora_dist.methods.registry import find_method, resolve_merge_options
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.model_io.import_adapter import SavedAdapter
+from scalora_dist.training.resolve import resolve_merges
 from tests.support import runs, tiny_runs
 from tests.support.ranks import Ranks
 from tests.support.refusals import one_sentence
@@ -116,10 +118,10 @@ def test_a_carry_goes_on(
 def read(case: dict[str, Any]) -> None:
     """What the trainer does with a saved adapter before it trains."""
     parsed = parse_options(runs.words(case))
-    method = find_method(parsed.method)
-    resolve_merge_options(parsed.method, method, quantized=False)
+    parsed = replace(parsed, method=resolve_merges(parsed.method, quantized=False))
     saved = SavedAdapter(parsed)
     model = work.base(Path(str(parsed.model.model_name_or_path)))
+    method = METHODS[parsed.method.name]
     saved.check(method.add(model, AddContext(parsed.method, 0, torch.float32)))
 
 

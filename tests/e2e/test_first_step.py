@@ -88,7 +88,7 @@ def model(folder: Path) -> PreTrainedModel:
 
 
 def given(method: str, **others: Any) -> dict[str, Any]:
-    read = {name: OPTIONS[name] for name in METHODS[method].options if name in OPTIONS}
+    read = {name: OPTIONS[name] for name in OPTIONS if MethodArguments(method=method).reads(name)}
     return {**TASK, **read, **LARGER.get(method, {}), **others}
 
 

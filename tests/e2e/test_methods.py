@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from scalora_dist.checkpoint.manifest import checkpoints, step_of
+from scalora_dist.config.method import MethodArguments, MethodName
 from scalora_dist.methods.registry import METHODS
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
@@ -40,10 +41,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
-def options(task: Path, folder: Path, engine: str, method: str, **others: Any) -> dict[str, Any]:
+def options(
+    task: Path, folder: Path, engine: str, method: MethodName, **others: Any
+) -> dict[str, Any]:
     """A run of a method; what of the common options it does not read is left out."""
     read = ("rank", "lora_alpha", "lora_dropout")
-    unread = {name: None for name in read if name not in METHODS[method].options}
+    unread = {name: None for name in read if not MethodArguments(method=method).reads(name)}
     given: dict[str, Any] = {
         "method": method,
         "learning_rate": RATES.get(method, 1e-2),

@@ -16,6 +16,7 @@ from scalora_dist.engines.local import LocalEngine
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBit
 from scalora_dist.modeling.load import BaseModelSpec
+from scalora_dist.training.resolve import resolve, resolve_batch
 from tests.support import runs
 from tests.support.refusals import one_sentence
 
@@ -43,8 +44,9 @@ def test_one_rank_needs_no_engine(given: dict[str, bool], dtype: torch.dtype) ->
 
 
 def refused(size: int, **given: Any) -> str:
+    base = BaseModelSpec(576, None, False)
     with pytest.raises(UserError) as error:
-        engine_factory(options(**given), world(size), BaseModelSpec(576, None, False))
+        engine_factory(resolve(options(**given), size, base), world(size), base)
     return one_sentence(error)
 
 
@@ -110,8 +112,8 @@ def test_the_global_batch_is_settled(
     ranks: int, given: dict[str, int], batch: int, accumulation: int
 ) -> None:
     train = options(**given).train
-    for _ in range(2):  # what is settled stays so
-        train.settle_batch(ranks)
+    for _ in range(2):  # what is resolved stays so
+        train = resolve_batch(train, ranks)
         assert (train.train_batch_size, train.gradient_accumulation_steps) == (batch, accumulation)
 
 
@@ -132,7 +134,7 @@ def test_a_global_batch_that_ranks_cannot_share(
     ranks: int, given: dict[str, int], says: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        options(**given).train.settle_batch(ranks)
+        resolve_batch(options(**given).train, ranks)
     message = one_sentence(error)
     assert says in message and str(given["train_batch_size"]) in message
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scalora_dist.config.parser import parse_options
+from scalora_dist.training.resolve import resolve_batch
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 PAPER = {  # {recipe: (batch, epochs)}; appendices C.4 and C.5 of arXiv 2510.23818
@@ -29,8 +30,7 @@ def test_they_mean_the_same_on_any_number_of_ranks(path: Path, ranks: int) -> No
     if path.stem == "demo":
         assert options.data.dataset == "reasoning_gym:word_sequence_reversal"
         return
-    method, train = options.method, options.train
-    train.settle_batch(ranks)
+    method, train = options.method, resolve_batch(options.train, ranks)
     assert (train.train_batch_size, train.num_train_epochs) == PAPER[path.stem]
     at_once = ranks * train.per_device_train_batch_size
     assert train.gradient_accumulation_steps * at_once == PAPER[path.stem][0]

@@ -12,9 +12,7 @@ from torch import Tensor
 from scalora_dist.config.parser import parse_options
 from scalora_dist.core.scale_solver import Rule, quadratic
 from scalora_dist.distributed.world import World
-from scalora_dist.engines.build import engine_factory
 from scalora_dist.methods.scalora import Rescaler
-from scalora_dist.modeling.load import read_base_model
 from scalora_dist.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,10 +25,7 @@ def words(options: dict[str, Any]) -> list[str]:
 
 def make(world: World, options: dict[str, Any], trainer: type[Trainer] = Trainer) -> Trainer:
     """Make the trainer like launch/train.py, on ranks that already run."""
-    parsed = parse_options(words(options))
-    parsed.train.settle_batch(world.size)
-    base = read_base_model(parsed.model, parsed.train.dtype, world.device)
-    return trainer(parsed, world, base, engine_factory(parsed, world, base))
+    return trainer(parse_options(words(options)), world)
 
 
 def run(world: World, options: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.training.feed import DataFeed
+from scalora_dist.training.resolve import resolve_batch
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
 
@@ -32,7 +34,7 @@ def write(path: Path, *texts: str) -> Path:
 def prepared(world: World, cases: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """Each rank prepares its own case. Returns (checksum or the refusal, warnings)."""
     options = parse_options(runs.words(cases[world.rank]))
-    options.train.settle_batch(world.size)
+    options = replace(options, train=resolve_batch(options.train, world.size))
     with tiny_runs.warnings_of() as heard:
         try:
             return DataFeed(options, world).data.checksum, heard

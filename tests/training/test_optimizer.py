@@ -16,7 +16,7 @@ from scalora_dist.checkpoint.run_state import restore_schedule
 from scalora_dist.config.parser import parse_options
 from scalora_dist.config.training import POLYNOMIAL_END, Schedule
 from scalora_dist.errors import UserError
-from scalora_dist.methods.registry import find_method
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.relora import warmed_up_again
 from scalora_dist.training.optimizer import make_optimizer, make_schedule
 from tests.support import runs
@@ -31,7 +31,7 @@ RATES = (1e-5, 2e-4, 1e-3, 1e-2)
 def schedule(**options: Any) -> LambdaLR:
     """The schedule of a run of ``STEPS`` steps with one trained A and one B."""
     parsed = parse_options(runs.words({"output_dir": "out", **options}))
-    method = find_method(parsed.method)
+    method = METHODS[parsed.method.name]
     parameters = {f"layer.{factor}": nn.Parameter(torch.zeros(1)) for factor in "BA"}
     return make_schedule(make_optimizer(method, parsed, parameters), method, parsed, STEPS)
 

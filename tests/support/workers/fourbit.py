@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalora_dist.config.method import MethodArguments
 from scalora_dist.distributed.world import World
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.fourbit_linear import FourBitLinear
@@ -42,7 +43,7 @@ def options(
         given |= {"relora_interval": 2, "relora_warmup_steps": 1}
     if METHODS[method].merges:
         given |= CARRY
-    unread = {name: None for name in read if name not in METHODS[method].options}
+    unread = {name: None for name in read if not MethodArguments(method=method).reads(name)}
     return tiny_runs.options(task, folder, engine, **(given | others | unread))
 
 
