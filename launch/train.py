@@ -1,11 +1,21 @@
 """Fine-tune a causal language model, on shards or on one device.
 
-deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/zero3.json --config RECIPE.yaml
+deepspeed --num_gpus 2 launch/train.py --ds_config zero3 --config RECIPE.yaml
 torchrun --nproc_per_node 2 launch/train.py --fsdp --config RECIPE.yaml
 python launch/train.py --config RECIPE.yaml
 """
 
-from scalora_dist.cli import main
+import sys
+
+try:
+    from scalora_dist.cli import main
+except ModuleNotFoundError as error:
+    print(
+        f"error: {error.name} is not installed for {sys.executable}: run `make setup` and "
+        "`. .venv/bin/activate`, or `pip install -e .`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""The command line: plan a run, or train.
+"""The command ``scalora``: train, plan a run, or check whether the machines are fit for one.
 
 Signals count from the first moment, before the seconds that the imports take. The options are read
 and checked before torch's distributed parts and DeepSpeed are imported.
@@ -14,17 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalora_dist.distributed.stop_signals import StopSignals
-from scalora_dist.errors import exit_with_one_sentence, is_rank_0
+from scalora_dist.errors import UserError, exit_with_one_sentence, is_rank_0
 
 if TYPE_CHECKING:
     from scalora_dist.config.options import Options
+
+USAGE = """usage: scalora COMMAND [--option value ...]
+
+  scalora train    fine-tune a model
+  scalora plan     what a run will need: memory, messages, least times
+  scalora doctor   check the machine, the network between the ranks, and the engines
+
+scalora COMMAND --help lists a command's options. On several ranks, let a launcher start it:
+  deepspeed --num_gpus N --module scalora_dist train --ds_config zero3 ...
+  torchrun --nproc_per_node N -m scalora_dist train --fsdp ..."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """What every rank of a launched run calls. Mistakes end it with one sentence and status 2.
 
     Args:
-        argv: the options; by default those of the process.
+        argv: the command and its options; by default those of the process.
     """
     level = logging.INFO if is_rank_0() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
@@ -32,30 +42,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with StopSignals() as signals, exit_with_one_sentence(signals.ignore):
-        from scalora_dist.config.parser import parse_options
-
-        options = parse_options(sys.argv[1:] if argv is None else argv)
-        if options.launch.dry_run:
-            plan(options)
+        command, words = split(sys.argv[1:] if argv is None else argv)
+        if command == "train":
+            train(words, signals)
+        elif command == "plan":
+            plan(words)
+        elif command == "doctor":
+            doctor(words)
         else:
-            signals.output_dir = Path(str(options.train.output_dir))
-            train(options, signals)
+            print(USAGE)
+        signals.outlast()
 
 
-def plan(options: Options) -> None:
-    """Print what the run will need on the ranks that it was launched on."""
-    from scalora_dist.planning.report import report, where_we_are
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command and its options. DeepSpeed's launcher puts ``--local_rank=N`` before both.
 
-    if is_rank_0():
-        print(report(options, where_we_are()))
+    Raises:
+        UserError: there is no such command.
+    """
+    first = [word for word in words if not word.startswith("--local_rank=")][:1]
+    if first in ([], ["--help"], ["-h"]):
+        return "help", []
+    if first[0] not in ("train", "plan", "doctor"):
+        raise UserError(
+            f"scalora {first[0]}: choose train, plan or doctor; scalora --help explains"
+        )
+    rest = list(words)
+    rest.remove(first[0])
+    return first[0], rest
 
 
-def train(options: Options, signals: StopSignals) -> None:
-    """Train, and print the summary.
+def train(words: Sequence[str], signals: StopSignals) -> None:
+    """Train and print the summary; with ``--dry_run``, plan the run on the ranks that are here.
 
     Args:
+        words: the options.
         signals: what handles requests to stop; already entered.
     """
+    from scalora_dist.config.parser import parse_options
+
+    options = parse_options(words)
+    if options.launch.dry_run:
+        from scalora_dist.planning.report import report, where_we_are
+
+        if is_rank_0():
+            print(report(options, where_we_are()))
+        return
+    signals.output_dir = Path(str(options.train.output_dir))
+    run(options, signals)
+
+
+def run(options: Options, signals: StopSignals) -> None:
+    """Train on the launcher's ranks, and print the summary."""
     from scalora_dist.engines.build import join
     from scalora_dist.training.summary import render
     from scalora_dist.training.trainer import Trainer
@@ -66,3 +104,17 @@ def train(options: Options, signals: StopSignals) -> None:
     if world.is_main:
         print(f"\n{render(summary)}")
     world.leave()
+
+
+def plan(words: Sequence[str]) -> None:
+    """Print what a run will need on a cluster that the options describe."""
+    from scalora_dist.planning.command import plan_command
+
+    print(plan_command(words))
+
+
+def doctor(words: Sequence[str]) -> None:
+    """Print a table of checks on the launcher's ranks; status 1 if one of them fails."""
+    from scalora_dist.doctor.command import doctor_command
+
+    doctor_command(words)

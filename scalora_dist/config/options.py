@@ -43,8 +43,24 @@ class LaunchArguments(Group):
     local_rank: int = option(-1, "Set by the launcher.", resume="free")
 
 
+# The dataclasses of all options, in the order of `Options`.
+GROUPS = (
+    ModelArguments,
+    DataArguments,
+    MethodArguments,
+    TrainArguments,
+    LaunchArguments,
+    ProfileArguments,
+)
+
+
 @dataclass(frozen=True)
 class Options:
+    """All options of a run, frozen.
+
+    `training.resolve.resolve` gives those that the whole run keeps.
+    """
+
     model: ModelArguments
     data: DataArguments
     method: MethodArguments

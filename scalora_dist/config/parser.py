@@ -12,13 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from scalora_dist.config.data import DataArguments
-from scalora_dist.config.method import MethodArguments
-from scalora_dist.config.model import ModelArguments
-from scalora_dist.config.options import LaunchArguments, Options
-from scalora_dist.config.profile import ProfileArguments
+from scalora_dist.config.options import GROUPS, Options
 from scalora_dist.config.shipped import find, names
-from scalora_dist.config.training import TrainArguments
 from scalora_dist.errors import UserError
 
 
@@ -47,18 +42,15 @@ def parse_options(argv: Sequence[str]) -> Options:
     Raises:
         UserError: a missing or malformed file, an unknown field or choice, an invalid value.
     """
-    groups = [
-        *(ModelArguments, DataArguments, MethodArguments),
-        *(TrainArguments, LaunchArguments, ProfileArguments),
-    ]
     parser = Parser(
-        groups,
+        list(GROUPS),
         allow_abbrev=False,
-        usage="deepspeed --num_gpus N launch/train.py --ds_config FILE | "
-        "torchrun --nproc_per_node N launch/train.py --fsdp | python launch/train.py, each with "
-        "--model_name_or_path MODEL --dataset DATA --output_dir FOLDER [--config RECIPE.yaml] "
-        "[--option value ...]",
-        description="Fine-tune with ScaLoRA on shards.",
+        prog="scalora train",
+        usage="scalora train --model_name_or_path MODEL --dataset DATA --output_dir FOLDER "
+        "[--config RECIPE] [--option value ...]; on several ranks, "
+        "deepspeed --num_gpus N launch/train.py --ds_config zero3 ... or "
+        "torchrun --nproc_per_node N launch/train.py --fsdp ...",
+        description="Fine-tune with ScaLoRA on shards. docs/options.md has more of each option.",
     )
     known = sorted({action.dest for action in parser._actions} - {"help"})
     named, left = parser.parse_known_args(argv)
