@@ -16,7 +16,17 @@ PACKAGE = Path(__file__).parents[1] / "scalora_dist"
 # From the lowest to the highest. A room imports from itself and from rooms before it.
 ROOMS = (
     *("errors", "core", "distributed", "config", "profiling", "layers", "data", "modeling"),
-    *("engines", "methods", "model_io", "checkpoint", "training", "planning", "cli"),
+    *(
+        "engines",
+        "methods",
+        "model_io",
+        "checkpoint",
+        "training",
+        "planning",
+        "doctor",
+        "cli",
+        "__main__",
+    ),
 )
 DEEPEST = 12  # levels of imports
 # Besides torch and the standard library. Nothing of a model, an engine or an option.
@@ -64,7 +74,12 @@ def room(module: str) -> int:
 
 def test_every_module_is_in_a_room() -> None:
     assert {name.partition(".")[0] for name in MODULES} - {""} == set(ROOMS)
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "cli.py", "errors.py"}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "cli.py",
+        "errors.py",
+    }
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

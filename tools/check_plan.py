@@ -1,4 +1,4 @@
-"""Compares a plan of `tools/plan.py` with measurements of a few real steps.
+"""Compares a plan (`scalora plan`) with measurements of a few real steps.
 
     torchrun --nproc_per_node 2 tools/check_plan.py --fsdp --config launch/recipes/demo.yaml \\
         --model_name_or_path "$(python tools/demo_model.py)" --max_length 256 [--json row.json]

@@ -26,7 +26,11 @@ def plan_command(words: Sequence[str]) -> str:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
     parser = Parser(
-        [PlanArguments], allow_abbrev=False, prog="scalora plan", description=DESCRIPTION
+        [PlanArguments],
+        allow_abbrev=False,
+        prog="scalora plan",
+        description=DESCRIPTION,
+        epilog="The run's options: scalora train --help.",
     )
     where, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
     # A plan writes no results, so any folder will do.

@@ -116,7 +116,7 @@ def test_the_papers_models_are_here(model: str) -> None:
 
 def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "tools/plan.py", *words],
+        [sys.executable, "-m", "scalora_dist", "plan", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
