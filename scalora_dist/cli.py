@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             signals.output_dir = Path(str(options.train.output_dir))
             train(options, signals)
+        signals.outlast()
 
 
 def plan(options: Options) -> None:
