@@ -25,7 +25,12 @@ def launch(*words: str, engine: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        env=os.environ
+        | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": launched.QUICK_START,
+        },
     )
 
 

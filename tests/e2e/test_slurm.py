@@ -63,6 +63,7 @@ def test_a_preempted_job_comes_back_and_goes_on(
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": 1,
+        "PYTHONPATH": launched.QUICK_START,
         "TOKENIZERS_PARALLELISM": "false",
         "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }

@@ -19,7 +19,8 @@ from tests.support import runs
 from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
-
+# PYTHONPATH of launched runs: the package of this checkout, and neither PEFT nor bitsandbytes.
+QUICK_START = f"{runs.REPOSITORY}:{Path(__file__).parent / 'without_peft'}"
 
 LAUNCHERS = {
     "local": [sys.executable],
@@ -58,7 +59,7 @@ class Launched:
                     "CUDA_VISIBLE_DEVICES": "",
                     "DS_ACCELERATOR": "cpu",
                     "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(runs.REPOSITORY),
+                    "PYTHONPATH": QUICK_START,
                     "TOKENIZERS_PARALLELISM": "false",
                     # Marks this command's processes, so that no others are found.
                     "SMALL_RUN": str(log),

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import runs
+from tests.support import launched, runs
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
@@ -48,6 +48,7 @@ class Node:
             "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": 1,
+            "PYTHONPATH": launched.QUICK_START,
             "TOKENIZERS_PARALLELISM": "false",
             "HF_DATASETS_CACHE": self.caches,  # a disk of this node's own
             **env,
