@@ -61,7 +61,6 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "target": ({"target_modules": "q_proj w_proj"}, "w_proj"),
         "data": ({"dataset": broken}, "line 2"),
-        "rank": ({"rank": 29}, "between 1 and 14"),
     }
 
 
@@ -70,7 +69,6 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
     [
         ("local", "data"),
         pytest.param("zero3", "target", marks=pytest.mark.heavy),
-        pytest.param("fsdp", "rank", marks=pytest.mark.heavy),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(
