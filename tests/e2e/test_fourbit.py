@@ -24,7 +24,6 @@ pytest.importorskip("bitsandbytes")
 GetRanks = Callable[[int], Ranks]
 HEAVY = pytest.mark.heavy
 
-LIKE_LORA = ("rslora", "lora-alpha", "lora-plus")  # in all but s or a learning rate
 ON_FOUR_BITS = [name for name, method in METHODS.items() if not method.needs_dense]
 DAILY = {
     "scalora": ("zero3", "fsdp"),
@@ -47,7 +46,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(name, engine, marks=[] if engine in DAILY.get(name, ()) else HEAVY)
         for name in ON_FOUR_BITS
         for engine in ("local", "zero2", "zero3", "fsdp")
-        if name not in LIKE_LORA or engine == "zero3"
+        if name not in tiny_runs.LIKE_OTHERS or engine == "zero3"
     ],
 )
 def test_a_method_learns_goes_on_and_leaves_its_model(

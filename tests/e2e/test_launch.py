@@ -92,7 +92,7 @@ def test_nothing_is_overwritten_unasked(tiny_model: str, tmp_path: Path) -> None
     kept.write_text("mine")
     given = {"model_name_or_path": tiny_model, "output_dir": folder, **TASK}
     with Forked(2, given | runs.engine_options("zero3", tmp_path), tmp_path / "log") as run:
-        assert 2 in run.wait(), run.text()
+        assert run.wait()[0] == 2, run.text()  # launchers pass on the first failure
     assert "--overwrite_output_dir" in run.text()
     assert kept.read_text() == "mine"
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]

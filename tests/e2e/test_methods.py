@@ -158,10 +158,7 @@ def test_a_method_goes_on_in_one_process(
     )
 
 
-# What differs from others in s, in a learning rate, or in whose layers they are need not be tried
-# everywhere.
-LIKE_OTHERS = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
-DISTINCT = [name for name in METHODS if name not in LIKE_OTHERS]
+DISTINCT = [name for name in METHODS if name not in tiny_runs.LIKE_OTHERS]
 RARE = {"zero3_offload": 2, "fsdp_offload": 2, "hybrid": 4}  # on so many ranks
 STEADY = {"lora_dropout": 0.0, "save_steps": 0}  # other ranks draw other dropout
 
@@ -233,7 +230,7 @@ def test_a_method_learns_in_fp16(
 
 # Each on one engine; in one process where fp32 masters meet a bfloat16 model. What differs from
 # others in s or a learning rate alone is tried now and then.
-ALIKE_IN_BF16 = ("rslora", "lora-alpha", "lora-plus", "peft-lora", "lora-ga", "pissa")
+ALIKE_IN_BF16 = (*tiny_runs.LIKE_OTHERS, "lora-ga", "pissa")
 BF16 = {
     "scalora": ["zero3", "local"],
     "lora": ["fsdp"],

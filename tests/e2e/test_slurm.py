@@ -60,11 +60,7 @@ def test_a_preempted_job_comes_back_and_goes_on(
         "SLURM_JOB_ID": os.getpid(),
         "SLURM_JOB_NODELIST": "nodes",
         "REQUEUED": tmp_path / "requeued",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": launched.QUICK_START,
-        "TOKENIZERS_PARALLELISM": "false",
+        **launched.ENVIRONMENT,
         "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     left_out = ("output_dir", "seed", "fsdp", "ds_config")

@@ -45,11 +45,7 @@ class Node:
             "NPROC_PER_NODE": 1,
             "MASTER_ADDR": ADDRESSES[0],
             "PYTHON": sys.executable,
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": 1,
-            "PYTHONPATH": launched.QUICK_START,
-            "TOKENIZERS_PARALLELISM": "false",
+            **launched.ENVIRONMENT,
             "HF_DATASETS_CACHE": self.caches,  # a disk of this node's own
             **env,
         }
