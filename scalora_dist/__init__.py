@@ -1,3 +1,3 @@
 """ScaLoRA (arXiv 2510.23818) on sharded weights."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

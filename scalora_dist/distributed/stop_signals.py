@@ -98,6 +98,10 @@ class StopSignals:
         with self._deciding:
             self._held = True
 
+    def outlast(self) -> None:
+        """The process is about to end by itself: after ``with`` no signal changes its status."""
+        self._before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+
     def ignore(self) -> None:
         """The run has failed: the signal that launchers then send to all ranks kills this one.
 

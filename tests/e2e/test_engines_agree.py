@@ -86,25 +86,18 @@ def reference(
     return get
 
 
-ENGINES = [(1, "local")]
-ENGINES += [
-    (size, engine)
-    for size in (1, 2, 3, 4)
+EVERY_DAY = [("gemma3", 4, "hybrid"), ("llama", 1, "local")]
+EVERY_DAY += [
+    (architecture, size, engine)
+    for architecture, size in (("gemma3", 2), ("llama", 3))
     for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp")
 ]
-ENGINES += [(4, "hybrid")]
-
-
-ALWAYS = {("gemma3", "hybrid"), ("llama", "local")}
-# Each architecture on some numbers of ranks every day, on all of them now and then.
-CASES = [
-    pytest.param(
-        *(architecture, size, engine),
-        marks=[] if size in sizes or (architecture, engine) in ALWAYS else pytest.mark.heavy,
-    )
-    for architecture, sizes in (("gemma3", (2,)), ("llama", (3,)))
-    for size, engine in ENGINES
-]
+# One rank and four, and the other architecture where weights are cut up.
+HEAVY = [("gemma3", 1, "local"), ("llama", 4, "hybrid")]
+HEAVY += [("llama", size, x) for size in (1, 4) for x in ("zero0", "zero1", "zero2")]
+HEAVY += [("llama", size, x) for size in (1, 2, 4) for x in ("zero3", "fsdp")]
+HEAVY += [("gemma3", size, x) for size in (3, 4) for x in ("zero3", "fsdp")]
+CASES = [*EVERY_DAY, *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)]
 
 
 @pytest.mark.parametrize(("architecture", "size", "engine"), CASES)

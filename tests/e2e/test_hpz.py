@@ -74,12 +74,6 @@ def train(world: World, case: dict[str, Any]) -> list[set[int]]:
         pytest.param({}, {"offload_param": {"device": "cpu"}}, marks=HEAVY, id="offloaded"),
         pytest.param({"gradient_checkpointing": None}, {}, marks=HEAVY, id="no recomputation"),
         pytest.param({"bf16": True}, {}, marks=HEAVY, id="bf16"),
-        pytest.param(
-            {"method": "relora", "relora_interval": 1, "scaling_interval": None},
-            {},
-            marks=HEAVY,
-            id="relora",
-        ),
         pytest.param(FULL, {}, marks=HEAVY, id="full"),
         pytest.param(FOUR_BITS, {}, marks=HEAVY, id="4-bit"),
     ],

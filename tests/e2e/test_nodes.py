@@ -26,16 +26,15 @@ def pair(tmp_path: Path) -> Iterator[list[Node]]:
 
 
 @pytest.mark.parametrize(
-    ("dead", "how"),
+    ("engine", "dead", "how"),
     [
-        (1, "die"),
-        (0, "die"),
-        (1, "pull_the_cable"),
-        (0, "pull_the_cable"),
+        ("fsdp", 0, "die"),
+        ("fsdp", 1, "pull_the_cable"),
+        ("zero3", 1, "die"),
+        ("zero3", 0, "pull_the_cable"),
     ],
 )
 @pytest.mark.heavy
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_two_nodes_train_as_one_until_one_dies(
     ranks: Any, odd: Path, tmp_path: Path, pair: list[Node], engine: str, dead: int, how: str
 ) -> None:
@@ -60,8 +59,7 @@ def test_two_nodes_train_as_one_until_one_dies(
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-@pytest.mark.parametrize("ranks_of_each", [1, 2])
+@pytest.mark.parametrize(("engine", "ranks_of_each"), [("zero3", 1), ("fsdp", 2)])
 def test_a_whole_run_on_two_nodes(
     ranks: Any, odd: Path, tmp_path: Path, pair: list[Node], engine: str, ranks_of_each: int
 ) -> None:

@@ -194,9 +194,9 @@ def test_a_run_killed_in_three_phases(ranks: GetRanks, task: Path, tmp_path: Pat
 def test_runs_killed_in_every_phase(
     ranks: GetRanks, task: Path, tmp_path: Path, engine: str
 ) -> None:
-    """Four kills in each, of all ranks and of each in turn."""
+    """Three kills in each, of all ranks and of each in turn."""
     order = ["overwriting", "loading", "first save", *AT_THE_END]
-    aims = [aim for aim in order for _ in range(4)]
+    aims = [aim for aim in order for _ in range(3)]
     torture(ranks(2), task, tmp_path, engine, aims, seed=2)
 
 

@@ -41,18 +41,18 @@ def options(model: str, folder: Path, engine: str, **others: Any) -> dict[str, A
 def test_losses_of_the_demo_model_do_not_depend_on_the_sharding(
     ranks: GetRanks, demo_model: str, tmp_path: Path
 ) -> None:
-    """10 fp32 steps, a rescale each, against one process; test_engines_agree.py has every case."""
-    others = {"max_steps": 10, "eval_size": 0, "save_model": False, "update_rank_layers": 0}
+    """5 fp32 steps, a rescale each, against one process; test_engines_agree.py has every case."""
+    others = {"max_steps": 5, "eval_size": 0, "save_model": False, "update_rank_layers": 0}
     others |= {"train_batch_size": 4}
     losses = {}
-    for size, engine in ((1, "local"), (2, "zero2"), (2, "zero3"), (2, "fsdp")):
+    for size, engine in ((1, "local"), (2, "zero3"), (2, "fsdp")):
         case = options(demo_model, tmp_path / engine, engine, **others)
         ranks(size).run(runs.run, case, timeout=500)
         losses[engine] = torch.tensor(runs.losses(tmp_path / engine), dtype=torch.float64)
     alone = losses.pop("local")
     largest = {k: float(((v - alone) / alone).abs().max()) for k, v in losses.items()}
     print("largest relative difference from one process:", largest)
-    assert len(alone) == 10
+    assert len(alone) == 5
     assert max(largest.values()) < 1e-4
 
 

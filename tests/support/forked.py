@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Forked:
         """Send a signal to some ranks, if they still run."""
         for rank in whom:
             if self.ranks[rank].exitcode is None:
-                os.kill(self.ranks[rank].pid or 0, number)
+                with suppress(ProcessLookupError):  # it ended meanwhile
+                    os.kill(self.ranks[rank].pid or 0, number)
 
     def running(self) -> bool:
         return all(process.exitcode is None for process in self.ranks)

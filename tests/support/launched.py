@@ -19,7 +19,16 @@ from tests.support import runs
 from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
-
+# PYTHONPATH of launched runs: the package of this checkout, and neither PEFT nor bitsandbytes.
+QUICK_START = f"{runs.REPOSITORY}:{Path(__file__).parent / 'without_peft'}"
+# Of every process of a launched run, on CPU ranks with one thread each.
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": QUICK_START,
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 LAUNCHERS = {
     "local": [sys.executable],
@@ -53,16 +62,8 @@ class Launched:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ
-                | {
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "DS_ACCELERATOR": "cpu",
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(runs.REPOSITORY),
-                    "TOKENIZERS_PARALLELISM": "false",
-                    # Marks this command's processes, so that no others are found.
-                    "SMALL_RUN": str(log),
-                },
+                # The mark of this command's processes, so that no others are found.
+                env=os.environ | ENVIRONMENT | {"SMALL_RUN": str(log)},
             )
 
     def __enter__(self) -> Launched:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import runs
+from tests.support import launched, runs
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
@@ -45,10 +45,7 @@ class Node:
             "NPROC_PER_NODE": 1,
             "MASTER_ADDR": ADDRESSES[0],
             "PYTHON": sys.executable,
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": 1,
-            "TOKENIZERS_PARALLELISM": "false",
+            **launched.ENVIRONMENT,
             "HF_DATASETS_CACHE": self.caches,  # a disk of this node's own
             **env,
         }

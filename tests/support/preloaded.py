@@ -5,6 +5,7 @@ That process runs no operator and opens no process group, so it has no threads t
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ |= {
@@ -16,4 +17,10 @@ os.environ |= {
 
 import scalora_dist.engines.deepspeed
 import scalora_dist.engines.fsdp
-import scalora_dist.training.trainer  # noqa: F401
+import scalora_dist.training.trainer
+
+# A mesh opens process groups, and a group's threads wake up 100 times a second for as long as the
+# process lives. A rank of the tests trains hundreds of times: all its runs share the meshes.
+scalora_dist.engines.fsdp.init_device_mesh = functools.cache(  # type: ignore[assignment]
+    scalora_dist.engines.fsdp.init_device_mesh
+)

@@ -38,6 +38,9 @@ TASK: dict[str, Any] = {
     "update_rank_layers": 0,
 }
 TIMINGS = ("seconds", "seconds_per_step", "method_share", "tokens_per_second", "peak_memory_bytes")
+# Methods that differ from others in s, in a learning rate, or in whose layers they are: they need
+# not be tried everywhere.
+LIKE_OTHERS = ("rslora", "lora-alpha", "lora-plus", "peft-lora")
 # (engine that shards weights, number of ranks)
 CUT_UP = [
     ("zero3", 2),
