@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -79,7 +77,7 @@ def join(args: DoctorArguments) -> World:
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"the {os.environ.get('WORLD_SIZE')} ranks did not meet at {where} in {args.timeout} s: "
-            "start all nodes, and see that a firewall lets this port and those above 1024 through "
+            f"the {os.environ.get('WORLD_SIZE')} ranks did not meet at {where} in "
+            f"{args.timeout} s: start all nodes, and see that a firewall lets this port and those above 1024 through "
             f"({str(error).partition(chr(10))[0]})"
         ) from error

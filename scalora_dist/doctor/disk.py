@@ -18,7 +18,7 @@ NFS_SECONDS = 10.0  # time until a node surely sees a file that another node has
 
 
 def check_disk(world: World, folder: Path) -> Finding:
-    """Whether every node sees what rank 0 writes to ``folder``, and how fast it writes. A collective."""
+    """Whether every node sees what rank 0 writes to ``folder``, and how fast. A collective."""
     probe: Path | None = None
     problem, rate, free = "", 0.0, 0
     token = uuid.uuid4().hex
