@@ -78,6 +78,6 @@ def join(args: DoctorArguments) -> World:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"the {os.environ.get('WORLD_SIZE')} ranks did not meet at {where} in "
-            f"{args.timeout} s: start all nodes, and see that a firewall lets this port and those above 1024 through "
-            f"({str(error).partition(chr(10))[0]})"
+            f"{args.timeout} s: start all nodes, and see that a firewall lets this port and those "
+            f"above 1024 through ({str(error).partition(chr(10))[0]})"
         ) from error
