@@ -1,9 +1,10 @@
 """Measures the cost of a rescale: times steps, the rescale's parts and the naive merge in one run.
 
-    deepspeed --num_gpus 2 tools/bench_rescale.py --ds_config ds_configs/zero3.json \\
-        --model_name_or_path MODEL [--rank 8 --steps 5 --length 64 --json out.json]
+    deepspeed --num_gpus 2 tools/bench_rescale.py --ds_config zero3 --config demo \\
+        --model_name_or_path MODEL [--max_length 64 --rounds 5 --json out.json]
 
-One engine and one model run `--steps` rounds on random tokens. A round is a LoRA step, a ScaLoRA
+Takes the trainer's options and starts like the trainer, on random tokens. Writes no results.
+`--rounds` rounds use one engine and one model. A round is a LoRA step, a ScaLoRA
 step, our merge and, under ZeRO-3, the naive merge. So other load on the machine affects all of
 them equally.
 
@@ -21,46 +22,35 @@ from __future__ import annotations
 import math
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 import torch.distributed as dist
 
-from scalora_dist.config.data import DataArguments
-from scalora_dist.config.method import MethodArguments
-from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.options import LaunchArguments, Options
-from scalora_dist.config.parser import Parser
-from scalora_dist.config.training import TrainArguments
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.core.flat_shard import global_norm
 from scalora_dist.core.scale_solver import Scales
-from scalora_dist.distributed.world import World
-from scalora_dist.engines.ds_config import load_ds_config
+from scalora_dist.engines.build import join
 from scalora_dist.engines.layer_shards import gradient_shards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.adapted_linear import LowRankLinear
-from scalora_dist.methods.merger import Merger
-from scalora_dist.methods.method import AddContext
-from scalora_dist.methods.registry import METHODS
-from scalora_dist.methods.runner import merge_target
 from scalora_dist.methods.scalora import Rescaler
-from scalora_dist.modeling.load import BaseModelSpec, load_model, read_base_model
-from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.profiling.clock import Clock, Stopwatch
 from scalora_dist.profiling.traffic import Traffic
-from scalora_dist.training.resolve import resolve_merges
 from scalora_dist.training.run_log import write_json
+from scalora_dist.training.trainer import Trainer
 
 DERIVED = ("scalora_step_interval_10", "rescale")  # variants that are not run on their own
 
@@ -69,15 +59,8 @@ DERIVED = ("scalora_step_interval_10", "rescale")  # variants that are not run o
 class BenchArguments(Group):
     _argument_group_name = "bench"
 
-    ds_config: str = tool_option(
-        "zero3", "DeepSpeed's JSON: a file, or a shipped one such as zero3."
-    )
-    steps: int = tool_option(5, "Rounds that are timed, after one that is not.", at_least=1)
-    length: int = tool_option(64, "Random tokens per example.", at_least=2)
-    per_device_train_batch_size: int = tool_option(2, "Examples of one rank and step.", at_least=1)
-    bf16: bool = tool_option(False, "bfloat16 weights with fp32 masters of A and B.")
+    rounds: int = tool_option(5, "Rounds that are timed, after one that is not.", at_least=1)
     json: Optional[str] = tool_option(None, "A file to write the figures to.")
-    local_rank: int = tool_option(-1, "Set by the launcher.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +89,7 @@ def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
 
 
 class Bench:
-    """A model on a DeepSpeed engine, with the operations that are timed.
+    """A trainer's model on its engine, with the operations that are timed.
 
     Attributes:
         modules: {name: adapted layer}.
@@ -116,48 +99,32 @@ class Bench:
         factors: shape (2, layers, r) of α and β together.
         seconds: this rank's latest rescale in seconds, in total and by part.
         tokens: random token ids (examples, length) int64 on the device.
+        sharded_by_deepspeed: whether W is sharded as ZeRO-3 does it.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        world: World,
-        base: BaseModelSpec,
-        ds: dict[str, Any],
-        length: int,
-    ) -> None:
-        from scalora_dist.engines.deepspeed import DeepSpeedEngine
-
-        method, train = options.method, options.train
+    def __init__(self, trainer: Trainer) -> None:
+        """
+        Raises:
+            UserError: the method is not ScaLoRA, or merges into a carry.
+        """
+        options, world = trainer.options, trainer.world
+        runner, method, train = trainer.runner, options.method, options.train
+        if not isinstance(runner.transform, Rescaler) or not runner.edits_weights:
+            raise UserError("this tool times ScaLoRA's merges into W: set --method scalora")
         self.world = world
-        self.engine = DeepSpeedEngine(world, ds, quantized=base.fourbit is not None)
-        with self.engine.loading():
-            weights = world.is_main or not self.engine.loads_on_rank_0
-            model = load_model(options.model, base, self.engine.dtype, weights=weights)
-        if method.name != "scalora":
-            raise UserError(f"--method {method.name} rescales nothing: leave it out")
-        scalora = METHODS[method.name]
-        self.modules = scalora.add(
-            model, AddContext(method, train.seed, self.engine.dtype, self.engine.shape_of)
-        )
-        self.engine.attach(
-            model,
-            self.modules,
-            lambda named: torch.optim.AdamW(named.values(), lr=train.learning_rate),
-        )
-        self.loss = TargetLoss(model)
+        self.engine = trainer.engine
+        self.loss = trainer.loss
+        self.modules = cast(Mapping[str, LowRankLinear], trainer.engine.adapted)
         self.shards = self.engine.layer_shards(gradients=False)
-        self.merger = Merger(self.shards, world, merge_target(self.engine, self.shards, method))
-        assert scalora.transform is not None
-        rescaler = scalora.transform(self.engine, self.merger, method)
-        assert isinstance(rescaler, Rescaler)
-        self.rescaler = rescaler
+        self.rescaler = runner.transform
+        self.merger = self.rescaler.merger
         self.factors = (2, len(self.modules), method.rank)
         self.seconds: dict[str, float] = {}
         generator = torch.Generator().manual_seed(train.seed + world.rank)
-        shape = (train.per_device_train_batch_size, length)
-        vocabulary = model.config.get_text_config().vocab_size
+        shape = (train.per_device_train_batch_size, options.data.max_length)
+        vocabulary = trainer.model.config.get_text_config().vocab_size
         self.tokens = torch.randint(vocabulary, shape, generator=generator).to(world.device)
+        self.sharded_by_deepspeed = all(hasattr(x.weight, "ds_id") for x in self.modules.values())
 
     def scales(self, low: float, high: float) -> Scales:
         """Random α and β, each (layers, r) float64 in [low, high), the same on all ranks."""
@@ -252,7 +219,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         "scalora_step": bench.scalora_step,
         "local_merge": partial(bench.local_merge, unchanged),
     }
-    if bench.engine.stage == 3:
+    if bench.sharded_by_deepspeed:
         work["naive_merge"] = partial(naive_merge, bench.modules, unchanged)
     history = []
     for _ in range(1 + rounds):
@@ -304,38 +271,38 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(argv: list[str]) -> None:
-    groups = [ModelArguments, MethodArguments, BenchArguments]
-    parser = Parser(groups, allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.parse_args(argv)  # reports unknown options
-    model, method, args = parser.parse_args_into_dataclasses(argv)
-    batch = args.per_device_train_batch_size
-    train = TrainArguments("-", per_device_train_batch_size=batch, bf16=args.bf16)
-    options = Options(model, DataArguments(), method, train, LaunchArguments())
-    world = World.join(local_rank=args.local_rank, timeout=timedelta(minutes=30))
-    base = read_base_model(model, train.dtype, world.device)
-    options = replace(options, method=resolve_merges(method, quantized=base.fourbit is not None))
-    width = base.hidden_size
-    ds = load_ds_config(args.ds_config, train, world_size=world.size, hidden_size=width)
-    bench = Bench(options, world, base, ds, args.length)
+def run(options: Options, rounds: int) -> dict[str, Any] | None:
+    """Start the trainer and measure. The figures, on rank 0. Collective."""
+    world = join(options)
+    trainer = Trainer(options, world)
     cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if cuda else f"{platform.machine()} CPU"
-    result = {
+    found = {
         "device": f"{world.size} ranks, {device}, {torch.get_num_threads()} threads each",
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
-        "model": {"path": model.model_name_or_path, "adapted_layers": len(bench.modules)},
-        "settings": {"zero": ds["zero_optimization"], **asdict(method), **asdict(args)},
-        **measure(bench, args.steps),
+        "adapted_layers": len(trainer.engine.adapted),
+        "options": asdict(trainer.options),
+        **measure(Bench(trainer), rounds),
     }
-    if world.is_main:
-        print(render(result), flush=True)
-        if args.json:
-            write_json(Path(args.json), result)
+    trainer.close()
     world.leave()
+    return found if world.is_main else None
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser([BenchArguments], allow_abbrev=False, description=__doc__.partition("\n")[0])
+    args, words = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = ["--output_dir", folder, "--save_steps", "0", "--eval_size", "0"]
+        found = run(parse_options([*words, *fixed]), args.rounds)
+    if found:
+        print(render(found), flush=True)
+        if args.json:
+            write_json(Path(args.json), found)
 
 
 if __name__ == "__main__":
     # torch renamed collectives that DeepSpeed still calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with exit_with_one_sentence():
-        run(sys.argv[1:])
+        main(sys.argv[1:])

@@ -50,7 +50,7 @@ class SavedAdapter:
     def __init__(self, options: Options) -> None:
         """
         Args:
-            options: the options after ``resolve_merge_options``.
+            options: the options after ``resolve``.
 
         Raises:
             UserError: there is no LoRA adapter, or its ranks do not agree with the options.
