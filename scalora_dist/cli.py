@@ -108,9 +108,14 @@ def run(options: Options, signals: StopSignals) -> None:
 
 def plan(words: Sequence[str]) -> None:
     """Print what a run will need on a cluster that the options describe."""
-    from scalora_dist.planning.command import plan_command
+    from transformers import logging as transformers_logging
 
-    print(plan_command(words))
+    from scalora_dist.planning.arguments import parse_plan
+    from scalora_dist.planning.report import report
+
+    transformers_logging.set_verbosity_error()
+    where, options = parse_plan(words)
+    print(report(options, where))
 
 
 def doctor(words: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ ROOMS = (
         "__main__",
     ),
 )
-DEEPEST = 12  # levels of imports
+DEEPEST = 13  # levels of imports
 # Besides torch and the standard library. Nothing of a model, an engine or an option.
 CORE_MAY_IMPORT = {"torch", "numpy"}
 

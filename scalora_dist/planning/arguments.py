@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 from scalora_dist.config.option import Group, tool_option
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.profiling.gpus import GPUS
 
 SHIPPED = Path(__file__).parent / "models"
+DESCRIPTION = """Plan a run on a cluster: memory by part, messages, least times, whether it fits.
+The options of the run are those of `scalora train`, also from --config. No weights are loaded and
+no GPU is needed: the model is built on the meta device, and one micro-batch is traced on tensors
+without storage."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +73,21 @@ def config_folder(model: str) -> str:
             raise UserError(f"--model {model}: name a folder that has a config.json, or that file")
         return str(path.parent)
     return model
+
+
+def parse_plan(words: Sequence[str]) -> tuple[PlanArguments, Options]:
+    """Read the words of ``scalora plan``: the plan's own options, and those of the run.
+
+    Raises:
+        UserError: a mistake in the options.
+    """
+    parser = Parser(
+        [PlanArguments],
+        allow_abbrev=False,
+        prog="scalora plan",
+        description=DESCRIPTION,
+        epilog="The run's options: scalora train --help.",
+    )
+    where, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    # A plan writes no results, so any folder will do.
+    return where, parse_options([*rest, "--output_dir", "."])

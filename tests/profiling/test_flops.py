@@ -36,7 +36,7 @@ def model(tmp_path: Path) -> PreTrainedModel:
 
 
 def adapt(model: PreTrainedModel, method: str) -> PreTrainedModel:
-    args = MethodArguments(method=method, rank=RANK)
+    args = MethodArguments(method=method, **({} if method == "full" else {"rank": RANK}))
     METHODS[method].add(model, AddContext(args, 0, torch.bfloat16))
     return model.to("meta")
 
