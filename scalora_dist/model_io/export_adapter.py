@@ -33,7 +33,7 @@ def check_adapter_rank(options: Options, *, merges: bool) -> None:
     """Check that ``--adapter_rank`` is only given for a run that merges into W.
 
     Args:
-        options: the options after ``resolve_merge_options``.
+        options: the options after ``resolve``.
         merges: whether the method merges while it trains.
 
     Raises:

@@ -51,7 +51,7 @@ class DataFeed:
         self.tokenizer = load_tokenizer(options.model)
         self.data = world.node_first(lambda: prepare_data(options.data, self.tokenizer, train.seed))
         self._check()
-        assert train.train_batch_size is not None  # decided by settle_batch
+        assert train.train_batch_size is not None  # resolved
         self.batches = GlobalBatches(
             self.data.train["target_tokens"], train.train_batch_size, train.seed
         )
