@@ -26,7 +26,7 @@ OTHERS = {
     *("num_gpus", "module", "hostfile", "no_ssh", "node_rank", "master_addr", "master_port"),
     *("nproc_per_node", "partition", "signal", "help"),
     *("no-deps", "wheel-dir", "no-build-isolation", "index-url", "no-index", "find-links"),
-    *("rm", "gpus", "ipc", "entrypoint", "device", "ulimit"),
+    *("rm", "gpus", "ipc", "shm-size", "entrypoint", "device", "ulimit"),
     *("trajectories", "logdir"),
 }
 

@@ -28,9 +28,8 @@ class OtherRanks:
         self.size = size
         self._hear = hear
         # A wait blocks its connection, so the thread has its own.
-        listening, telling = store.clone(), store.clone()  # type: ignore[attr-defined]
-        self._listening = PrefixStore("stop", listening)
-        self._telling = PrefixStore("stop", telling)
+        ears, mouth = store.clone(), store.clone()  # type: ignore[attr-defined]
+        self._ears, self._mouth = PrefixStore("stop", ears), PrefixStore("stop", mouth)
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
     def listen(self) -> None:
@@ -48,11 +47,11 @@ class OtherRanks:
         """
         deadline = time.monotonic() + PATIENCE
         try:
-            self._telling.set(SIGNAL, name)
-            know = self._telling.add(KNOW, 1)
+            self._mouth.set(SIGNAL, name)
+            know = self._mouth.add(KNOW, 1)
             while know < self.size and time.monotonic() < deadline:
                 time.sleep(0.05)
-                know = self._telling.add(KNOW, 0)
+                know = self._mouth.add(KNOW, 0)
         except RuntimeError:  # the store has ended with rank 0
             return False
         return know >= self.size
@@ -60,19 +59,19 @@ class OtherRanks:
     def acknowledge(self) -> None:
         """Let a rank that leaves know that this one knows it."""
         with suppress(RuntimeError):
-            self._telling.add(KNOW, 1)
+            self._mouth.add(KNOW, 1)
 
     def close(self) -> None:
         """End the thread."""
         with suppress(RuntimeError):
-            self._telling.set(SIGNAL, "")
+            self._mouth.set(SIGNAL, "")
         self._thread.join(PATIENCE)
 
     def _listen(self) -> None:
         with suppress(RuntimeError):  # the store has ended with rank 0
             while True:
                 with suppress(DistStoreError):  # nothing for a while
-                    self._listening.wait([SIGNAL], POLL)
+                    self._ears.wait([SIGNAL], POLL)
                     break
-            if name := self._listening.get(SIGNAL).decode():
+            if name := self._ears.get(SIGNAL).decode():
                 self._hear(name)
