@@ -18,7 +18,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
-# The numbers of the GPUs that are ours to take; on CPUs, those of the ranks.
+# The indices of the GPUs that this job may use; on CPUs, those of the ranks.
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 else
@@ -57,8 +57,8 @@ deepspeed)
     ;;
 esac
 
-# Slurm signals every process of a step: the launcher must not die of it, and its ranks go by
-# SIGTERM, which also ends those that are still loading.
+# Slurm signals every process of a job step. The launcher must survive SIGUSR1. The ranks get SIGTERM
+# below, which also ends ranks that are still loading.
 (
     trap '' USR1
     exec "${command[@]}" "$here/train.py" "$@"
@@ -79,7 +79,7 @@ trap pass_on TERM USR1
 
 status=0
 wait "$launcher" || status=$?
-while kill -0 "$launcher" 2>/dev/null; do # a signal has ended `wait` before the launcher's end
+while kill -0 "$launcher" 2>/dev/null; do # a signal ended `wait` before the launcher ended
     status=0
     wait "$launcher" || status=$?
 done

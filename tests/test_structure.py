@@ -1,6 +1,6 @@
-"""The order of the rooms: which part of the package may import which.
+"""The order of the folders: which part of the package may import which.
 
-`docs/architecture.md` says what each room is for.
+`docs/architecture.md` says what each folder is for. A single file at the top counts as a folder.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "scalora_dist"
-# From the lowest to the highest. A room imports from itself and from rooms before it.
-ROOMS = (
+# From the lowest to the highest. A folder imports from itself and from folders before it.
+ORDER = (
     *("errors", "core", "distributed", "config", "profiling", "layers", "data", "modeling"),
     *(
         "engines",
@@ -34,7 +34,7 @@ CORE_MAY_IMPORT = {"torch", "numpy"}
 
 
 def modules() -> dict[str, Path]:
-    """{dotted name below the package: file}; a room's own name is its __init__.py."""
+    """{dotted name below the package: file}; a folder's own name is its __init__.py."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -68,12 +68,12 @@ def own_imports(module: str) -> frozenset[str]:
     return frozenset(found - {module, ""})
 
 
-def room(module: str) -> int:
-    return ROOMS.index(module.partition(".")[0])
+def height(module: str) -> int:
+    return ORDER.index(module.partition(".")[0])
 
 
-def test_every_module_is_in_a_room() -> None:
-    assert {name.partition(".")[0] for name in MODULES} - {""} == set(ROOMS)
+def test_every_module_is_in_the_order() -> None:
+    assert {name.partition(".")[0] for name in MODULES} - {""} == set(ORDER)
     assert {path.name for path in PACKAGE.glob("*.py")} == {
         "__init__.py",
         "__main__.py",
@@ -85,7 +85,7 @@ def test_every_module_is_in_a_room() -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_run_downward(module: str) -> None:
     if module:
-        upward = [other for other in own_imports(module) if room(other) > room(module)]
+        upward = [other for other in own_imports(module) if height(other) > height(module)]
         assert not upward, f"{module} is below {', '.join(upward)}"
 
 

@@ -1,6 +1,6 @@
 """Options of the training and evaluation data.
 
-A resume compares the data by content (``check_same_data``), so that moved files are free to move.
+A resume compares the data by content (``check_same_data``), so data files may have moved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DataArguments(Group):
     )
     eval_dataset: str | None = option(
         None,
-        "Evaluation data, named like `dataset`; without it, --eval_size holds out.",
+        "Evaluation data, named like `dataset`; without it, --eval_size holds out examples.",
         resume="warned",
     )
     eval_dataset_split: str = option(
@@ -57,5 +57,5 @@ class DataArguments(Group):
         at_least=2,  # one of them is a target
     )
     train_on_prompt: bool = option(
-        False, "Take the loss on the prompt's tokens too.", resume="warned"
+        False, "Make the prompt's tokens targets of the loss too.", resume="warned"
     )

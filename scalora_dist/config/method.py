@@ -47,7 +47,7 @@ class MethodArguments(Group):
     )
     rank: int = option(
         8,
-        "Columns r of A and B; r × r cores; mora: as many parameters as A and B.",
+        "r: the columns of A and B; cores are r × r; mora has as many parameters as A and B.",
         resume="fixed",
         methods=ADAPTED,
         at_least=1,
@@ -61,7 +61,7 @@ class MethodArguments(Group):
     )
     lora_dropout: float = option(
         0.0,
-        "Dropout before B; functions are preserved in evaluation mode.",
+        "Dropout of B's input; a rescale preserves a layer's function in evaluation mode only.",
         resume="warned",
         methods=ADAPTED,
         at_least=0,
@@ -75,20 +75,21 @@ class MethodArguments(Group):
     )
     scaling_rule: Literal["paper", "scalar", "nnls"] = option(
         "paper",
-        "paper: Theorem 5's column scaling where it holds, else Theorem 3's scalar one; "
-        "nnls: the optimum under the bounds, always.",
+        "paper: column scaling (Theorem 5) where its solution is within the bounds, else scalar "
+        "scaling (Theorem 3); scalar: always scalar scaling; nnls: the optimum within the bounds.",
         resume="warned",
         methods=SCALORA,
     )
     scaling_interval: str = option(
         "1",
-        "Rescale at steps 0, I, 2I … (ScaLoRA-I); auto: solve at each, merge what has moved.",
+        "Rescale at steps 0, I, 2I … (ScaLoRA-I); auto: solve at each step, and merge the layers "
+        "whose scales have moved (auto_threshold).",
         resume="warned",
         methods=SCALORA,
     )
     auto_threshold: float = option(
         0.1,
-        "scaling_interval auto merges a layer when |ln α| or |ln β| of a column passes this.",
+        "scaling_interval auto merges a layer when |ln α| or |ln β| of a column exceeds this.",
         resume="warned",
         methods=SCALORA,
         above=0,
@@ -102,26 +103,27 @@ class MethodArguments(Group):
     )
     scale_bounds: list[str] = option(
         ["0.05", "5"],
-        "Normalised column sizes stay between these two; none: the paper's letter.",
+        "Normalised column sizes stay between these two numbers; none: no bounds, as in the paper.",
         resume="warned",
         methods=SCALORA,
     )
     merge_target: Optional[Literal["weight", "carry"]] = option(
         None,
-        "Where merges go: into W (dense bases), or a low-rank carry beside it (4-bit ones).",
+        "Where merges go: into W, or into a low-rank carry beside it; by default weight for dense "
+        "bases and carry for 4-bit ones.",
         resume="fixed",
         methods=MERGING,
     )
     carry_rank: Optional[int] = option(
         None,
-        "R, which the carry is compressed to when it is full; by default 8 × rank.",
+        "R, the rank that a full carry is compressed to; by default 8 × rank.",
         resume="fixed",
         methods=MERGING,
         at_least=1,
     )
     carry_room: Optional[int] = option(
         None,
-        "Columns of the carry beyond R, rank of them for each merge; by default 4 × rank.",
+        "Columns of the carry beyond R; a merge takes rank of them; by default 4 × rank.",
         resume="fixed",
         methods=MERGING,
         at_least=1,
@@ -135,7 +137,8 @@ class MethodArguments(Group):
     )
     merge_rounding: MergeRounding = option(
         "split",
-        "16-bit bases: keep the low halves of merged weights (2 bytes each), or lose them.",
+        "16-bit bases; split: keep the low halves of merged weights (2 bytes each); nearest: round "
+        "each merge to 16 bits.",
         resume="fixed",
         methods=MERGING,
     )
@@ -150,17 +153,22 @@ class MethodArguments(Group):
     )
     lr_ratio: float = option(
         16.0,
-        "A's learning rate over B's (the paper's B over A).",
+        "A's learning rate divided by B's (in the paper's names: B's by A's).",
         resume="warned",
         methods=frozenset({"lora-plus"}),
         above=0,
     )
     relora_interval: int = option(
-        500, "Merge and start anew every so many steps.", resume="fixed", methods=RELORA, at_least=1
+        500,
+        "Merge and initialize A and B again every so many steps.",
+        resume="fixed",
+        methods=RELORA,
+        at_least=1,
     )
     relora_prune: float = option(
         0.99,
-        "Share of m (its smallest) that becomes 0 after a merge, and v with it.",
+        "Share of the numbers of AdamW's m, the smallest ones, that become 0 after a merge, with "
+        "those of v at the same places.",
         resume="warned",
         methods=RELORA,
         at_least=0,
@@ -171,21 +179,22 @@ class MethodArguments(Group):
     )
     sb_eta: Literal["paper", "code"] = option(
         "paper",
-        "η of the start; paper: the learning rate; code: its authors', "
+        "η of the initialization; paper: the learning rate; code: as in its authors' code, "
         "lr / (warmup_ratio × steps of 3 examples).",
         resume="warned",
         methods=frozenset({"lora-sb"}),
     )
     start_samples: Optional[int] = option(
         None,
-        "Samples of the first gradient; by default 0.1 %% of the examples, at least 25.",
+        "Samples for the first gradient; by default 0.1 %% of the examples, at least 25.",
         resume="warned",
         methods=SAMPLING,
         at_least=1,
     )
     start_memory: int = option(
         64,
-        "MiB of a rank for gradients at the start; more: fewer passes.",
+        "MiB on a rank for the gradients of the initialization; more memory: fewer passes over "
+        "the samples.",
         resume="warned",
         methods=SAMPLING,
         at_least=1,

@@ -26,25 +26,25 @@ class ModelArguments(Group):
     )
     load_in_4bit: bool = option(
         False,
-        "Keep linear layers but the LM head in bitsandbytes' 4 bits (extra: quant).",
+        "Quantize all linear layers but the LM head to bitsandbytes' 4 bits (extra: quant).",
         resume="fixed",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option(
-        "nf4", "Which 4-bit numbers.", resume="fixed"
+        "nf4", "Format of the 4-bit codes.", resume="fixed"
     )
     bnb_4bit_use_double_quant: bool = option(
         True,
-        "Quantize the blocks' sizes too: 0.016 bytes a weight beside its codes, not 0.063.",
+        "Quantize the block sizes too: they take 0.016 bytes per weight, not 0.063.",
         resume="fixed",
     )
     bnb_4bit_compute_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = option(
         None,
-        "What 4-bit weights are multiplied in; by default the input's dtype.",
+        "Dtype that 4-bit weights are dequantized to for products; by default the input's.",
         resume="fixed",
     )
     bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = option(
         "uint8",
-        "Of the tensors that hold the codes: uint8, or the training's dtype.",
+        "Dtype of the tensors that hold the codes: uint8, or the training's dtype.",
         resume="free",
     )
     adapter_name_or_path: Optional[str] = option(

@@ -36,11 +36,11 @@ class Parser(HfArgumentParser):
 def parse_options(argv: Sequence[str]) -> Options:
     """Read the command line, and the YAML file its ``--config`` names, into dataclasses.
 
-    The YAML file is a recipe: its fields are options of the command line. The same parser reads
+    The YAML file is a recipe: its keys are options of the command line. The same parser reads
     them first, and the command line overrides them.
 
     Raises:
-        UserError: a missing or malformed file, an unknown field or choice, an invalid value.
+        UserError: a missing or malformed file, an unknown option or choice, an invalid value.
     """
     parser = Parser(
         list(GROUPS),
@@ -57,14 +57,14 @@ def parse_options(argv: Sequence[str]) -> Options:
     recipe = find("recipes", named.config)
     if left:
         raise UserError(
-            _unknown_field(left[0].lstrip("-").partition("=")[0], known)
+            _unknown_option(left[0].lstrip("-").partition("=")[0], known)
             if left[0].startswith("-")
-            else f"{left[0]!r} belongs to no field: write --field value"
+            else f"{left[0]!r} belongs to no option: write --option value"
         )
     words = []
     for name, value in _read_recipe(recipe).items() if recipe else ():
         if name not in known:
-            raise UserError(f"{recipe}: {_unknown_field(str(name), known)}")
+            raise UserError(f"{recipe}: {_unknown_option(str(name), known)}")
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "
@@ -94,12 +94,12 @@ def _read_recipe(path: str) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not YAML"
         raise UserError(f"--config {path}{where}: {problem}") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"--config {path} must hold `field: value` lines")
+        raise UserError(f"--config {path} must hold lines of `option: value`")
     return recipe
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """One field of a recipe as command-line words; none for null, which keeps the default."""
+    """One option of a recipe as command-line words; none for null, which keeps the default."""
     if value is None:
         return []
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
-def _unknown_field(name: str, known: Sequence[str]) -> str:
+def _unknown_option(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown field {name!r}{hint}; the fields are {', '.join(known)}"
+    return f"unknown option {name!r}{hint}; the options are {', '.join(known)}"

@@ -15,8 +15,8 @@ class ProfileArguments(Group):
 
     profile: bool = option(
         False,
-        "Measure seconds, FLOP/s and memory of each part of every step; on CPUs the reading of "
-        "each takes up to a quarter of it, and is not counted in it.",
+        "Measure seconds, FLOP/s and memory of each part of every step. On CPUs, reading a step's "
+        "records takes up to a quarter of the step more, which is not counted.",
         resume="free",
     )
     profile_window: Optional[list[int]] = option(
@@ -26,8 +26,8 @@ class ProfileArguments(Group):
     )
     peak_tflops: Optional[float] = option(
         None,
-        "What the device can do in the training's dtype, 1e12 FLOP/s, for MFU; by default known "
-        "GPUs' in 16 bits.",
+        "Peak of the device in the training's dtype, 1e12 FLOP/s, for MFU; by default the 16-bit "
+        "peak of known GPUs.",
         resume="free",
         above=0,
     )

@@ -32,25 +32,32 @@ class TrainArguments(Group):
     )
     overwrite_output_dir: bool = option(
         False,
-        "Replace results in output_dir; they are kept until the new ones are whole.",
+        "Replace results in output_dir; they are kept until the new ones are complete.",
         resume="free",
     )
     learning_rate: float = option(2e-4, "AdamW's peak learning rate.", resume="warned", above=0)
     weight_decay: float = option(
-        0.0, "On A and B; pulls towards a moving point: 0 is right.", resume="warned", at_least=0
+        0.0,
+        "AdamW's weight decay; with methods that merge, 0 is right: it would pull towards a weight "
+        "that each merge changes.",
+        resume="warned",
+        at_least=0,
     )
     adam_beta1: float = option(0.9, "AdamW's β₁.", resume="warned", at_least=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's β₂.", resume="warned", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's ε.", resume="warned", above=0)
     max_grad_norm: float = option(
-        1.0, "Clip the transformed gradients' norm to this; 0: never.", resume="warned", at_least=0
+        1.0,
+        "Clip the norm of the gradients to this, after the method's transform; 0: never.",
+        resume="warned",
+        at_least=0,
     )
     lr_scheduler_type: Schedule = option(
-        "linear", "transformers' schedule of that name.", resume="warned"
+        "linear", "The schedule of transformers with this name.", resume="warned"
     )
     warmup_ratio: float = option(
         0.0,
-        "Share of the steps over which the learning rate rises.",
+        "Share of the steps over which the learning rate rises to its peak.",
         resume="warned",
         at_least=0,
         at_most=1,
@@ -59,20 +66,20 @@ class TrainArguments(Group):
         1.0, "Passes over the training data.", resume="warned", above=0
     )
     max_steps: int = option(
-        -1, "Optimizer steps; overrides num_train_epochs where positive.", resume="warned"
+        -1, "Optimizer steps; overrides num_train_epochs if positive.", resume="warned"
     )
     per_device_train_batch_size: int = option(
-        1, "Examples of one micro-batch of one rank.", resume="free", at_least=1
+        1, "Examples of one micro-batch on one rank.", resume="free", at_least=1
     )
     per_device_eval_batch_size: int = option(
-        8, "Examples of one evaluation batch of one rank.", resume="free", at_least=1
+        8, "Examples of one evaluation batch on one rank.", resume="free", at_least=1
     )
     gradient_accumulation_steps: int = option(
         1, "Micro-batches of one step.", resume="free", at_least=1
     )
     train_batch_size: Optional[int] = option(
         None,
-        "Examples of one step of all ranks; decides gradient_accumulation_steps.",
+        "Examples of one step on all ranks; decides gradient_accumulation_steps.",
         resume="fixed",
         at_least=1,
     )
@@ -81,7 +88,7 @@ class TrainArguments(Group):
     )
     logging_steps: int = option(
         1,
-        "TensorBoard every so many steps; metrics.jsonl has every one.",
+        "Write to TensorBoard every so many steps; metrics.jsonl has every step.",
         resume="free",
         at_least=1,
     )
@@ -99,7 +106,10 @@ class TrainArguments(Group):
         False, "Recompute activations in the backward.", resume="free"
     )
     update_rank_layers: int = option(
-        8, "Layers whose accumulated update's rank is measured; 0: none.", resume="free", at_least=0
+        8,
+        "Number of layers whose accumulated update's rank is measured at the end; 0: none.",
+        resume="free",
+        at_least=0,
     )
     rank_monitor_steps: int = option(
         0,
@@ -108,7 +118,7 @@ class TrainArguments(Group):
         at_least=0,
     )
     rank_monitor_layers: int = option(
-        8, "Layers that the rank monitor follows.", resume="fixed", at_least=1
+        8, "Number of layers that the rank monitor follows.", resume="fixed", at_least=1
     )
     save_steps: int = option(
         500,
@@ -117,7 +127,7 @@ class TrainArguments(Group):
         at_least=0,
     )
     save_total_limit: int = option(
-        3, "Keep the newest so many checkpoints.", resume="free", at_least=1
+        3, "Number of checkpoints to keep, the newest.", resume="free", at_least=1
     )
     on_save_failure: Literal["continue", "stop"] = option(
         "continue",
@@ -125,11 +135,13 @@ class TrainArguments(Group):
         resume="free",
     )
     resume_from_checkpoint: Optional[str] = option(
-        None, "latest: the newest sound one in output_dir; or the path of one.", resume="free"
+        None,
+        "latest: the newest undamaged checkpoint in output_dir; or the path of a checkpoint.",
+        resume="free",
     )
     max_skipped_steps: int = option(
         20,
-        "Stop when so many steps in a row had to be skipped (not finite).",
+        "Stop when so many steps in a row were skipped, since loss or gradients were not finite.",
         resume="free",
         at_least=1,
     )

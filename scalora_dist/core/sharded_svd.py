@@ -90,8 +90,8 @@ def truncated_svd(
         image.append(fresh)
         ritz, vectors = image.ritz()
         growth = ritz[:rank] - before
-        settled = (growth <= TOLERANCE * ritz[:rank].clamp_min(SMALL * ritz[0])).all()
-        if image.anywhere(settled):
+        converged = (growth <= TOLERANCE * ritz[:rank].clamp_min(SMALL * ritz[0])).all()
+        if image.anywhere(converged):
             break
 
     leading = vectors[:, :rank]

@@ -58,7 +58,7 @@ def recognise(columns: list[str]) -> Shape:
             return shape
     known = "; ".join(" + ".join(shape.columns) for shape in SHAPES)
     raise UserError(
-        f"The columns {', '.join(columns)} make no known shape of examples; known are: {known}."
+        f"The columns {', '.join(columns)} are no known layout of examples; known are: {known}."
     )
 
 

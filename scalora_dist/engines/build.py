@@ -52,8 +52,8 @@ def engine_factory(options: Options, world: World, base: BaseModelSpec) -> Calla
         storage = base.fourbit.storage if base.fourbit else torch.uint8
         if storage.is_floating_point and settings.param_dtype not in (None, storage):
             raise UserError(
-                "FSDP's param_dtype would cast 4-bit codes that are kept as another one: leave out "
-                "--bnb_4bit_quant_storage"
+                "FSDP's param_dtype would cast the 4-bit codes, which are stored in another dtype: "
+                "leave out --bnb_4bit_quant_storage"
             )
         return lambda: FSDPEngine(world, settings, dtype=dtype, max_grad_norm=train.max_grad_norm)
     from scalora_dist.engines.local import LocalEngine
@@ -68,8 +68,8 @@ def check_engine_choice(options: Options, ranks: int) -> None:
         ranks: world size.
 
     Raises:
-        UserError: two engines are given, or settings of an engine that is not, or no engine where
-            one is needed.
+        UserError: two engines are given, or settings of an engine that is not chosen, or no engine
+            where one is needed.
     """
     launch = options.launch
     if launch.fsdp_config and not launch.fsdp:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine, ZeRO stage 0 to 3: where DeepSpeed keeps its shards.
 
-This file uses private attributes of DeepSpeed (read and tested with 0.19.8), and is the only engine
-code that does. ``tests/engines`` and ``tests/methods`` fail loudly if a release moves them.
+Only this file uses private attributes of DeepSpeed (read and tested with 0.19.8). ``tests/engines``
+and ``tests/methods`` fail if a release moves them.
 """
 
 from __future__ import annotations

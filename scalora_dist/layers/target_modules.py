@@ -160,7 +160,7 @@ class _Survey:
                     n.split(".")[-1] for n, m in self.modules.items() if not self.why_not(n, m)
                 }
                 raise UserError(
-                    f"--target_modules {suffix}: no module of the model is called so; "
+                    f"--target_modules {suffix}: the model has no module of this name; "
                     f"its linear layers are called {', '.join(sorted(known)) or 'nothing at all'}"
                 )
             # A vision tower has a q_proj, too, which is left out.

@@ -93,8 +93,8 @@ class MethodRunner:
         layers = self.engine.layer_shards(gradients=False)
         if not layers:
             raise UserError(
-                "--rank_monitor_steps follows factors A and B of ours, and "
-                f"--method {self.options.method.name} has none: leave it out"
+                "--rank_monitor_steps needs the factors A and B of our own layers, which "
+                f"--method {self.options.method.name} does not have: leave it out"
             )
         count = train.rank_monitor_layers
         monitor = RankMonitor(layers, count, self.engine.world, seed=train.seed % 2**32)
@@ -128,7 +128,7 @@ class MethodRunner:
         )
         (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
         logger.info(
-            "the start of %s took %.1f s; peak memory of a rank so far %.2f GiB",
+            "the initialization of %s took %.1f s; peak memory of a rank so far %.2f GiB",
             args.name,
             time.perf_counter() - started,
             peak / 2**30,

@@ -88,7 +88,9 @@ class SavedAdapter:
         names = " ".join(shortest_names(self.sizes, self.sizes))
         for name, layer in layers.items():
             if not isinstance(layer, LowRankLinear):
-                raise self._refuse("this --method has no A and B of ours: set --method lora")
+                raise self._refuse(
+                    "this --method has no layers of ours with A and B: set --method lora"
+                )
             if name not in self.sizes:
                 raise self._refuse(f"it has nothing for {name}: set --target_modules {names}")
             (m, n, _), ours = self.sizes[name], (layer.out_features, layer.in_features)

@@ -284,7 +284,7 @@ def _warn_of_dense(model: PreTrainedModel) -> None:
     if left := {name: numel for name, numel in dense.items() if numel}:
         largest = max(left, key=lambda name: left[name])
         logger.warning(
-            "%d numbers stay dense, for they are in no plain linear layer: %s and others like it",
+            "%d elements stay dense, since they are not in plain linear layers (the largest: %s)",
             sum(left.values()),
             largest,
         )

@@ -31,8 +31,8 @@ class PlanArguments(Group):
         "A hub name, a folder or a config.json; of google/gemma-3-12b-pt, meta-llama/Llama-2-7b-hf,"
         " meta-llama/Meta-Llama-3-8B and microsoft/deberta-v3-base the config is here.",
     )
-    nodes: int = tool_option(1, "Machines.", at_least=1)
-    gpus_per_node: int = tool_option(8, "GPUs of each.", at_least=1)
+    nodes: int = tool_option(1, "Number of nodes.", at_least=1)
+    gpus_per_node: int = tool_option(8, "GPUs of each node.", at_least=1)
     gpu: str = tool_option("h100-80g", f"One of {', '.join(GPUS)}.")
     network: float = tool_option(
         50.0, "10⁹ bytes/s between nodes for each GPU (400 Gb/s are 50).", above=0

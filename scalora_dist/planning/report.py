@@ -54,7 +54,9 @@ def report(options: Options, where: PlanArguments) -> str:
             words, changed = change
             lines.append(f"with {words}: {changed.peak.total / GIB:.1f} GiB")
         else:
-            lines.append("nothing known here makes it fit on these GPUs: take more, or larger ones")
+            lines.append(
+                "no change known here makes it fit on these GPUs: take more, or larger ones"
+            )
     if smallest := planner.smallest():
         gpus, words, small = smallest
         given = f" with {words}" if words else ""

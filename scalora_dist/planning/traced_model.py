@@ -54,7 +54,7 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     """Build the model with the method's layers, and trace one micro-batch at ``max_length``.
 
     Args:
-        options: options with the batch and the merge options settled.
+        options: the resolved options.
         base: facts about the base model.
         compute: dtype that the engine computes in.
 

@@ -144,7 +144,7 @@ class ZeroResidency(Residency):
         ]
         if near:
             received = others(self.secondary) * near
-            messages.append(Message("weights from near by", received, self.secondary))
+            messages.append(Message("weights inside a node", received, self.secondary))
         return messages
 
     def _coordinate(

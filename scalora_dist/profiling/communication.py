@@ -14,7 +14,7 @@ Span: TypeAlias = tuple[int, int]  # start and end, nanoseconds
 def communication(
     events: Iterable[Any], start: int, end: int, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds in which a collective ran on this rank, and the part of them with nothing beside it.
+    """Seconds in which a collective ran on this rank, and the part of them that was not overlapped.
 
     A collective starts when this rank is ready for it, so waiting for a late rank is included. On a
     GPU it is a kernel of NCCL, and other work of the GPU runs beside it. On a CPU it is an

@@ -30,7 +30,7 @@ def render_profile(report: dict[str, Any]) -> str:
         peak = f"{peaks[part] / 2**30:.2f}" if part in peaks else ""
         rows.append((part, _ms(seconds), f"{share[part]:.1%}", _ms(of["slowest"][part]), peak))
     rows.append(("step", "", "", _ms(of["step"]), ""))
-    for name, key in (("communication", "seconds"), ("  with nothing beside it", "exposed")):
+    for name, key in (("communication", "seconds"), ("  not overlapped", "exposed")):
         slowest = _ms(communication["slowest"]) if key == "seconds" else ""
         own = f"{report['communication_share'][key]:.1%}"
         rows.append((name, _ms(communication[key]), own, slowest, ""))

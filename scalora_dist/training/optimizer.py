@@ -31,7 +31,8 @@ def make_optimizer(
         rates.setdefault(method.rate(name, options.method), []).append(parameter)
     if train.weight_decay and method.merges:
         logger.warning(
-            "weight_decay on A and B pulls towards W − s·A Bᵀ of the moment, not the start"
+            "--weight_decay pulls the weights towards the present W, which merges change, and not "
+            "towards the base model: 0 is right for this method"
         )
     return torch.optim.AdamW(
         [
@@ -67,7 +68,7 @@ def make_schedule(
         if every >= steps:
             logger.warning("--relora_interval %d: no restart in %d steps", every, steps)
         if warmup >= every:
-            logger.warning("--relora_warmup_steps never end within --relora_interval %d", every)
+            logger.warning("--relora_warmup_steps do not end within --relora_interval %d", every)
         schedule.lr_lambdas = [
             warmed_up_again(rate, interval=every, warmup_steps=warmup)
             for rate in schedule.lr_lambdas

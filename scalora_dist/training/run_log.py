@@ -211,8 +211,8 @@ def disk_errors_told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}): mend that (free some space, "
-            "for example), then go on with --resume_from_checkpoint latest"
+            f"{path} could not be written ({error.strerror or error}): correct this (free some "
+            "space, for example), then go on with --resume_from_checkpoint latest"
         ) from error
 
 

@@ -27,7 +27,7 @@ def check_shared(checkpoints: Checkpoints, train: TrainArguments) -> None:
         return
     sentence = f"--output_dir {train.output_dir} is not shared: {missing} node(s) do not see it"
     if train.save_steps:
-        raise UserError(f"{sentence}: name a folder on a disk of all nodes, or --save_steps 0")
+        raise UserError(f"{sentence}: name a folder that all nodes share, or set --save_steps 0")
     logger.warning("%s, so that a signal will end the run without a checkpoint", sentence)
 
 
@@ -61,7 +61,7 @@ class SavePolicy:
 
         The caller sums them over ranks, so that all ranks stop after the same step.
         """
-        self._settle(wait=False)
+        self._take_outcome(wait=False)
         return [float(self.signals.received is not None), float(self._failure is not None)]
 
     def check_asked(self) -> None:
@@ -88,14 +88,14 @@ class SavePolicy:
         # A skipped step changed nothing: its checkpoint would only replace an older good one.
         due = self._due and not skipped
         if asked or due or failed:
-            self._settle(wait=True)
+            self._take_outcome(wait=True)
             if self._failure and self.train.on_save_failure == "stop":
                 self._give_up()
             self._failure = None
         if asked or due:
             self._save(step, save)
         if asked:
-            self._settle(wait=True)
+            self._take_outcome(wait=True)
             if self._failure:
                 self._give_up()
             if self.world.is_main:
@@ -107,7 +107,7 @@ class SavePolicy:
                 "go on with --resume_from_checkpoint latest"
             )
         if skipped >= self.train.max_skipped_steps:
-            self._settle(wait=True)
+            self._take_outcome(wait=True)
             raise UserError(
                 f"loss or gradients were not finite for {skipped} steps in a row, from step "
                 f"{step - skipped + 1} on; {self._last_good(step - skipped)}"
@@ -126,7 +126,7 @@ class SavePolicy:
         Raises:
             UserError: it could not be written, and ``on_save_failure`` is stop.
         """
-        self._settle(wait=True)
+        self._take_outcome(wait=True)
         if self._failure and self.train.on_save_failure == "stop":
             self._give_up()
         if not self.checkpoints.shared:
@@ -134,7 +134,7 @@ class SavePolicy:
         if self._failure or self.saved != step:
             self._failure = None
             self._save(step, save)
-            self._settle(wait=True)
+            self._take_outcome(wait=True)
         if self._failure and self.train.on_save_failure == "stop":
             self._give_up()
         return self._failure is None
@@ -144,7 +144,8 @@ class SavePolicy:
         self.saved = step
         self._due = False
 
-    def _settle(self, *, wait: bool) -> None:
+    def _take_outcome(self, *, wait: bool) -> None:
+        """Note why the last save failed, if it did."""
         failure = self.checkpoints.outcome(wait=wait)
         if failure:
             self._failure = failure

@@ -142,7 +142,7 @@ def test_an_unknown_field_of_the_recipe_names_the_fields(recipe: Any) -> None:
 
 @pytest.mark.parametrize("name", ["no_such_thing", "help", "3"])
 def test_no_nonsense_in_the_recipe(recipe: Any, name: str) -> None:
-    assert f"unknown field '{name}'" in refused(*recipe(f"{name}: 1\n"))
+    assert f"unknown option '{name}'" in refused(*recipe(f"{name}: 1\n"))
 
 
 @pytest.mark.parametrize("words", [["rank"], ["-r", "3"]])
@@ -184,7 +184,7 @@ def test_malformed_yaml_tells_its_line(recipe: Any, text: str, line: int) -> Non
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- rank\n", "rank\n", "8\n"])
 def test_a_recipe_without_fields(recipe: Any, text: str) -> None:
-    assert "`field: value`" in refused(*recipe(text))
+    assert "`option: value`" in refused(*recipe(text))
 
 
 @pytest.mark.parametrize(

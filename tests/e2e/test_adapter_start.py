@@ -263,7 +263,7 @@ def remove(file: str) -> Spoil:
             | {"method": "scalora"},
             "--rank_monitor_steps",
         ),
-        (rename("", ""), {"method": "lora-xs"}, "no A and B of ours"),
+        (rename("", ""), {"method": "lora-xs"}, "no layers of ours with A and B"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(

@@ -43,7 +43,7 @@ def test_they_mean_the_same_on_any_number_of_ranks(path: Path, ranks: int) -> No
 @pytest.mark.parametrize("path", [path for path in RECIPES if "llama" in path.stem])
 def test_eight_learning_rates_are_named(path: Path) -> None:
     text = path.read_text()
-    table = text[text.index("Table 8's") : text.index("The sets")]
+    table = text[text.index("Table 8's") : text.index("On the hub")]
     rates = dict(re.findall(r"([\w-]+) (\de-[45])", table))
     assert len(rates) == 8
     options = parse_options(["--config", str(path), "--output_dir", "out"])

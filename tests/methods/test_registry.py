@@ -163,8 +163,3 @@ def test_the_extra_that_installs_peft_exists() -> None:
     text = (runs.REPOSITORY / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     assert re.search(r'^peft = \[.*"peft', extras, re.MULTILINE)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_readme_has_every_method(method: str) -> None:
-    assert f"`{method}`" in (runs.REPOSITORY / "README.md").read_text()
