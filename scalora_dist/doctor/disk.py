@@ -71,6 +71,11 @@ class SharedFolder:
             return Finding(found, advice, fatal=False)
         return Finding(found)
 
+    @property
+    def keepers(self) -> list[int]:
+        """File descriptors. A process that inherits them keeps the folder until it ends."""
+        return [self._cleaner.stdin.fileno()] if self._cleaner and self._cleaner.stdin else []
+
     def delete(self) -> None:
         """Delete the folder now, on rank 0."""
         if self._cleaner and self._cleaner.stdin:
