@@ -122,17 +122,21 @@ class World:
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
 
-    def exchange(self, text: str, patience: float | None = None) -> list[str]:
+    def exchange(
+        self, text: str, name: str | None = None, patience: float | None = None
+    ) -> list[str]:
         """Every rank's text, in rank order. Over the store, so it works after a failed collective.
 
         Args:
+            name: of this exchange, never used before. It then meets the others' even where an error
+                has left out calls before it.
             patience: seconds to wait for the other ranks; None: for as long as it takes.
 
         Raises:
             TimeoutError: some ranks did not call it in that time.
         """
-        name = f"text/{next(self._calls)}"
-        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        name = name or str(next(self._calls))
+        keys = [f"text/{name}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], text)
         deadline = math.inf if patience is None else time.monotonic() + patience
         while not self.store.check(keys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -37,9 +39,11 @@ class Checkup:
             hang_timeout: seconds that a check may take.
         """
         self.world = world
+        own = world.exchange(uuid.uuid4().hex)[0]  # the same on all ranks
+        self._names = (f"{own}/{number}" for number in itertools.count())
         # With a prefix, because the watchdogs of the tiny runs use the same store.
-        own = replace(world, store=dist.PrefixStore("doctor", world.store))
-        self.watchdog = Watchdog(own, hang_timeout)
+        apart = replace(world, store=dist.PrefixStore(own, world.store))
+        self.watchdog = Watchdog(apart, hang_timeout)
         self.failed = 0
         self.broken = False
 
@@ -67,7 +71,8 @@ class Checkup:
             error = f"rank {self.world.rank} ({socket.gethostname()}): {_sentence(problem)}"
         answer = json.dumps([error, finding.failed])
         try:
-            answers = self.world.exchange(answer, patience=GRACE if error else None)
+            patience = GRACE if error else None
+            answers = self.world.exchange(answer, name=next(self._names), patience=patience)
         except TimeoutError:  # the others wait for this rank in a collective
             self.watchdog.end(f"the check of {name} failed: {error}")
         errors, failed = zip(*map(json.loads, answers), strict=True)

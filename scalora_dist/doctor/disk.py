@@ -28,15 +28,16 @@ class SharedFolder:
     """A new folder where runs will write to. It is deleted when rank 0 ends, however it ends.
 
     Attributes:
+        output_dir: what the user gave; it need not exist yet.
         parent: ``output_dir``, or where there is none, the first folder above it that exists.
-        path: the new folder, as this rank calls it; not set before ``check``.
+        path: the new folder, as this rank calls it. ``check`` sets this and ``parent``.
     """
 
+    parent: Path
     path: Path
 
     def __init__(self, output_dir: Path) -> None:
-        above = output_dir.absolute()
-        self.parent = next(path for path in (above, *above.parents) if path.is_dir())
+        self.output_dir = output_dir.absolute()
         self._cleaner: subprocess.Popen[bytes] | None = None
 
     def check(self, world: World) -> Finding:
@@ -44,6 +45,8 @@ class SharedFolder:
 
         Called on every rank.
         """
+        above = (self.output_dir, *self.output_dir.parents)
+        self.parent = next(path for path in above if path.is_dir())
         first = json.loads(world.exchange(self._make() if world.is_main else "")[0])
         where = f"{self.parent}: "
         if problem := first["problem"]:

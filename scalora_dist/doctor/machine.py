@@ -158,7 +158,9 @@ def compare_memory(machines: list[Machine]) -> Finding:
     gpus = [machine for machine in machines if machine.gpu]
     if gpus:
         fullest = min(gpus, key=lambda machine: machine.free / machine.total)
-        found += f"; {_gib(fullest.free)} of {_gib(fullest.total)} GiB free on its fullest GPU"
+        found += (
+            f"; {_gib(fullest.free)} of {_gib(fullest.total)} GiB free on a GPU of {fullest.host}"
+        )
         if fullest.free < 0.9 * fullest.total:
             return Finding(
                 found,
