@@ -3,6 +3,7 @@
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 NPROC_PER_NODE=8 launch/node.sh --fsdp --config my.yaml
 #
+# COMMAND         train (the default), or doctor
 # LAUNCHER        torchrun (the default; also for --ds_config), or deepspeed
 # NNODES          nodes in all                     (1; Slurm's)
 # NODE_RANK       this one, from 0                 (0; Slurm's)
@@ -35,6 +36,15 @@ if [ "$ranks" -gt "${#gpus[@]}" ]; then
 fi
 address=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
 
+case ${COMMAND:-train} in
+train) script=("$here/train.py") ;;
+doctor) script=(--module scalora_dist doctor) ;;
+*)
+    echo "error: COMMAND=$COMMAND: set train or doctor" >&2
+    exit 2
+    ;;
+esac
+
 case ${LAUNCHER:-torchrun} in
 torchrun)
     command=("$python" -m torch.distributed.run --nnodes "$nodes" --node_rank "$node"
@@ -61,7 +71,7 @@ esac
 # below, which also ends ranks that are still loading.
 (
     trap '' USR1
-    exec "${command[@]}" "$here/train.py" "$@"
+    exec "${command[@]}" "${script[@]}" "$@"
 ) &
 launcher=$!
 

@@ -7,6 +7,7 @@ and checked before torch's distributed parts and DeepSpeed are imported.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ def plan(words: Sequence[str]) -> None:
 
 def doctor(words: Sequence[str]) -> None:
     """Print a table of checks on the launcher's ranks; status 1 if one of them fails."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from scalora_dist.doctor.command import doctor_command
 
     doctor_command(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import time
@@ -120,6 +121,29 @@ class World:
         everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
+
+    def exchange(
+        self, text: str, name: str | None = None, patience: float | None = None
+    ) -> list[str]:
+        """Every rank's text, in rank order. Over the store, so it works after a failed collective.
+
+        Args:
+            name: of this exchange, never used before. It then meets the others' even where an error
+                has left out calls before it.
+            patience: seconds to wait for the other ranks; None: for as long as it takes.
+
+        Raises:
+            TimeoutError: some ranks did not call it in that time.
+        """
+        name = name or str(next(self._calls))
+        keys = [f"text/{name}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], text)
+        deadline = math.inf if patience is None else time.monotonic() + patience
+        while not self.store.check(keys):
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(0.02)
+        return [each.decode() for each in self.store.multi_get(keys)]
 
     def main_only(self, work: Callable[[], T]) -> T | None:
         """Run ``work`` on rank 0 while the others wait. Returns its result there, None elsewhere.

@@ -2,91 +2,148 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import math
 import os
-import shutil
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
+from scalora_dist.doctor.disk import SharedFolder
 from scalora_dist.doctor.finding import Finding
-from scalora_dist.errors import RunExit
+from scalora_dist.errors import UserError
 
 STEPS = 3
-TOLERANCE = 1e-3  # of a loss, relative; fp32 on one kind of device agrees to 1e-5
-SECONDS = 300  # for the one process, imports included
+# Relative, of a loss or a gradient norm. fp32 on CPU ranks agrees to 1e-6; a run that does not
+# update its weights is off by 5e-3 in step 2.
+TOLERANCE = 1e-3
+SECONDS = 150  # for the one process, imports included; less than --hang_timeout
 ENGINES = {"ZeRO-3": ["--ds_config", "zero3"], "FSDP2": ["--fsdp"]}
 
 
-def check_engines(world: World, folder: Path) -> list[Finding]:
-    """ScaLoRA on a random Llama, with a rescale and a merge in each step. A collective.
+class TinyRuns:
+    """Runs of ScaLoRA on a random Llama, with a rescale and a merge in each step.
 
-    Args:
-        folder: shared by all nodes; a folder in it is made, and deleted in the end.
+    Attributes:
+        world: the ranks.
+        folder: where the model, the data and what the runs leave are.
+        reference: the losses and gradient norms of one process; on rank 0.
     """
-    mine = folder / ".doctor-run"
+
+    def __init__(self, world: World, folder: SharedFolder) -> None:
+        self.world = world
+        self.folder = folder
+        self.reference: list[float] = []
+
+    def alone(self) -> Finding:
+        """Train in a process of its own, on rank 0's device. Called on every rank.
+
+        Raises:
+            UserError: it failed.
+        """
+        begun = time.monotonic()
+        self.world.main_only(self._alone)
+        shown = ", ".join(f"{loss:.4f}" for loss in self.reference[::2])
+        return Finding(f"losses {shown} ({time.monotonic() - begun:.0f} s with its imports)")
+
+    def _alone(self) -> None:
+        save_model(self.folder.path)
+        output = self.folder.path / "alone"
+        launchers = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+        environment["HF_DATASETS_CACHE"] = str(self._cache)
+        command = [sys.executable, "-m", "scalora_dist", "train"]
+        command += options(self.folder.path, output, self.world.size)
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            pass_fds=self.folder.keepers,
+        )
+        if done.returncode:
+            last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+            raise UserError(f"scalora train in one process: {last}")
+        self.reference = losses_and_norms(output)
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder.path / "caches"
+
+    def check(self, engine: str) -> Finding:
+        """Train on all ranks, and compare with one process. Called on every rank.
+
+        Args:
+            engine: a key of ``ENGINES``.
+        """
+        begun = time.monotonic()
+        output = self.folder.path / engine
+        words = [*options(self.folder.path, output, self.world.size), *ENGINES[engine]]
+        with quiet(), caches_in(self._cache):
+            from scalora_dist.training.trainer import Trainer
+
+            trainer = Trainer(parse_options(words), self.world)
+            try:
+                trainer.run()
+            except Exception:
+                trainer.watchdog.close()
+                raise
+        if not self.world.is_main:
+            return Finding("")
+        pairs = list(zip(losses_and_norms(output), self.reference, strict=True))
+        off = max(abs(mine - alone) / alone for mine, alone in pairs)
+        found = f"{STEPS} steps, losses and gradient norms within {off:.0e} of one process's"
+        if all(math.isclose(mine, alone, rel_tol=TOLERANCE) for mine, alone in pairs):
+            return Finding(f"{found} ({time.monotonic() - begun:.0f} s)")
+        return Finding(
+            found,
+            "this engine trains to other numbers: compare the versions with constraints.txt, and "
+            "report it with this table",
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what libraries log, warn of and draw. The watchdog's sentence is written past this."""
+    logging.disable(logging.WARNING)
+    nowhere = io.StringIO()
     try:
-        world.main_only(lambda: save_model(mine))
-        alone: list[float] = world.main_only(lambda: train_alone(world, mine)) or []
-        return [_check(world, name, mine, alone) for name in ENGINES]
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        if world.is_main:
-            shutil.rmtree(mine, ignore_errors=True)
+        logging.disable(logging.NOTSET)
 
 
-def _check(world: World, name: str, folder: Path, alone: list[float]) -> Finding:
-    from scalora_dist.training.trainer import Trainer
-
-    output = folder / name
-    words = [*options(folder, output, world.size), *ENGINES[name]]
+@contextmanager
+def caches_in(folder: Path) -> Iterator[None]:
+    """Let datasets, and what this package keeps with it, cache in ``folder``."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder
     try:
-        Trainer(parse_options(words), world).run()
-    except (RunExit, RuntimeError) as error:
-        return Finding(name, str(error).partition("\n")[0], "this engine cannot train here")
-    off = 0.0
-    if world.is_main:
-        found = losses(output)
-        off = max(abs(x - y) / y for x, y in zip(found, alone, strict=True))
-    (off,) = world.max(off)
-    text = f"{STEPS} steps, losses within {off:.0e} of one process"
-    if off <= TOLERANCE:
-        return Finding(name, text)
-    return Finding(
-        name,
-        text,
-        "this engine trains to other numbers: compare torch's and DeepSpeed's versions with "
-        "constraints.txt, and report it with this table",
-    )
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
 
 
-def train_alone(world: World, folder: Path) -> list[float]:
-    """The losses of the same run in a process of its own, on this rank's device.
-
-    Raises:
-        UserError: it failed.
-    """
-    launchers = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
-    if world.device.type == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = str(torch.cuda.get_device_properties(0).uuid)
-    output = folder / "alone"
-    command = [sys.executable, "-m", "scalora_dist", "train"]
-    command += options(folder, output, world.size)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise RuntimeError(f"one process cannot train: {done.stderr.strip().splitlines()[-1]}")
-    return losses(output)
-
-
-def losses(output: Path) -> list[float]:
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+def losses_and_norms(output: Path) -> list[float]:
+    """The loss and the gradient norm of each step."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if "loss" in line for name in ("loss", "grad_norm")]
 
 
 def options(folder: Path, output: Path, ranks: int) -> list[str]:
@@ -99,7 +156,7 @@ def options(folder: Path, output: Path, ranks: int) -> list[str]:
         "max_steps": STEPS,
         "max_length": 32,
         "rank": 4,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
         "max_grad_norm": 0.1,
         "save_steps": 0,
         "save_model": False,
@@ -110,8 +167,6 @@ def options(folder: Path, output: Path, ranks: int) -> list[str]:
 
 def save_model(folder: Path) -> None:
     """A random Llama of two layers, a tokenizer of bytes, and texts."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "model").mkdir(parents=True)
     special = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
@@ -121,7 +176,6 @@ def save_model(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder / "model")
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,
@@ -133,6 +187,8 @@ def save_model(folder: Path) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder / "model")
     rows = [{"text": f"{i} times {i + 1} is {i * (i + 1)}"} for i in range(64)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from scalora_dist.distributed.world import World
 from scalora_dist.doctor.finding import Finding
@@ -21,6 +23,8 @@ GIB = 2**30
 NEEDED = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed")
 OPTIONAL = ("bitsandbytes", "flash-attn", "liger-kernel", "peft")
 MOST_CLOCK_SKEW = 2.0  # seconds; TensorBoard and caches order files by time
+LEAST_HOST_FREE = 0.1  # of the node's memory
+LEAST_SHM = GIB // 2  # bytes of /dev/shm; a container often has 64 MiB, which NCCL fills
 
 
 @dataclass(frozen=True)
@@ -29,27 +33,31 @@ class Machine:
 
     Attributes:
         host: name of the node.
-        python: version of Python.
-        versions: {library: version}, of those that are installed.
+        versions: {Python or library: version}, of those that are installed.
         device: name of the device.
         unique: what tells this device from others: a GPU's UUID; for a CPU rank its number.
         free: free bytes of the device.
         total: all bytes of the device.
         host_free: available bytes of the node's memory.
-        infiniband: names of the node's InfiniBand or RoCE ports.
-        peers: whether the GPUs of the node can read each other's memory; None: there is no other.
+        host_total: all bytes of the node's memory.
+        shm_free: free bytes of /dev/shm.
+        infiniband: names of the node's InfiniBand or RoCE adapters.
+        peers: whether this GPU can read the memory of the node's others; None: there is no other.
+        gpu: whether the device is a GPU.
     """
 
     host: str
-    python: str
     versions: dict[str, str]
     device: str
     unique: str
     free: int
     total: int
     host_free: int
-    infiniband: tuple[str, ...]
+    host_total: int
+    shm_free: int
+    infiniband: list[str]
     peers: bool | None
+    gpu: bool
 
     @classmethod
     def here(cls, world: World) -> Machine:
@@ -57,7 +65,8 @@ class Machine:
         host = socket.gethostname()
         device, unique = f"{platform.machine()} CPU", f"{host} rank {world.rank}"
         free, total, peers = memory.available, memory.total, None
-        if world.device.type == "cuda":
+        gpu = world.device.type == "cuda"
+        if gpu:
             properties = torch.cuda.get_device_properties(world.device)
             device, unique = properties.name, str(properties.uuid)
             free, total = torch.cuda.mem_get_info(world.device)
@@ -65,22 +74,25 @@ class Machine:
             others = [x for x in range(torch.cuda.device_count()) if x != mine]
             if others:
                 peers = all(torch.cuda.can_device_access_peer(mine, other) for other in others)
+        shm = Path("/dev/shm")
         return cls(
             host=host,
-            python=platform.python_version(),
             versions=_versions(),
             device=device,
             unique=unique,
             free=free,
             total=total,
             host_free=memory.available,
-            infiniband=tuple(sorted(x.name for x in Path("/sys/class/infiniband").glob("*"))),
+            host_total=memory.total,
+            shm_free=shutil.disk_usage(shm).free if shm.is_dir() else 0,
+            infiniband=sorted(x.name for x in Path("/sys/class/infiniband").glob("*")),
             peers=peers,
+            gpu=gpu,
         )
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"Python": platform.python_version()}
     for name in (*NEEDED, *OPTIONAL):
         try:
             found[name] = version(name)
@@ -92,119 +104,134 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def check_machines(world: World) -> list[Finding]:
-    """Compare all ranks' machines. A collective; the same findings on every rank."""
-    machines: list[Machine] = [Machine.here(world)] * world.size
-    dist.all_gather_object(machines, machines[0])
-    return [
-        _same_versions(machines),
-        _devices(machines),
-        _memory(machines),
-        _links(machines, world.nodes),
-        _clocks(world),
-    ]
+def check(world: World, compare: Callable[[list[Machine]], Finding]) -> Finding:
+    """Compare all ranks' machines. Called on every rank; the same finding on each."""
+    answers = world.exchange(json.dumps(asdict(Machine.here(world))))
+    return compare([Machine(**json.loads(answer)) for answer in answers])
 
 
-def _same_versions(machines: list[Machine]) -> Finding:
+def compare_versions(machines: list[Machine]) -> Finding:
     first = machines[0]
     found = ", ".join(f"{name} {number}" for name, number in first.versions.items())
-    found = f"Python {first.python}, {found}"
     without = [name for name in OPTIONAL if name not in first.versions]
     if without:
         found += f"; not installed: {', '.join(without)}"
     for rank, other in enumerate(machines):
-        differ = [
+        names = sorted(
             name
             for name in first.versions.keys() | other.versions.keys()
             if first.versions.get(name) != other.versions.get(name)
-        ]
-        if differ or other.python != first.python:
-            what = ", ".join(sorted(differ)) or "Python"
-            return Finding(
-                "versions",
-                found,
-                f"rank {rank} ({other.host}) has another {what} than rank 0 ({first.host}): "
-                "install the same set on all nodes (constraints.txt)",
-            )
-    return Finding("versions", found)
-
-
-def _devices(machines: list[Machine]) -> Finding:
-    kinds = sorted({machine.device for machine in machines})
-    hosts = list(dict.fromkeys(machine.host for machine in machines))
-    found = f"{len(machines)} rank(s) on {len(hosts)} host(s): {', '.join(kinds)}"
-    shared = len({machine.unique for machine in machines}) < len(machines)
-    if shared:
-        return Finding(
-            "devices",
-            found,
-            "two ranks have the same GPU: start as many ranks on a node as CUDA_VISIBLE_DEVICES "
-            "shows GPUs",
         )
+        if names:
+            theirs = ", ".join(f"{name} {other.versions.get(name, 'missing')}" for name in names)
+            return Finding(
+                f"{found}; on rank {rank} ({other.host}): {theirs}",
+                "install the same versions on all nodes, those of constraints.txt",
+            )
+    return Finding(found)
+
+
+def compare_devices(machines: list[Machine]) -> Finding:
+    kinds = sorted({machine.device for machine in machines})
+    found = f"{len(machines)} of {', '.join(kinds)}"
+    ranks: dict[str, int] = {}
+    for rank, machine in enumerate(machines):
+        other = ranks.setdefault(machine.unique, rank)
+        if other != rank:
+            return Finding(
+                f"{found}; ranks {other} and {rank} have the same GPU of {machine.host}",
+                "start one rank for each GPU that CUDA_VISIBLE_DEVICES shows",
+            )
     if len(kinds) > 1:
         return Finding(
-            "devices",
             found,
             "the slowest kind sets the pace, and copies of weights may round differently: take one "
-            "kind, or ZeRO-3 or FSDP2 on a 1-D mesh",
+            "kind, or ZeRO-3, or FSDP2 without a hybrid mesh",
             fatal=False,
         )
-    return Finding("devices", found)
+    return Finding(found)
 
 
-def _memory(machines: list[Machine]) -> Finding:
-    least = min(machines, key=lambda machine: machine.free / machine.total)
-    host = min(machine.host_free for machine in machines)
-    found = f"free: {least.free / GIB:.1f} of {least.total / GIB:.1f} GiB of the fullest device"
-    found += f", {host / GIB:.1f} GiB of the fullest host"
-    if least.device.endswith("CPU") or least.free > 0.9 * least.total:
-        return Finding("memory", found)
-    return Finding(
-        "memory",
-        found,
-        f"something else uses a GPU of {least.host}: nvidia-smi shows what; stop it, or plan with "
-        "scalora plan --reserve",
-        fatal=False,
-    )
+def compare_memory(machines: list[Machine]) -> Finding:
+    host = min(machines, key=lambda machine: machine.host_free)
+    found = f"{_gib(host.host_free)} of {_gib(host.host_total)} GiB free on {host.host}"
+    gpus = [machine for machine in machines if machine.gpu]
+    if gpus:
+        fullest = min(gpus, key=lambda machine: machine.free / machine.total)
+        found += (
+            f"; {_gib(fullest.free)} of {_gib(fullest.total)} GiB free on a GPU of {fullest.host}"
+        )
+        if fullest.free < 0.9 * fullest.total:
+            return Finding(
+                found,
+                f"something else uses a GPU of {fullest.host}: nvidia-smi shows what; stop it, or "
+                "plan with scalora plan --reserve",
+                fatal=False,
+            )
+        smallest = min(machine.shm_free for machine in gpus)
+        if len(machines) > 1 and smallest < LEAST_SHM:
+            return Finding(
+                f"{found}; /dev/shm has {smallest / 2**20:.0f} MiB free",
+                "NCCL may need more: start the container with --shm-size 8g or --ipc host",
+                fatal=False,
+            )
+    if host.host_free < LEAST_HOST_FREE * host.host_total:
+        return Finding(
+            found,
+            f"something else uses the memory of {host.host}: `ps aux --sort -rss` shows what",
+            fatal=False,
+        )
+    return Finding(found)
 
 
-def _links(machines: list[Machine], nodes: int) -> Finding:
-    ports = sorted({port for machine in machines for port in machine.infiniband})
+def compare_links(machines: list[Machine]) -> Finding:
+    adapters = sorted({name for machine in machines for name in machine.infiniband})
+    found = f"InfiniBand or RoCE: {', '.join(adapters) or 'none'}"
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        found += f"; gloo takes {interface}"
     peers = [machine.peers for machine in machines if machine.peers is not None]
-    found = "GPUs of a node read each other's memory" if peers and all(peers) else "no peer access"
-    found += f"; InfiniBand or RoCE: {', '.join(ports) or 'none'}"
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    found += f"; gloo on {interface}" if interface else ""
-    if peers and not all(peers):
+    if peers and all(peers):
+        found += "; the GPUs of a node read each other's memory"
+    elif peers:
         return Finding(
-            "links",
-            found,
-            "GPUs of a node reach each other through the host only, which is slow: look for IOMMU "
-            "or ACS settings, and at nvidia-smi topo -m",
+            f"{found}; GPUs of a node do not read each other's memory",
+            "their messages go through the host, which is slow: look for IOMMU or ACS settings, "
+            "and at nvidia-smi topo -m",
             fatal=False,
         )
-    if nodes > 1 and machines[0].unique.startswith("GPU") and not ports:
+    if machines[0].gpu and not adapters and len({machine.host for machine in machines}) > 1:
         return Finding(
-            "links",
             found,
-            "NCCL will use TCP between the nodes: in a container, pass /dev/infiniband in",
+            "NCCL will use TCP between the nodes; if they have InfiniBand, pass /dev/infiniband "
+            "into the container",
             fatal=False,
         )
-    return Finding("links", found)
+    return Finding(found)
 
 
-def _clocks(world: World) -> Finding:
-    """The clocks of all ranks, read right after a barrier."""
+CHECKS: dict[str, Callable[[list[Machine]], Finding]] = {
+    "versions": compare_versions,
+    "devices": compare_devices,
+    "memory": compare_memory,
+    "links": compare_links,
+}
+
+
+def check_clocks(world: World) -> Finding:
+    """The clocks of all ranks, read right after a barrier. A collective."""
     world.sum(0.0)
     now = time.time()
-    late, early = world.max(now, -now)
-    spread = late + early
-    found = f"all within {spread:.1f} s"
-    if spread < MOST_CLOCK_SKEW:
-        return Finding("clocks", found)
+    latest, earliest = world.max(now, -now)
+    apart = latest + earliest
+    found = f"within {apart:.1f} s of each other"
+    if apart < MOST_CLOCK_SKEW:
+        return Finding(found)
     return Finding(
-        "clocks",
         found,
         "set the nodes' clocks by NTP (chrony): TensorBoard and caches order files by time",
         fatal=False,
     )
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f}"
