@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import launched, runs
 from tests.support.forked import Forked
+from tests.support.ranks import free_port
 
 TASK = {"dataset": "reasoning_gym:chain_sum", "dataset_size": 32, "eval_size": 8, "max_steps": 2}
 
@@ -26,14 +27,15 @@ def launch(
         engine: a key of LAUNCHERS.
         installed: a folder with the unpacked wheel, which then runs outside the clone.
     """
-    start = [*launched.LAUNCHERS[engine], "launch/train.py"]
-    cwd, path = runs.REPOSITORY, launched.QUICK_START
+    launcher = launched.LAUNCHERS[engine]
+    if engine != "local":
+        launcher = [*launcher, "--master_port", str(free_port())]
+    start, cwd, path = ["launch/train.py"], runs.REPOSITORY, launched.QUICK_START
     if installed:
-        flag = "--module" if engine == "zero3" else "-m"
-        start = [*launched.LAUNCHERS[engine], flag, "scalora_dist", "train"]
+        start = ["--module" if engine == "zero3" else "-m", "scalora_dist", "train"]
         cwd, path = installed.parent, f"{installed}:{launched.WITHOUT_PEFT}"
     return subprocess.run(
-        [*start, *words],
+        [*launcher, *start, *words],
         cwd=cwd,
         capture_output=True,
         text=True,
