@@ -11,8 +11,8 @@ try:
     from scalora_dist.cli import main
 except ModuleNotFoundError as error:
     print(
-        f"error: {error.name} is not installed for {sys.executable}: run `make setup` and "
-        "`. .venv/bin/activate`, or `pip install -e .`",
+        f"error: {error.name}: not installed for {sys.executable}; run `make setup` and "
+        "`. .venv/bin/activate`, or follow docs/install.md",
         file=sys.stderr,
     )
     sys.exit(2)

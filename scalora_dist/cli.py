@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,21 @@ from scalora_dist.errors import UserError, exit_with_one_sentence, is_rank_0
 if TYPE_CHECKING:
     from scalora_dist.config.options import Options
 
+# The modules of pyproject.toml's dependencies.
+LIBRARIES = (
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "huggingface_hub",
+    "numpy",
+    "psutil",
+    "safetensors",
+    "tensorboard",
+    "torch",
+    "tqdm",
+    "transformers",
+    "yaml",
+)
 USAGE = """usage: scalora COMMAND [--option value ...]
 
   scalora train    fine-tune a model
@@ -44,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with StopSignals() as signals, exit_with_one_sentence(signals.ignore):
         command, words = split(sys.argv[1:] if argv is None else argv)
+        if command != "help":
+            check_libraries()
         if command == "train":
             train(words, signals)
         elif command == "plan":
@@ -71,6 +89,20 @@ def split(words: Sequence[str]) -> tuple[str, list[str]]:
     rest = list(words)
     rest.remove(first[0])
     return first[0], rest
+
+
+def check_libraries() -> None:
+    """Look for the libraries without importing them: in a clone without an install none is there.
+
+    Raises:
+        UserError: one is missing.
+    """
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: not installed for {sys.executable}; run `make setup` and "
+            "`. .venv/bin/activate`, or follow docs/install.md"
+        )
 
 
 def train(words: Sequence[str], signals: StopSignals) -> None:

@@ -12,16 +12,31 @@ import pytest
 
 from tests.support import launched, runs
 from tests.support.forked import Forked
+from tests.support.ranks import free_port
 
 TASK = {"dataset": "reasoning_gym:chain_sum", "dataset_size": 32, "eval_size": 8, "max_steps": 2}
 
 
-def launch(*words: str, engine: str) -> subprocess.CompletedProcess[str]:
-    """As a user starts this engine, on CPU ranks."""
+def launch(
+    *words: str, engine: str, installed: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As a user starts this engine, on CPU ranks.
+
+    Args:
+        words: the options of a run.
+        engine: a key of LAUNCHERS.
+        installed: a folder with the unpacked wheel, which then runs outside the clone.
+    """
     launcher = launched.LAUNCHERS[engine]
+    if engine != "local":
+        launcher = [*launcher, "--master_port", str(free_port())]
+    start, cwd, path = ["launch/train.py"], runs.REPOSITORY, launched.QUICK_START
+    if installed:
+        start = ["--module" if engine == "zero3" else "-m", "scalora_dist", "train"]
+        cwd, path = installed.parent, f"{installed}:{launched.WITHOUT_PEFT}"
     return subprocess.run(
-        [*launcher, "launch/train.py", *words],
-        cwd=runs.REPOSITORY,
+        [*launcher, *start, *words],
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=240,
@@ -29,7 +44,7 @@ def launch(*words: str, engine: str) -> subprocess.CompletedProcess[str]:
         | {
             "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": launched.QUICK_START,
+            "PYTHONPATH": path,
         },
     )
 
@@ -41,11 +56,15 @@ def options(model: str, folder: Path, engine: str, **others: Any) -> list[str]:
 
 @pytest.mark.floors
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
-def test_the_launcher_trains_and_shows_one_table(
-    tiny_model: str, tmp_path: Path, engine: str
+def test_an_installed_wheel_trains_and_shows_one_table(
+    tiny_model: str, tmp_path: Path, engine: str, unpacked_wheel: Path
 ) -> None:
-    words = options(tiny_model, tmp_path / "run", engine, scaling_rule="nnls")
-    done = launch(*words, engine=engine)
+    """Started as a module, outside the clone, with a recipe and a config that are named."""
+    named = {"ds_config": "zero3"} if engine == "zero3" else {"fsdp": True}
+    given = {"model_name_or_path": tiny_model, "output_dir": tmp_path / "run", "config": "demo"}
+    short = {"dataset_size": 32, "eval_size": 8, "max_steps": 2, "scaling_rule": "nnls"}
+    words = runs.words(given | named | short)
+    done = launch(*words, engine=engine, installed=unpacked_wheel)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out exact match") == 1
     assert done.stderr.count("14 layers adapted") == 1

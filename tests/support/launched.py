@@ -19,8 +19,10 @@ from tests.support import runs
 from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
-# PYTHONPATH of launched runs: the package of this checkout, and neither PEFT nor bitsandbytes.
-QUICK_START = f"{runs.REPOSITORY}:{Path(__file__).parent / 'without_peft'}"
+# On the PYTHONPATH of launched runs: hides PEFT and bitsandbytes, whose imports take seconds.
+WITHOUT_PEFT = Path(__file__).parent / "without_peft"
+# PYTHONPATH of launched runs: that, and the package of this checkout.
+QUICK_START = f"{runs.REPOSITORY}:{WITHOUT_PEFT}"
 # Of every process of a launched run, on CPU ranks with one thread each.
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
