@@ -26,7 +26,7 @@ def test_two_nodes_are_found_ready(tmp_path: Path) -> None:
             assert node.wait() == 0, node.text()
         title = "scalora doctor: 2 rank(s) on 2 node(s)"
         _, title, table = pair[0].text().partition(title)  # a launcher may say something before
-        lines = [title, *table.strip().splitlines()]
+        lines = [title, *table.strip("\n").splitlines()]
         assert title, pair[0].text()
         assert lines[-1].startswith("ready to train (")
         marks = [line[2:6].strip() for line in lines[1:-2] if line[2:6].strip()]
