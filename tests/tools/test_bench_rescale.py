@@ -50,7 +50,7 @@ def found(model: Path) -> dict[str, Any]:
     port = str(free_port())
     result = model.parent / "out.json"
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port"]
-    options = ["--ds_config", ZERO3, "--model_name_or_path", model, "--json", result]
+    options = ["--ds_config", str(ZERO3), "--model_name_or_path", str(model), "--json", str(result)]
     options += ["--rank", str(RANK), "--steps", "2", "--length", "8"]
     done = subprocess.run(
         [*launch, port, TOOL, *options], env=ENV, cwd=ROOT, capture_output=True, text=True
@@ -110,7 +110,7 @@ def test_both_merges_give_the_same_weights(found: dict[str, Any]) -> None:
 
 
 def test_mistakes_are_one_sentence(model: Path, tmp_path: Path) -> None:
-    options = ["--ds_config", tmp_path / "none.json", "--model_name_or_path", model]
+    options = ["--ds_config", str(tmp_path / "none.json"), "--model_name_or_path", str(model)]
     done = subprocess.run(
         [sys.executable, TOOL, *options],
         env=ENV | {"PYTHONWARNINGS": "ignore"},
