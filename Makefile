@@ -46,7 +46,8 @@ train: setup
 lint: setup
 	ruff check .
 	ruff format --check .
-	mypy scalora_dist launch/train.py
+	mypy
+	codespell
 
 test: lint
 	python -m pytest

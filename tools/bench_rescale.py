@@ -36,6 +36,7 @@ from typing import Any, Optional, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from scalora_dist.config.option import Group, tool_option
 from scalora_dist.config.options import Options
@@ -69,7 +70,7 @@ class BenchArguments(Group):
 
 
 @torch.no_grad()
-def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
+def naive_merge(modules: Mapping[str, nn.Module], scales: Scales) -> None:
     """``W += s·A diag(1 − α∘β) Bᵀ``, in the way of DeepSpeed's documentation for ZeRO-3.
 
     Layer by layer, every rank gathers the full W, rank 0 edits it, and it is broadcast and sharded
@@ -80,6 +81,7 @@ def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
     import deepspeed
 
     for module, alpha, beta in zip(modules.values(), scales.alpha, scales.beta, strict=True):
+        assert isinstance(module, LowRankLinear)
         A, B, W = module.A, module.B, module.weight
         cut_up = [W, *(factor for factor in (A, B) if not getattr(factor, "ds_persist", False))]
         with deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0):

@@ -84,7 +84,10 @@ def train(way: str, seed: int, folder: Path, argv: Sequence[str], world: World) 
         target = trainer.runner.merger.target = Requantized(modules)
     summary = trainer.run()
     lines = read_history(trainer.output_dir, trainer.feed.steps)
-    found = {"losses": [line["loss"] for line in lines if "loss" in line], "summary": summary}
+    found: dict[str, Any] = {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "summary": summary,
+    }
     if way == REQUANTIZED:
         for name, values in (("kept", target.kept), ("noise", target.noise)):
             found[name] = float(torch.tensor(values).median())

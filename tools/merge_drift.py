@@ -167,7 +167,9 @@ class Watcher:
             trainer.model.get_submodule(name).register_forward_pre_hook(layer.keep_inputs)
         self.at = merges
         self.rows = list[dict[str, Any]]()
-        self.merge, rescaler.merge = rescaler.merge, self  # type: ignore
+        self.merge = rescaler.merge
+        # mypy allows no assignment to a method.
+        rescaler.merge = self  # type: ignore[assignment,method-assign]
 
     def __call__(self, shards: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
         """Called instead of ``Rescaler.merge``: merge into the copies, then call the original."""

@@ -17,7 +17,7 @@ from scalora_dist.config.shipped import find, names
 from scalora_dist.errors import UserError
 
 
-class Parser(HfArgumentParser):
+class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is taken as Any
     """Raises a UserError instead of printing the usage and exiting."""
 
     source = ""  # what is being parsed, for messages

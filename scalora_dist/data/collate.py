@@ -37,7 +37,7 @@ class Collator:
         }
 
 
-class PaddedExamples(torch.utils.data.Dataset):
+class PaddedExamples(torch.utils.data.Dataset[dict[str, Any]]):
     """A data set that also accepts the index None of `eval_batches`, for a padding example."""
 
     def __init__(self, dataset: Dataset) -> None:

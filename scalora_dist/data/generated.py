@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -70,7 +70,7 @@ def _draw(task: str, seed: int, size: int, options: str) -> Iterator[dict[str, s
         seed += size
 
 
-def _create(task: str, seed: int, size: int, options: dict[str, Any]):
+def _create(task: str, seed: int, size: int, options: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """Create the task. If its name or an option is unknown, the UserError lists the known ones."""
     # Imported here: it takes seconds, which ranks with a filled cache can save.
     from reasoning_gym.factory import DATASETS, create_dataset
@@ -90,7 +90,7 @@ def _create(task: str, seed: int, size: int, options: dict[str, Any]):
         raise UserError(f"{PREFIX}{task} refuses the options {options}: {error}.") from error
 
 
-def _names_like(name: str, known) -> str:
+def _names_like(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known)
     meant = f"; did you mean {' or '.join(close)}?" if close else ";"
     return f"{meant} It has: {', '.join(sorted(known))}"

@@ -14,7 +14,7 @@ from torch import Tensor
 def capture(device: torch.device) -> dict[str, Tensor]:
     """{generator: its state, 1-D uint8 or int64}. The sizes do not depend on what was drawn."""
     _, python, python_next = random.getstate()
-    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # type: ignore[call-overload]
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     words, position = numpy["state"]["key"].tolist(), numpy["state"]["pos"]
     states = {
         "torch": torch.get_rng_state(),

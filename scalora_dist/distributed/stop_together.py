@@ -27,7 +27,8 @@ class OtherRanks:
         """
         self.size = size
         self._hear = hear
-        # A wait blocks its connection, so the thread has its own.
+        # A wait blocks its connection, so the thread has its own. torch's type of a store leaves
+        # `clone` out.
         ears, mouth = store.clone(), store.clone()  # type: ignore[attr-defined]
         self._ears, self._mouth = PrefixStore("stop", ears), PrefixStore("stop", mouth)
         self._thread = threading.Thread(target=self._listen, daemon=True)

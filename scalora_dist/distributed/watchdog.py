@@ -105,7 +105,8 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         if world.size == 1:
             return
-        # A separate connection: the main thread blocks the other one while it waits.
+        # A separate connection: the main thread blocks the other one while it waits. torch's type
+        # of a store leaves `clone` out, here and below.
         self._store = dist.PrefixStore("watch", world.store.clone())  # type: ignore[attr-defined]
         self._keys = [str(rank) for rank in range(world.size)]
         for key in self._keys:  # no reader must wait for a rank that never wrote

@@ -57,7 +57,7 @@ class _TwoProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
@@ -83,7 +83,7 @@ class _TwoProducts(torch.autograd.Function):
         return z @ _beside(A, C, used, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         seen, z, A, B, C, D = ctx.saved_tensors
         rank, dtype = A.shape[1], grad_y.dtype
         grad_z = grad_y @ _beside(A, C, ctx.used, dtype)

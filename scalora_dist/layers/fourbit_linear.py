@@ -144,7 +144,7 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, codes: Tensor, bias: Tensor | None, layer: FourBitLinear
     ) -> Tensor:
         ctx.save_for_backward(codes)
@@ -152,7 +152,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, layer.dense(codes, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (codes,) = ctx.saved_tensors
         return grad_y @ ctx.layer.dense(codes, grad_y.dtype), None, None, None
 

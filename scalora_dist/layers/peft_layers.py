@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.errors import UserError
+from scalora_dist.layers.bypassed import ShapeOf
 from scalora_dist.layers.lora_init import lora_init
-from scalora_dist.layers.target_modules import ShapeOf, inject, own_shape
+from scalora_dist.layers.target_modules import inject, own_shape
 
 Kind = Literal["lora", "dora", "hira"]
 ADAPTER = "default"

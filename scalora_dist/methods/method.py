@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.engines.base import Engine
-from scalora_dist.layers.target_modules import ShapeOf, own_shape
+from scalora_dist.layers.bypassed import ShapeOf
+from scalora_dist.layers.target_modules import own_shape
 from scalora_dist.methods.init.initialization import Initialization
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.transform import Restart, Transform

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class MergedWeights:
             return weight
         if adapted_linear(module) is module:
             return weight  # W itself is trained
-        return cast(Tensor, merged_by_peft(module, weight, own))
+        return merged_by_peft(module, weight, own)
 
     def shape(self, name: str) -> torch.Size:
         """The shape of ``full_tensor(name)``."""

@@ -75,6 +75,7 @@ class TargetLoss:
         # A model that changes its logits changes the mark too. The same on all ranks.
         if not self.checked and (len(found) != 2 or float(found[1].detach()) != MARK):
             logger.warning("the model changes its logits after the LM head: they are kept whole")
+            # To mypy, the class of a LossHead is LossHead or below it.
             self.head.__class__ = nn.Linear  # type: ignore[assignment]
             self.head = None
             return self(module, batch)

@@ -66,6 +66,7 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         model, args = _make(options, base, compute)
         for module in model.modules():
             if isinstance(module, FourBitLinear):
+                # mypy allows no assignment to a method.
                 module.dense = partial(_dense, module)  # type: ignore[method-assign]
         layers = method.add(model, AddContext(args, train.seed, compute))
         if train.gradient_checkpointing:

@@ -50,11 +50,12 @@ class LiveBytes(TorchDispatchMode):
             resize(storage, size)  # FSDP frees gathered parameters this way
             self._note_storage(storage)
 
+        # mypy allows no assignment to a method, and torch's own returns Any.
         torch.UntypedStorage.resize_ = noted  # type: ignore[assignment,method-assign]
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[assignment,method-assign]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*args)
 
     def _note(self, tensor: Tensor) -> None:

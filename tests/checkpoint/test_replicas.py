@@ -99,7 +99,7 @@ def test_a_flipped_bit_is_refused(
     size = ranks_of(engine)
     patterns = [None, FLIPPED, None, None][:size]
     who = "ranks 1 and 3" if engine == "hybrid" else "ranks 0 and 1"
-    case = {"engine": engine, "dtype": dtype}
+    case: dict[str, Any] = {"engine": engine, "dtype": dtype}
     for before, after in ranks(size).run(work.change, tmp_path, name, patterns, **case):
         assert before is None
         told, status = after
@@ -124,7 +124,7 @@ NAN, OTHER_NAN, MINUS_ZERO = 0x7FC0, 0x7FC1, -0x8000  # of bfloat16
 def test_bits_are_compared_and_not_numbers(
     ranks: GetRanks, tmp_path: Path, patterns: tuple[int, int], refused: bool
 ) -> None:
-    case = {"engine": "zero2", "dtype": "bf16"}
+    case: dict[str, Any] = {"engine": "zero2", "dtype": "bf16"}
     for _, after in ranks(2).run(work.change, tmp_path, "first.W", patterns, **case):
         assert (after is not None) == refused
 

@@ -204,7 +204,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-HARMS = {
+HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, RANK_FILE),
     "truncated to nothing": (lambda path: path.write_bytes(b""), RANK_FILE),
     "a bit of a tensor": (lambda path: flip(path, 0.9), "rank-00001.safetensors"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from scipy import optimize
@@ -16,14 +19,14 @@ ETA_L, SCALING = 0.5, 2.0
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def randn(seed: int):
+def randn(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=DTYPE)
 
@@ -43,7 +46,13 @@ def grams(a: Tensor, b: Tensor, grad: Tensor, scaling: float = SCALING) -> tuple
     return side_a.mT @ side_a, side_b.mT @ side_b
 
 
-def run(gram_a: Tensor, gram_b: Tensor, rule: str, bounds=BOUNDS, **changes) -> Scales:
+def run(
+    gram_a: Tensor,
+    gram_b: Tensor,
+    rule: str,
+    bounds: tuple[float, float] | None = BOUNDS,
+    **changes: Any,
+) -> Scales:
     options = {"scaling": SCALING, "eta_lipschitz": ETA_L} | changes
     return solve(gram_a, gram_b, rule=rule, bounds=bounds, **options)
 
@@ -66,7 +75,7 @@ def sizes(scales: Scales, a: Tensor, b: Tensor) -> Tensor:
 # --- the quadratic -------------------------------------------------------------------------------
 
 
-def test_quadratic_is_the_distance():
+def test_quadratic_is_the_distance() -> None:
     a, b, grad = factors(4, 3, seed=0)
     hess, lam = quadratic(*grams(a, b, grad))
     assert hess.shape == (4, 6, 6) and lam.shape == (4, 6)
@@ -79,7 +88,7 @@ def test_quadratic_is_the_distance():
         torch.testing.assert_close(expected, distance(a, b, grad, alpha, beta), rtol=1e-11, atol=0)
 
 
-def test_nothing_beats_the_solution():
+def test_nothing_beats_the_solution() -> None:
     """Random perturbations of every size, inside the same bounds, never come nearer."""
     a, b, grad = factors(60, 4, seed=2)
     gram_a, gram_b = grams(a, b, grad)
@@ -100,7 +109,7 @@ def test_nothing_beats_the_solution():
             assert (distance(a, b, grad, alpha, beta) >= least - 1e-12).all()
 
 
-def test_paper_takes_theorem_5_where_it_holds():
+def test_paper_takes_theorem_5_where_it_holds() -> None:
     a, b, grad = factors(60, 4, seed=2)
     gram_a, gram_b = grams(a, b, grad)
     hess, lam = quadratic(gram_a, gram_b)
@@ -120,7 +129,7 @@ def test_paper_takes_theorem_5_where_it_holds():
     assert torch.equal(found.alpha[~positive], scalar.alpha[~positive])
 
 
-def test_scalar_is_the_best_pair():
+def test_scalar_is_the_best_pair() -> None:
     a, b, grad = factors(40, 4, seed=4)
     a[:10] = grad[:10] @ b[:10]  # makes one of the two unknowns drop out in some layers
     found = run(*grams(a, b, grad), "scalar", None)
@@ -137,7 +146,7 @@ def test_scalar_is_the_best_pair():
                 assert (distance(a, b, grad, *pair) >= least - 1e-9).all()
 
 
-def test_scalar_with_one_unknown_dropped():
+def test_scalar_with_one_unknown_dropped() -> None:
     """Theorem 3's boundary case, by the block sums of H and λ."""
     draw = randn(5)
     a, b, grad_a, grad_b = draw(200, 6, 2), draw(200, 5, 2), draw(200, 6, 2), draw(200, 5, 2)
@@ -187,7 +196,7 @@ BOXES = ((0.0025, 25.0), (0.25, 4.0), (0.0, 1e12), (1.5, 1.6))
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("layers", "n"), [(200, 2), (200, 6), (200, 16), (30, 64), (6, 128)])
-def test_minimum_meets_kkt(kind: str, layers: int, n: int):
+def test_minimum_meets_kkt(kind: str, layers: int, n: int) -> None:
     corr, c = box_problem(kind, layers, n, seed=n)
     if kind in ("cond-1e12", "parallel") and n > 2:
         assert torch.linalg.cond(corr).median() > 1e9
@@ -207,7 +216,7 @@ def test_minimum_meets_kkt(kind: str, layers: int, n: int):
 
 
 @pytest.mark.parametrize("n", [6, 16])
-def test_minimum_agrees_with_scipy(n: int):
+def test_minimum_agrees_with_scipy(n: int) -> None:
     corr, c = box_problem("well", 20, n, seed=7)
     root = torch.linalg.cholesky(corr)
     right = torch.linalg.solve_triangular(root, c[..., None], upper=False).squeeze(-1)
@@ -223,7 +232,7 @@ def test_minimum_agrees_with_scipy(n: int):
             torch.testing.assert_close(x[layer], torch.from_numpy(expected), rtol=1e-7, atol=1e-8)
 
 
-def test_unconverged_minimum_is_never_worse_than_its_start(monkeypatch: pytest.MonkeyPatch):
+def test_unconverged_minimum_is_never_worse_than_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     corr, c = box_problem("cond-1e12", 50, 16, seed=8)
     problem = module._BoxProblem(corr, c, 0.0025 * c, 25 * c)
     start = module._minimise(problem, problem.clip(c))
@@ -232,7 +241,7 @@ def test_unconverged_minimum_is_never_worse_than_its_start(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pseudo_inverse_keeps_all_that_is_not_roundoff(kind: str):
+def test_pseudo_inverse_keeps_all_that_is_not_roundoff(kind: str) -> None:
     corr, c = box_problem(kind, 50, 16, seed=9)
     x = module._pinv_apply(corr, c)
     left = (corr @ x[..., None]).squeeze(-1) - c
@@ -252,7 +261,7 @@ def ill_grams(layers: int, r: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("bounds", [BOUNDS, (0.5, 2.0), None])
 @pytest.mark.parametrize("ill", [False, True])
-def test_nnls_is_never_worse_and_meets_kkt(bounds: tuple[float, float] | None, ill: bool):
+def test_nnls_is_never_worse_and_meets_kkt(bounds: tuple[float, float] | None, ill: bool) -> None:
     gram_a, gram_b = ill_grams(60, 8, 9) if ill else grams(*factors(60, 8, seed=9))
     square = torch.cat([gram.diagonal(dim1=1, dim2=2)[:, :8] for gram in (gram_a, gram_b)], -1)
     hess, lam = quadratic(gram_a, gram_b)
@@ -280,7 +289,7 @@ def test_nnls_is_never_worse_and_meets_kkt(bounds: tuple[float, float] | None, i
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
 @pytest.mark.parametrize("factor", [1e-25, 1e-6, 65536.0, 1e60])
-def test_gradients_common_factor_does_not_matter(rule: str, factor: float):
+def test_gradients_common_factor_does_not_matter(rule: str, factor: float) -> None:
     gram_a, gram_b = grams(*factors(30, 4, seed=10))
     one = torch.ones(8, dtype=DTYPE)
     one[4:] = factor
@@ -296,7 +305,7 @@ def test_gradients_common_factor_does_not_matter(rule: str, factor: float):
 
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
-def test_eta_lipschitz_scales_by_its_root(rule: str):
+def test_eta_lipschitz_scales_by_its_root(rule: str) -> None:
     gram_a, gram_b = grams(*factors(30, 4, seed=11))
     found, other = run(gram_a, gram_b, rule), run(gram_a, gram_b, rule, eta_lipschitz=ETA_L * 9)
     torch.testing.assert_close(found.alpha, 3 * other.alpha, rtol=1e-12, atol=0)
@@ -305,7 +314,7 @@ def test_eta_lipschitz_scales_by_its_root(rule: str):
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
 @pytest.mark.parametrize("bounds", [BOUNDS, None])
-def test_start_at_zero(rule: str, bounds: tuple[float, float] | None):
+def test_start_at_zero(rule: str, bounds: tuple[float, float] | None) -> None:
     a, b, grad = factors(10, 4, seed=12)
     a.zero_()
     found = run(*grams(a, b, grad), rule, bounds)
@@ -320,20 +329,20 @@ def test_start_at_zero(rule: str, bounds: tuple[float, float] | None):
 
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
-def test_nothing_to_do_is_skipped(rule: str):
+def test_nothing_to_do_is_skipped(rule: str) -> None:
     a, b, grad = factors(3, 4, seed=13)
     grad[0] = 0
     grad[1] = 1e-42  # float32 subnormals
     found = run(*grams(a, b, grad), rule)
     assert found.rule[:2].tolist() == [Rule.SKIPPED] * 2 and found.rule[2] != Rule.SKIPPED
     assert (found.alpha[:2] == 1).all() and (found.beta[:2] == 1).all()
-    empty = run(*(torch.zeros(0, 8, 8) for _ in range(2)), rule)
+    empty = run(torch.zeros(0, 8, 8), torch.zeros(0, 8, 8), rule)
     assert empty.alpha.shape == (0, 4) and empty.rule.shape == (0,)
 
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
 @pytest.mark.parametrize("tiny", [0.0, 1e-40, 1e-14])
-def test_zero_column_is_left_out(rule: str, tiny: float):
+def test_zero_column_is_left_out(rule: str, tiny: float) -> None:
     """One dead column of A changes nothing for the others but by its own absence."""
     a, b, grad = factors(30, 4, seed=14)
     a[:, :, 2] *= tiny
@@ -350,7 +359,7 @@ def test_zero_column_is_left_out(rule: str, tiny: float):
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_layer_stays_alone(rule: str, bad: float):
+def test_one_bad_layer_stays_alone(rule: str, bad: float) -> None:
     gram_a, gram_b = grams(*factors(20, 4, seed=15))
     found = run(gram_a, gram_b, rule)
     gram_a[3, 1, 2], gram_b[7, 5, 5] = bad, bad
@@ -365,7 +374,7 @@ def test_one_bad_layer_stays_alone(rule: str, bad: float):
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
 @pytest.mark.parametrize("r", [1, 3, 8])
-def test_batch_equals_one_by_one(rule: str, r: int):
+def test_batch_equals_one_by_one(rule: str, r: int) -> None:
     gram_a, gram_b = grams(*factors(40, r, seed=16))
     found = run(gram_a, gram_b, rule)
     for layer in range(40):
@@ -377,7 +386,7 @@ def test_batch_equals_one_by_one(rule: str, r: int):
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
 @pytest.mark.parametrize("bounds", [BOUNDS, (0.5, 2.0), (2.0, 3.0), None])
-def test_sizes_stay_within_bounds(rule: str, bounds: tuple[float, float] | None):
+def test_sizes_stay_within_bounds(rule: str, bounds: tuple[float, float] | None) -> None:
     low, high = bounds or (1e-6, 1e6)
     for gram_a, gram_b in (grams(*factors(60, 4, seed=17)), ill_grams(60, 4, 18)):
         found = run(gram_a, gram_b, rule, bounds)
@@ -388,7 +397,7 @@ def test_sizes_stay_within_bounds(rule: str, bounds: tuple[float, float] | None)
         assert (found.rule != Rule.SKIPPED).all()
 
 
-def test_extreme_scales_do_not_overflow():
+def test_extreme_scales_do_not_overflow() -> None:
     gram_a, gram_b = grams(*factors(20, 4, seed=19))
     weight = torch.logspace(-30, 140, 4, dtype=DTYPE).repeat_interleave(2)
     weight = weight[:, None] * weight
@@ -401,7 +410,7 @@ def test_extreme_scales_do_not_overflow():
 
 
 @pytest.mark.parametrize("bounds", [BOUNDS, None])
-def test_lambda_outside_the_range_of_h(bounds: tuple[float, float] | None):
+def test_lambda_outside_the_range_of_h(bounds: tuple[float, float] | None) -> None:
     """Rounded gradients of equal columns differ, so zᵀHz − 2λᵀz has no minimum without bounds."""
     a, b, grad = factors(40, 6, seed=20)
     a[:, :, 1] = a[:, :, 0]
@@ -420,7 +429,7 @@ def test_lambda_outside_the_range_of_h(bounds: tuple[float, float] | None):
     assert ((size[:, 0] < low * 1.001) | (size[:, 1] > high * 0.999)).all()
 
 
-def test_settings_that_make_no_sense_say_so():
+def test_settings_that_make_no_sense_say_so() -> None:
     gram_a, gram_b = grams(*factors(1, 2, seed=22))
     with pytest.raises(ValueError, match="choose one of paper, scalar, nnls"):
         run(gram_a, gram_b, "columns")
@@ -429,4 +438,4 @@ def test_settings_that_make_no_sense_say_so():
             run(gram_a, gram_b, "nnls", bounds)
     for name in ("scaling", "eta_lipschitz"):
         with pytest.raises(ValueError, match=name):
-            run(gram_a, gram_b, "nnls", **{name: 0.0})
+            run(gram_a, gram_b, "nnls", BOUNDS, **{name: 0.0})

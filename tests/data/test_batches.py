@@ -3,11 +3,11 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain, islice
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.data.batches import GlobalBatches, RankBatches, eval_batches
 from scalora_dist.data.collate import Collator, PaddedExamples
@@ -24,19 +24,19 @@ LAYOUTS = [
 
 
 @pytest.fixture
-def data(tokenizer):
+def data(tokenizer: PreTrainedTokenizerBase) -> Dataset:
     rows = [{"prompt": "p" * (i % 5), "completion": "c" * (i + 1)} for i in range(17)]
     return tokenize_examples(
         Dataset.from_list(rows), tokenizer, max_length=100, train_on_prompt=False
     ).dataset
 
 
-def ones(num_examples: int) -> np.ndarray:
-    return np.ones(num_examples, dtype=np.int64)
+def ones(num_examples: int) -> list[int]:
+    return [1] * num_examples
 
 
 @pytest.mark.parametrize(("num_examples", "size"), [(17, 4), (17, 17), (5, 12), (1, 3), (12, 4)])
-def test_every_epoch_visits_each_example_once(num_examples, size):
+def test_every_epoch_visits_each_example_once(num_examples: int, size: int) -> None:
     batches = GlobalBatches(ones(num_examples), size, seed=3)
     steps = [batches.indices(step) for step in range(3 * num_examples)]
     assert all(len(step) == size for step in steps)
@@ -47,7 +47,7 @@ def test_every_epoch_visits_each_example_once(num_examples, size):
         assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
 
 
-def test_steps_depend_on_the_seed_alone():
+def test_steps_depend_on_the_seed_alone() -> None:
     def steps(seed: int) -> list[list[int]]:
         return [GlobalBatches(ones(50), 8, seed).indices(k) for k in range(20)]
 
@@ -58,7 +58,7 @@ def test_steps_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(("b", "g", "w"), LAYOUTS)
-def test_layouts_share_the_global_batch(b, g, w):
+def test_layouts_share_the_global_batch(b: int, g: int, w: int) -> None:
     batches = GlobalBatches(ones(17), 12, seed=0)
     ranks = [
         RankBatches(batches, micro_batch_size=b, rank=p, world=w, start_step=0) for p in range(w)
@@ -73,15 +73,17 @@ def test_layouts_share_the_global_batch(b, g, w):
     assert list(islice(resumed, 2 * g)) == seen[w - 1][3 * g :]
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="no multiple"):
         RankBatches(GlobalBatches(ones(9), 10, 0), micro_batch_size=2, rank=0, world=3)
 
 
 @pytest.mark.parametrize(("b", "g", "w"), LAYOUTS)
-def test_target_tokens_is_what_the_micro_batches_hold(b, g, w, data, tokenizer):
-    batches = GlobalBatches(np.asarray(data["target_tokens"]), 12, seed=0)
-    held = Counter()
+def test_target_tokens_is_what_the_micro_batches_hold(
+    b: int, g: int, w: int, data: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    batches = GlobalBatches(data["target_tokens"], 12, seed=0)
+    held = Counter[int]()
     for rank in range(w):
         loader = DataLoader(
             data,
@@ -94,7 +96,9 @@ def test_target_tokens_is_what_the_micro_batches_hold(b, g, w, data, tokenizer):
     assert len(set(held.values())) > 1
 
 
-def test_collator_pads_right_with_eos_and_hides_it(data, tokenizer):
+def test_collator_pads_right_with_eos_and_hides_it(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert tokenizer.pad_token_id is None and tokenizer.padding_side == "left"
     short, long = data[0], data[16]
     batch = Collator(tokenizer)([short, long])
@@ -113,7 +117,9 @@ def test_collator_pads_right_with_eos_and_hides_it(data, tokenizer):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize(("num_examples", "size"), [(17, 4), (1, 4), (16, 4), (16, 2)])
-def test_eval_batches_are_equally_many_and_complete(num_examples, size, world):
+def test_eval_batches_are_equally_many_and_complete(
+    num_examples: int, size: int, world: int
+) -> None:
     ranks = [eval_batches(num_examples, size, rank, world) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {-(-num_examples // (size * world))}
     assert all(len(batch) == size for batches in ranks for batch in batches)
@@ -121,7 +127,7 @@ def test_eval_batches_are_equally_many_and_complete(num_examples, size, world):
     assert sorted(i for i in seen if i is not None) == list(range(num_examples))
 
 
-def test_pad_examples_count_for_nothing(data, tokenizer):
+def test_pad_examples_count_for_nothing(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     assert set(PaddedExamples(data)[None]["labels"]) == {IGNORE}
     total = sum(data["target_tokens"])
     for world in (1, 2, 3):

@@ -4,26 +4,29 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.config.data import DataArguments
-from scalora_dist.data.prepare import prepare_data
+from scalora_dist.data.prepare import Prepared, prepare_data
 from scalora_dist.errors import UserError
 
 TASK = "reasoning_gym:chain_sum"
 SMALL = '{"min_terms": 2, "max_terms": 2, "max_digits": 1}'  # few questions, so draws repeat
 
 
-def prepare(tokenizer, seed=0, **fields):
+def prepare(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **fields: Any) -> Prepared:
     return prepare_data(DataArguments(**fields), tokenizer, seed)
 
 
-def texts(dataset, tokenizer) -> list[str]:
+def texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode(row["input_ids"]) for row in dataset]
 
 
-def refused(tokenizer, **fields) -> str:
+def refused(tokenizer: PreTrainedTokenizerBase, **fields: Any) -> str:
     with pytest.raises(UserError) as caught:
         prepare(tokenizer, **fields)
     assert "\n" not in str(caught.value)
@@ -31,7 +34,7 @@ def refused(tokenizer, **fields) -> str:
 
 
 @pytest.fixture
-def numbers(tmp_path) -> str:
+def numbers(tmp_path: Path) -> str:
     path = tmp_path / "numbers.jsonl"
     path.write_text(
         "".join(json.dumps({"query": str(i), "response": "x"}) + "\n" for i in range(30))
@@ -39,7 +42,7 @@ def numbers(tmp_path) -> str:
     return str(path)
 
 
-def test_held_out_questions_do_not_occur_in_training(tokenizer):
+def test_held_out_questions_do_not_occur_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
     data = prepare(tokenizer, dataset=TASK, dataset_size=60, dataset_options=SMALL, eval_size=30)
     train, held_out = texts(data.train, tokenizer), texts(data.evaluation, tokenizer)
     assert len(train) == len(set(train)) == 60 and len(held_out) == len(set(held_out)) == 30
@@ -49,7 +52,7 @@ def test_held_out_questions_do_not_occur_in_training(tokenizer):
 
 
 @pytest.mark.floors
-def test_holds_out_of_a_shuffled_file(tokenizer, numbers):
+def test_holds_out_of_a_shuffled_file(tokenizer: PreTrainedTokenizerBase, numbers: str) -> None:
     whole = prepare(tokenizer, dataset=numbers)
     assert len(whole.train) == 30 and whole.evaluation is None
     parts = [prepare(tokenizer, seed, dataset=numbers, eval_size=10) for seed in (0, 0, 1)]
@@ -60,14 +63,19 @@ def test_holds_out_of_a_shuffled_file(tokenizer, numbers):
         assert sorted(texts(part.train, tokenizer) + out) == sorted(texts(whole.train, tokenizer))
 
 
-def test_named_evaluation_data_and_counts(tokenizer, numbers, tmp_path):
+def test_named_evaluation_data_and_counts(
+    tokenizer: PreTrainedTokenizerBase, numbers: str, tmp_path: Path
+) -> None:
     (tmp_path / "other.csv").write_text("text\nabcdefgh\nabc\nabcd\n")
-    fields = {"dataset": numbers, "eval_dataset": str(tmp_path / "other.csv"), "max_length": 4}
+    fields: dict[str, Any] = {"dataset": numbers, "max_length": 4}
+    fields["eval_dataset"] = str(tmp_path / "other.csv")
     data = prepare(tokenizer, **fields)
+    assert data.evaluation is not None
     # "10\nx</s>" has 5 tokens, and keeps a target; "abcdefgh</s>" has 9, "abcd</s>" has 5
     assert (len(data.train), len(data.evaluation)) == (30, 3)
     assert (data.truncated, data.dropped) == (20 + 2, 0)
-    assert len(prepare(tokenizer, eval_size=2, **fields).evaluation) == 2
+    few = prepare(tokenizer, eval_size=2, **fields).evaluation
+    assert few is not None and len(few) == 2
     data = prepare(tokenizer, **{**fields, "max_length": 3})
     assert (data.truncated, data.dropped) == (30 + 3, 20)
 
@@ -83,8 +91,12 @@ SAME_DATA: dict[str, Callable[[Path], Path | str]] = {
 
 @pytest.mark.parametrize("how", SAME_DATA)
 def test_training_data_under_another_path_are_refused(
-    tokenizer, numbers, tmp_path, monkeypatch, how
-):
+    tokenizer: PreTrainedTokenizerBase,
+    numbers: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "data" / "numbers.jsonl"
     path.parent.mkdir()
@@ -95,24 +107,32 @@ def test_training_data_under_another_path_are_refused(
         assert "--eval_size" in refused(tokenizer, dataset=str(path), eval_size=size, **fields)
 
 
-def test_slices_of_one_file_are_compared_by_content(tokenizer, numbers):
-    fields = {"dataset": numbers, "eval_dataset": numbers, "dataset_split": "train[:20]"}
+def test_slices_of_one_file_are_compared_by_content(
+    tokenizer: PreTrainedTokenizerBase, numbers: str
+) -> None:
+    fields: dict[str, Any] = {"dataset": numbers, "eval_dataset": numbers}
+    fields["dataset_split"] = "train[:20]"
     for split, repeated in (("train[20:]", 0), ("test[20:]", 0), ("train[15:25]", 5)):
         assert prepare(tokenizer, eval_dataset_split=split, **fields).repeated == repeated
     assert "--eval_size" in refused(tokenizer, eval_dataset_split="train[5:15]", **fields)
 
 
-def test_evaluation_examples_that_are_trained_on_are_counted(tokenizer, numbers, tmp_path):
+def test_evaluation_examples_that_are_trained_on_are_counted(
+    tokenizer: PreTrainedTokenizerBase, numbers: str, tmp_path: Path
+) -> None:
     lines = Path(numbers).read_text().splitlines(keepends=True)
     other = tmp_path / "other.jsonl"
     other.write_text("".join([*lines[3:5], lines[3], lines[4].replace("4", "400")]))
     data = prepare(tokenizer, dataset=numbers, eval_dataset=str(other))
+    assert data.evaluation is not None
     assert (data.repeated, len(data.evaluation)) == (3, 4)
     other.write_text("".join(lines))  # a copy is no mistake in the options
     assert prepare(tokenizer, dataset=numbers, eval_dataset=str(other)).repeated == 30
 
 
-def test_held_out_examples_that_occur_twice_are_counted(tokenizer, numbers):
+def test_held_out_examples_that_occur_twice_are_counted(
+    tokenizer: PreTrainedTokenizerBase, numbers: str
+) -> None:
     assert prepare(tokenizer, dataset=numbers, eval_size=10).repeated == 0
     Path(numbers).write_text(Path(numbers).read_text() * 2)
     data = prepare(tokenizer, dataset=numbers, eval_size=10)
@@ -120,7 +140,7 @@ def test_held_out_examples_that_occur_twice_are_counted(tokenizer, numbers):
     assert data.repeated == sum(text in train for text in held_out) > 0
 
 
-def test_bad_arguments(tokenizer, numbers):
+def test_bad_arguments(tokenizer: PreTrainedTokenizerBase, numbers: str) -> None:
     assert "--dataset" in refused(tokenizer)
     assert "leaves nothing" in refused(tokenizer, dataset=numbers, eval_size=30)
     assert "not JSON" in refused(tokenizer, dataset=TASK, dataset_options="{a}")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -12,11 +14,11 @@ from scalora_dist.errors import UserError
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
 
-def load(name, split="train", size=1, **options):
+def load(name: Path | str, split: str = "train", size: int = 1, **options: Any) -> Dataset:
     return load_examples(str(name), split=split, seed=0, size=size, task_options=options)
 
 
-def refused(name, **kwargs) -> str:
+def refused(name: Path | str, **kwargs: Any) -> str:
     with pytest.raises(UserError) as caught:
         load(name, **kwargs)
     message = str(caught.value)
@@ -24,13 +26,13 @@ def refused(name, **kwargs) -> str:
     return message
 
 
-def write_jsonl(path, rows=ROWS):
+def write_jsonl(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.mark.floors
-def test_reads_each_kind_of_file(tmp_path):
+def test_reads_each_kind_of_file(tmp_path: Path) -> None:
     data = Dataset.from_list(ROWS)
     data.to_csv(tmp_path / "d.csv")
     data.to_parquet(tmp_path / "d.parquet")
@@ -41,13 +43,13 @@ def test_reads_each_kind_of_file(tmp_path):
         assert load(tmp_path / name).to_list() == ROWS, name
 
 
-def test_a_lone_file_is_the_split_asked_for_and_slices_work(tmp_path):
+def test_a_lone_file_is_the_split_asked_for_and_slices_work(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl")
     assert load(path, split="test").to_list() == ROWS
     assert load(path, split="train[:1]").to_list() == ROWS[:1]
 
 
-def test_reads_folders(tmp_path):
+def test_reads_folders(tmp_path: Path) -> None:
     data = Dataset.from_list(ROWS)
     data.save_to_disk(tmp_path / "one")
     DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "splits")
@@ -77,8 +79,13 @@ def test_reads_folders(tmp_path):
     ],
 )
 def test_malformed_files_are_named_with_the_line(
-    tmp_path, caplog, monkeypatch, name, text, expected
-):
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: str,
+    expected: str,
+) -> None:
     (tmp_path / name).write_text(text)
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # so caplog sees it
     assert expected in refused(tmp_path / name)
@@ -88,13 +95,13 @@ def test_malformed_files_are_named_with_the_line(
         assert len(load(tmp_path / name)) == 1  # once mended, nothing stale is read
 
 
-def test_malformed_file_in_a_folder_is_named(tmp_path):
+def test_malformed_file_in_a_folder_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": "b"}\nnonsense\n')
     assert "b.jsonl, line 2: malformed" in refused(tmp_path)
 
 
-def test_not_utf8_is_named_with_the_line(tmp_path):
+def test_not_utf8_is_named_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n' + '{"text": "b"}'.encode("utf-16"))
     assert "d.jsonl, line 2: this is not UTF-8" in refused(tmp_path / "d.jsonl")
 
@@ -102,13 +109,13 @@ def test_not_utf8_is_named_with_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"), [("d.jsonl", ""), ("d.jsonl", "\n \n"), ("d.json", "[]"), ("d.csv", "text\n")]
 )
-def test_empty_data_is_refused(tmp_path, name, text):
+def test_empty_data_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     message = refused(tmp_path / name)
     assert name in message and ("empty" in message or "no examples" in message)
 
 
-def test_missing_and_unknown_names(tmp_path):
+def test_missing_and_unknown_names(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "gone.jsonl")
     assert "does not exist" in refused("gone.jsonl")
     assert "does not exist" in refused("./gone")
@@ -118,7 +125,7 @@ def test_missing_and_unknown_names(tmp_path):
 
 
 @pytest.mark.floors
-def test_generates_from_the_seed_without_duplicates():
+def test_generates_from_the_seed_without_duplicates() -> None:
     data = load("reasoning_gym:chain_sum", size=60, min_terms=2, max_terms=2, max_digits=1)
     questions = data["query"][:]
     # 10 x 10 numbers x (+, -): small enough that 60 draws repeat themselves
@@ -137,7 +144,7 @@ def test_generates_from_the_seed_without_duplicates():
     assert again["query"][:] != questions
 
 
-def test_bad_tasks_and_options_say_what_exists():
+def test_bad_tasks_and_options_say_what_exists() -> None:
     message = refused("reasoning_gym:chain_sums")
     assert "did you mean chain_sum" in message and "leg_counting" in message
     message = refused("reasoning_gym:chain_sum", max_term=3)

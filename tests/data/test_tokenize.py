@@ -3,23 +3,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.data import prompts
-from scalora_dist.data.tokenize import IGNORE, tokenize_examples
+from scalora_dist.data.tokenize import IGNORE, Tokenized, tokenize_examples
 from scalora_dist.errors import UserError
 
 
-def tokenize(rows, tokenizer, max_length=4096, train_on_prompt=False):
+def tokenize(
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 4096,
+    train_on_prompt: bool = False,
+) -> Tokenized:
     return tokenize_examples(
         Dataset.from_list(rows), tokenizer, max_length=max_length, train_on_prompt=train_on_prompt
     )
 
 
-def split(row, tokenizer) -> tuple[str, str]:
+def split(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The whole text, and the text of the targets alone."""
     assert len(row["input_ids"]) == len(row["labels"])
     assert all(t in (IGNORE, i) for t, i in zip(row["labels"], row["input_ids"], strict=True))
@@ -27,7 +35,7 @@ def split(row, tokenizer) -> tuple[str, str]:
     return tokenizer.decode(row["input_ids"]), tokenizer.decode(targets)
 
 
-def messages(*turns):
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
@@ -56,7 +64,13 @@ RENDERED = "<|system|>S</s><|user|>one</s><|assistant|>uno</s><|user|>two</s><|a
     ],
 )
 @pytest.mark.parametrize("bos", [False, True])
-def test_text_shapes_mask_all_but_completion_and_eos(make_tokenizer, row, prompt, completion, bos):
+def test_text_shapes_mask_all_but_completion_and_eos(
+    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
+    row: dict[str, Any],
+    prompt: str,
+    completion: str,
+    bos: bool,
+) -> None:
     tokenizer = make_tokenizer(bos=bos)
     begin = "<s>" if bos else ""
     (found,) = tokenize([row], tokenizer).dataset
@@ -70,21 +84,25 @@ def test_text_shapes_mask_all_but_completion_and_eos(make_tokenizer, row, prompt
     assert found["target_tokens"] == len(found["input_ids"]) - 1
 
 
-def test_chat_trains_every_assistant_turn(chat_tokenizer):
+def test_chat_trains_every_assistant_turn(chat_tokenizer: PreTrainedTokenizerBase) -> None:
     (row,) = tokenize([{"messages": TALK}], chat_tokenizer).dataset
     assert split(row, chat_tokenizer) == (RENDERED, "uno</s>dos</s>")
     expected = chat_tokenizer.apply_chat_template(TALK, return_dict=False)
     assert row["input_ids"] == expected and row["target_tokens"] == len("uno") + len("dos") + 2
 
 
-def test_conversational_prompt_completion_trains_the_completion_only(chat_tokenizer):
+def test_conversational_prompt_completion_trains_the_completion_only(
+    chat_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     row = {"prompt": TALK[:4], "completion": TALK[4:]}
     (row,) = tokenize([row], chat_tokenizer).dataset
     assert split(row, chat_tokenizer) == (RENDERED, "dos</s>")
 
 
 @pytest.mark.floors
-def test_generation_marks_of_the_template_are_used(make_tokenizer):
+def test_generation_marks_of_the_template_are_used(
+    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
+) -> None:
     marked = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>"
@@ -97,14 +115,18 @@ def test_generation_marks_of_the_template_are_used(make_tokenizer):
     assert split(row, tokenizer) == (RENDERED, "dos")
 
 
-def refused(rows, tokenizer, **kwargs) -> str:
+def refused(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
     with pytest.raises(UserError) as caught:
         tokenize(rows, tokenizer, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_unusable_templates_are_refused(tokenizer, make_tokenizer, chat_template):
+def test_unusable_templates_are_refused(
+    tokenizer: PreTrainedTokenizerBase,
+    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
+    chat_template: str,
+) -> None:
     chat = [{"messages": TALK}]
     assert "no chat template" in refused(chat, tokenizer)
     forgetful = "{{ messages | length }}" + chat_template
@@ -113,7 +135,9 @@ def test_unusable_templates_are_refused(tokenizer, make_tokenizer, chat_template
     assert "roles must alternate" in refused(chat, make_tokenizer(strict))
 
 
-def test_bad_rows_are_named_by_number(tokenizer, chat_tokenizer):
+def test_bad_rows_are_named_by_number(
+    tokenizer: PreTrainedTokenizerBase, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
     good = {"prompt": "p", "completion": "c"}
     message = refused([good, good, {"prompt": "p", "completion": None}], tokenizer)
     assert message == "Row 3 of the data set: the field 'completion' is null, it must be a string."
@@ -122,12 +146,14 @@ def test_bad_rows_are_named_by_number(tokenizer, chat_tokenizer):
     assert "Row 1 " in refused([{"messages": [{"role": "user", "text": "x"}]}], chat_tokenizer)
 
 
-def test_unknown_columns_are_named_with_the_known_shapes(tokenizer):
+def test_unknown_columns_are_named_with_the_known_shapes(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     message = refused([{"question": "q", "answer": "a"}], tokenizer)
     assert "question, answer" in message and "query + response" in message and "text" in message
 
 
-def test_truncated_and_dropped_are_counted(tokenizer):
+def test_truncated_and_dropped_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [
         {"prompt": "1234", "completion": "56"},  # 7 tokens: fits
         {"prompt": "1234", "completion": "5678"},  # 9 tokens: loses "8" and EOS
@@ -145,7 +171,9 @@ def test_truncated_and_dropped_are_counted(tokenizer):
     assert "max_length = 3" in refused(rows, tokenizer, max_length=3)
 
 
-def test_text_that_is_not_utf8_is_refused(tokenizer, tmp_path):
+def test_text_that_is_not_utf8_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     # pyarrow reads such bytes without a word, and only their use fails
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff\xfe"}\n')
     with pytest.raises(UserError, match="not UTF-8"):
@@ -171,7 +199,9 @@ for name in sys.argv[2:]:
 """
 
 
-def test_a_second_process_only_reads_the_cache(tmp_path, chat_tokenizer):
+def test_a_second_process_only_reads_the_cache(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
     chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
     data = Dataset.from_list([{"messages": TALK[:end]} for end in (3, 5, 3, 5)])
     data.to_json(tmp_path / "d.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def draw() -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def _others_generators():  # type: ignore[no-untyped-def]
+def _others_generators() -> Iterator[None]:
     """Other tests go on drawing as if this one had not been."""
     states = random_state.capture(CPU)
     yield

@@ -105,7 +105,7 @@ def test_a_few_layers_are_named_in_full(ranks: GetRanks, odd: Path, tmp_path: Pa
 def test_a_run_without_factors_leaves_no_adapter(
     ranks: GetRanks, odd: Path, tmp_path: Path
 ) -> None:
-    unread = {"rank": None, "lora_alpha": None, "lora_dropout": None}
+    unread: dict[str, Any] = {"rank": None, "lora_alpha": None, "lora_dropout": None}
     for method, others in {"full": unread, "mora": {"lora_alpha": None}, "scalora": {}}.items():
         case = options(odd, tmp_path / method, method=method, max_steps=1, **others)
         ranks(1).run(runs.run, case)

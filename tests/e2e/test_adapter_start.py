@@ -76,7 +76,7 @@ def test_a_run_goes_on_from_peft_s_adapter(ranks: GetRanks, odd: Path, tmp_path:
         init_lora_weights=False,
     )
     model = get_peft_model(work.base(odd), config)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     case = options(odd, tmp_path / "run", method="lora", learning_rate=1e-30, max_steps=1)
     case |= {"adapter_name_or_path": tmp_path / "adapter", "target_modules": "q_proj down_proj"}
     assert differ(ranks(1).run(work.train, case)[0], work.logits(model)) < 1e-4
@@ -160,7 +160,7 @@ def test_factors_that_are_not_finite_are_refused(
             assert message.startswith(f"--adapter_name_or_path {folder}: A or B of model.layers.0")
 
 
-Spoil = Callable[[Path], None]
+Spoil = Callable[[Path], object]
 
 
 def set_config(**settings: Any) -> Spoil:
@@ -193,7 +193,7 @@ def change(key: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
 
 
 def write(file: str, text: str) -> Spoil:
-    return lambda folder: (folder / file).write_text(text) and None
+    return lambda folder: (folder / file).write_text(text)
 
 
 def remove(file: str) -> Spoil:

@@ -7,7 +7,7 @@ import math
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peft
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.method import MethodArguments, MethodName
+from scalora_dist.engines.layer_shards import as_matrix
 from scalora_dist.layers.adapted_linear import SquareLinear
 from scalora_dist.methods.registry import METHODS, lora_alpha_scaling
 from tests.support import first_step_reference as dense
@@ -87,7 +88,7 @@ def model(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
-def given(method: str, **others: Any) -> dict[str, Any]:
+def given(method: MethodName, **others: Any) -> dict[str, Any]:
     read = {name: OPTIONS[name] for name in OPTIONS if MethodArguments(method=method).reads(name)}
     return {**TASK, **read, **LARGER.get(method, {}), **others}
 
@@ -154,7 +155,7 @@ def check(method: str, model: PreTrainedModel, found: Found, options: dict[str, 
             assert error < OWN, f"{layer.name}: {name} {error:.1e}"
     count = sum(p.numel() for p in model.parameters())
     if reference.count is not None:
-        count = sum(reference.count(*layer.W.shape, options["rank"]) for layer in layers)
+        count = sum(reference.count(*as_matrix(layer.W.shape), options["rank"]) for layer in layers)
     assert found.parameters == count
 
     losses, seen = dense.train(reference, model, layers, found.batches, options)
@@ -203,7 +204,7 @@ def test_start_and_steps_are_those_of_the_formulas(
     folder: Path,
     model: PreTrainedModel,
     tmp_path: Path,
-    method: str,
+    method: MethodName,
     engine: str,
 ) -> None:
     options = given(method)
@@ -245,8 +246,9 @@ def test_lora_alpha_has_two_variants_and_a_multiplier(
 @pytest.mark.parametrize("rank", [1, 8, 16])
 def test_lora_alpha_is_what_the_paper_tabulates(rank: int) -> None:
     """α = 111·√r at 4096 inputs for variant II, 256·√r for variant I."""
-    for variant, alpha in (("II", math.sqrt(3 * 4096)), ("I", 256)):
-        args = MethodArguments(method="lora-alpha", rank=rank, alpha_variant=variant)  # type: ignore[arg-type]
+    alphas: dict[Literal["I", "II"], float] = {"II": math.sqrt(3 * 4096), "I": 256}
+    for variant, alpha in alphas.items():
+        args = MethodArguments(method="lora-alpha", rank=rank, alpha_variant=variant)
         assert lora_alpha_scaling(args, 4096) * rank == pytest.approx(alpha * math.sqrt(rank))
     assert round(math.sqrt(3 * 4096)) == 111
 
@@ -254,13 +256,14 @@ def test_lora_alpha_is_what_the_paper_tabulates(rank: int) -> None:
 @pytest.mark.floors
 def test_pefts_lora_trains_as_ours(ranks: GetRanks, folder: Path, tmp_path: Path) -> None:
     losses = []
-    for method in ("lora", "peft-lora"):
+    methods: tuple[MethodName, ...] = ("lora", "peft-lora")
+    for method in methods:
         (tmp_path / method).mkdir()
         options = given(method, max_steps=5)
         losses.append(
             run(ranks, folder, tmp_path / method, "local", method=method, **options).losses
         )
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 @pytest.mark.floors
@@ -271,7 +274,7 @@ def test_starts_are_pefts_own(
     model: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    method: str,
+    method: MethodName,
 ) -> None:
     """On whole matrices, each column up to its sign, which an SVD leaves open."""
     # PEFT takes the gradient's singular vectors from a random sketch: up to 2e-3 off.
@@ -283,11 +286,12 @@ def test_starts_are_pefts_own(
     _, G = dense.gradients(model, weights, found.samples)
     for name in found.added:
         plain.get_submodule(name)._peft_loraga_grad = G[f"{name}.weight"].float()
+    start: Any = method.replace("-", "_")  # PEFT's own type leaves lora_ga out
     config = peft.LoraConfig(
         r=options["rank"],
         lora_alpha=options["lora_alpha"],
         target_modules=list(found.added),
-        init_lora_weights=method.replace("-", "_"),
+        init_lora_weights=start,
         lora_ga_config=peft.LoraGAConfig() if method == "lora-ga" else None,
     )
     torch.manual_seed(0)

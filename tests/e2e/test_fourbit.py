@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from scalora_dist.config.method import MethodName
 from scalora_dist.methods.registry import METHODS
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
@@ -50,7 +52,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_method_learns_goes_on_and_leaves_its_model(
-    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+    ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName, engine: str
 ) -> None:
     """The model it leaves is dense, and computes what was evaluated last."""
     folder, group = tmp_path / "run", ranks(1 if engine == "local" else 2)
@@ -138,7 +140,7 @@ def test_where_fsdp_computes_in_another_dtype(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path
 ) -> None:
     config = runs.REPOSITORY / "launch/fsdp/mixed.yaml"
-    others = {"fsdp_config": config, "gradient_checkpointing": True}
+    others: dict[str, Any] = {"fsdp_config": config, "gradient_checkpointing": True}
     case = work.options(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
     ranks(2).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[False])
@@ -182,7 +184,8 @@ def test_a_carry_with_room_is_a_merge_into_w(ranks: GetRanks, task: Path, tmp_pa
     folders = {}
     for target, others in (("weight", {}), ("carry", {"carry_rank": 40, "carry_room": 8})):
         folders[target] = tmp_path / target
-        given = {"load_in_4bit": False, "carry_rank": None, "carry_room": None, **others}
+        given: dict[str, Any] = {"load_in_4bit": False, "carry_rank": None, "carry_room": None}
+        given |= others
         given |= {"merge_target": target, "max_steps": 50, "learning_rate": 1e-3, "save_steps": 0}
         given |= {"per_device_train_batch_size": 6, "eval_size": 0}
         ranks(2).run(tiny_runs.train, work.options(task, folders[target], "zero3", **given))
@@ -223,7 +226,8 @@ def test_one_rank_reads_the_model(ranks: GetRanks, task: Path, tmp_path: Path, e
 def test_a_model_with_biases_in_bf16(ranks: GetRanks, tmp_path: Path, engine: str) -> None:
     """Whose files and config, read by different ranks, must tell of the same dtypes."""
     task = work.save_even_model(tmp_path / "task", attention_bias=True)
-    few = {"max_steps": 2, "save_steps": 0, "bf16": True, "bnb_4bit_quant_storage": "bfloat16"}
+    few: dict[str, Any] = {"max_steps": 2, "save_steps": 0, "bf16": True}
+    few["bnb_4bit_quant_storage"] = "bfloat16"
     ranks(2).run(tiny_runs.train, work.options(task, tmp_path / "run", engine, **few))
     ranks(1).run(tiny_runs.train, work.options(task, tmp_path / "alone", "local", **few))
     alone = runs.losses(tmp_path / "alone")
@@ -272,12 +276,13 @@ def test_a_base_that_is_quantized_already(
     (tmp_path / "quantized/model.safetensors").unlink()
     model.save_pretrained(tmp_path / "quantized")
     group = ranks(1 if engine == "local" else 2)
+    few: dict[str, Any] = {"max_steps": 2, "save_steps": 0, "dataset": task / "texts.jsonl"}
     for name, base, others in (
         ("here", task, {"bnb_4bit_use_double_quant": double_quant}),
         ("there", tmp_path / "quantized", {"load_in_4bit": False}),
     ):
-        few = {"max_steps": 2, "save_steps": 0, "dataset": task / "texts.jsonl"}
-        group.run(tiny_runs.train, work.options(base, tmp_path / name, engine, **few, **others))
+        case = work.options(base, tmp_path / name, engine, **(few | others))
+        group.run(tiny_runs.train, case)
     here, there = (runs.losses(tmp_path / name) for name in ("here", "there"))
     assert there == pytest.approx(here, rel=1e-5)
 
@@ -294,7 +299,7 @@ def test_a_checkpoint_holds_no_base(ranks: GetRanks, task: Path, tmp_path: Path)
 
 
 def test_a_warning_when_much_is_lost(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
-    tight = {"carry_rank": 4, "carry_limit": 0.01, "save_steps": 0}
+    tight: dict[str, Any] = {"carry_rank": 4, "carry_limit": 0.01, "save_steps": 0}
     ((_, summary, heard),) = ranks(1).run(
         tiny_runs.train, work.options(task, tmp_path / "a", "local", **tight)
     )

@@ -96,7 +96,7 @@ EVERY_DAY = {
     ],
 )
 def test_a_method_learns_goes_on_and_leaves_its_model(
-    ranks: GetRanks, task: Path, untrained: float, tmp_path: Path, method: str, engine: str
+    ranks: GetRanks, task: Path, untrained: float, tmp_path: Path, method: MethodName, engine: str
 ) -> None:
     folder, two = tmp_path / "run", ranks(2)
     case = options(task, folder, engine, method, save_model=True)
@@ -143,7 +143,7 @@ def check_learned(case: dict[str, Any], method: str) -> None:
     ["relora", *(pytest.param(n, marks=HEAVY) for n in ("full", "lora-xs", "dora", "lora-sb"))],
 )
 def test_a_method_goes_on_in_one_process(
-    ranks: GetRanks, task: Path, tmp_path: Path, method: str
+    ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName
 ) -> None:
     """From ZeRO-3 on two ranks; without dropout, which other ranks draw otherwise."""
     without = {"lora_dropout": 0.0}
@@ -169,11 +169,11 @@ STEADY = {"lora_dropout": 0.0, "save_steps": 0}  # other ranks draw other dropou
 @pytest.fixture(scope="module")
 def in_one_process(
     ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], list[float]]:
+) -> Callable[[MethodName], list[float]]:
     """``in_one_process(method)``: its losses without an engine and without dropout."""
-    made: dict[str, list[float]] = {}
+    made: dict[MethodName, list[float]] = {}
 
-    def get(method: str) -> list[float]:
+    def get(method: MethodName) -> list[float]:
         if method not in made:
             folder = tmp_path_factory.mktemp(method) / "run"
             ranks(1).run(train, options(task, folder, "local", method, **STEADY))
@@ -190,8 +190,8 @@ def test_a_method_trains_alike_where_few_train(
     ranks: GetRanks,
     task: Path,
     tmp_path: Path,
-    in_one_process: Callable[[str], list[float]],
-    method: str,
+    in_one_process: Callable[[MethodName], list[float]],
+    method: MethodName,
     engine: str,
 ) -> None:
     """Offloaded to the CPU, and on a hybrid mesh."""
@@ -211,7 +211,7 @@ def test_a_method_trains_alike_where_few_train(
     ],
 )
 def test_copies_stay_the_same_bit_for_bit(
-    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str, size: int
+    ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName, engine: str, size: int
 ) -> None:
     """Where ranks hold copies, every save compares them: none is refused."""
     others = {"save_steps": 1, "bf16": True, "per_device_train_batch_size": 3}
@@ -222,7 +222,7 @@ def test_copies_stay_the_same_bit_for_bit(
 @HEAVY
 @pytest.mark.parametrize(("method", "engine"), zip(DISTINCT, itertools.cycle(["zero3", "zero2"])))
 def test_a_method_learns_in_fp16(
-    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+    ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName, engine: str
 ) -> None:
     # A loss scale that overflows on no first step.
     fp16 = tiny_runs.fp16_options(engine, tmp_path, initial_scale_power=5)
@@ -263,7 +263,7 @@ BF16 = {
     ],
 )
 def test_a_method_learns_in_bf16(
-    ranks: GetRanks, task: Path, tmp_path: Path, method: str, engine: str
+    ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName, engine: str
 ) -> None:
     """Three steps; then the model is loaded, and is what was evaluated last, to bf16's digits."""
     case = options(task, tmp_path / "run", engine, method, max_steps=3, save_steps=0)

@@ -82,7 +82,12 @@ def test_losses_of_the_demo_model_do_not_depend_on_the_sharding(
     ],
 )
 def test_what_a_run_leaves(
-    ranks: GetRanks, tiny_model: str, tmp_path: Path, world: int, engine: str, others: dict
+    ranks: GetRanks,
+    tiny_model: str,
+    tmp_path: Path,
+    world: int,
+    engine: str,
+    others: dict[str, Any],
 ) -> None:
     folder = tmp_path / "run"
     case = options(tiny_model, folder, engine, max_steps=4, eval_steps=3, **others)

@@ -31,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def case(model: Path, output: Path, engine: str, accumulation: int, **others: Any) -> dict:
+def case(
+    model: Path, output: Path, engine: str, accumulation: int, **others: Any
+) -> dict[str, Any]:
     alone = {"train_batch_size": None, "eval_size": None, "lora_dropout": 0.0, "max_length": 32}
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     options = alone | sizes | {"max_steps": 1, "bf16": True} | others

@@ -102,7 +102,12 @@ def test_what_the_product_keeps_is_the_codes() -> None:
     """Not the dense W, nor a copy: an engine can free them between forward and backward."""
     _, layer = made(64, 128)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         layer(torch.randn(2, 128, requires_grad=True))
     assert [tensor.data_ptr() for tensor in kept] == [layer.weight.data_ptr()]
 
@@ -126,7 +131,7 @@ def test_a_shard_of_codes_is_a_shard_of_numbers(
     _, layer = made(m, n, storage=storage)
     codes = layer.weight.detach().view(-1)
     share = -(-len(codes) // world)
-    found = []
+    found: list[Tensor] = []
     for rank in range(world):
         start, end = (min(bound, len(codes)) for bound in (rank * share, (rank + 1) * share))
         group = object()

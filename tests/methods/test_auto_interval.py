@@ -106,7 +106,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_task(tmp_path_factory.mktemp("task"))
 
 
-def train(ranks: Any, task: Path, folder: Path, engine: str, **others: Any) -> list[dict]:
+def train(ranks: Any, task: Path, folder: Path, engine: str, **others: Any) -> list[dict[str, Any]]:
     """Six steps without dropout; the records of the steps."""
     given = {"learning_rate": 1e-2, "lora_dropout": 0.0, "per_device_train_batch_size": 6}
     case = tiny_runs.options(task, folder, engine, max_steps=STEPS, save_steps=0, **given, **others)
@@ -132,7 +132,7 @@ def test_a_run_counts_what_it_merged_and_kept(
 
 def test_the_ends_of_the_threshold(ranks: Any, task: Path, tmp_path: Path) -> None:
     """So large that nothing is merged: LoRA. So small that all is: an interval of 1."""
-    auto = {"scaling_interval": "auto"}
+    auto: dict[str, Any] = {"scaling_interval": "auto"}
     runs_made = {
         name: train(ranks, task, tmp_path / name, "fsdp", **others)
         for name, others in {

@@ -22,7 +22,11 @@ from tests.support.toy import ENGINES, KEPT, ZERO, ranks_of
 TOLERANCE = 1e-5
 FACTORS = ("A", "B")
 # Each engine on every number of ranks that it can have here.
-EVERYWHERE = [*itertools.product([1, 2, 3], [*ZERO, "fsdp"]), (1, "local"), (4, "hybrid")]
+EVERYWHERE: list[Any] = [
+    *itertools.product([1, 2, 3], [*ZERO, "fsdp"]),
+    (1, "local"),
+    (4, "hybrid"),
+]
 EVERYWHERE += [
     pytest.param(4, engine, marks=[] if engine in ("zero3", "fsdp") else pytest.mark.heavy)
     for engine in (*ZERO, "fsdp")
@@ -31,8 +35,7 @@ EVERYWHERE += [
 
 def full_gradient(state: State, name: str, step: int) -> np.ndarray:
     """G = ∂ℓ/∂W of the toy's loss at this state, from the data."""
-    x, y = toy.data(step)
-    x, y = x[name].double().numpy(), y[name].double().numpy()
+    x, y = (of_layer[name].double().numpy() for of_layer in toy.data(step))
     weight = state.W + toy.SCALING * state.A @ state.B.T
     return (x @ weight.T - y).T @ x / toy.EXAMPLES
 

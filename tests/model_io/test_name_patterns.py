@@ -91,7 +91,11 @@ def test_no_character_is_tried_twice_at_one_place(pattern: str) -> None:
     ours = NamePattern(f"{pattern}!")
 
     def counted(at: int, step: _One) -> _One:
-        return _One(lambda character: (tried.append((at, character)), step.fits(character))[1])
+        def fits(character: str) -> object:
+            tried.append((at, character))
+            return step.fits(character)
+
+        return _One(fits)
 
     for at, step in enumerate(ours.program):
         if isinstance(step, _One):

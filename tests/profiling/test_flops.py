@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel
 
-from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.method import MethodArguments, MethodName
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import METHODS
@@ -35,8 +36,10 @@ def model(tmp_path: Path) -> PreTrainedModel:
     return outline(ModelArguments(model_name_or_path=str(tmp_path)), torch.bfloat16)
 
 
-def adapt(model: PreTrainedModel, method: str) -> PreTrainedModel:
-    args = MethodArguments(method=method, **({} if method == "full" else {"rank": RANK}))
+def adapt(model: PreTrainedModel, method: MethodName) -> PreTrainedModel:
+    args = MethodArguments(method=method)
+    if args.reads("rank"):
+        args = replace(args, rank=RANK)
     METHODS[method].add(model, AddContext(args, 0, torch.bfloat16))
     return model.to("meta")
 
@@ -72,7 +75,7 @@ def test_a_trained_weight_has_a_gradient_of_its_own(model: PreTrainedModel) -> N
 
 
 @pytest.mark.parametrize("method", ["scalora", "dora", "hira", "lora-xs", "mora"])
-def test_other_shapes_follow_from_those_counted(model: PreTrainedModel, method: str) -> None:
+def test_other_shapes_follow_from_those_counted(model: PreTrainedModel, method: MethodName) -> None:
     """DoRA and HiRA multiply weights with each other, whatever the batch is."""
     flops = count_flops(adapt(model, method))
     assert (flops.forward.fixed > 0) == (method in ("dora", "hira"))

@@ -212,7 +212,8 @@ def start_hira(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Te
 
 
 def start_mora(name: str, W: Tensor, found: Own, G: Any, o: Options) -> tuple[Tensor, Own]:
-    side = mora_side(*W.shape, o["rank"])
+    m, n = W.shape
+    side = mora_side(m, n, o["rank"])
     return W, {"M": torch.zeros(side, side, dtype=W.dtype)}
 
 
@@ -283,12 +284,12 @@ def init_lora_ga(
 def rescale(layer: Layer, G: Tensor, grads: Own, o: Options) -> None:
     """ScaLoRA's transform, from the formulas in ``reference``."""
     s = s_lora(o, G.shape[1])
-    W, A, B, G, gA, gB = (
+    W, A, B, whole, gA, gB = (
         tensor.numpy() for tensor in (layer.W, layer.own["A"], layer.own["B"], G, *grads.values())
     )
     moments = [of.get(name, 0 * layer.own[name]) for name in "AB" for of in (layer.m, layer.v)]
-    bounds = tuple(float(bound) for bound in o["scale_bounds"].split())
-    alpha, beta, _ = scalora.scales(G, A, B, s, o["eta_lipschitz"], bounds)
+    low, high = (float(bound) for bound in o["scale_bounds"].split())
+    alpha, beta, _ = scalora.scales(whole, A, B, s, o["eta_lipschitz"], (low, high))
     state = scalora.State(W, A, B, gA, gB, *(moment.numpy() for moment in moments))
     state = scalora.transform(state, alpha, beta, s)
     layer.W = torch.from_numpy(state.W)

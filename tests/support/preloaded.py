@@ -15,12 +15,15 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+from torch.distributed.device_mesh import init_device_mesh
+
 import scalora_dist.engines.deepspeed
 import scalora_dist.engines.fsdp
 import scalora_dist.training.trainer
 
 # A mesh opens process groups, and a group's threads wake up 100 times a second for as long as the
 # process lives. A rank of the tests trains hundreds of times: all its runs share the meshes.
-scalora_dist.engines.fsdp.init_device_mesh = functools.cache(  # type: ignore[assignment]
-    scalora_dist.engines.fsdp.init_device_mesh
+# The module only imports the name, and the cache's type accepts any arguments.
+scalora_dist.engines.fsdp.init_device_mesh = functools.cache(  # type: ignore[assignment,attr-defined]
+    init_device_mesh
 )

@@ -46,7 +46,7 @@ class Ranks:
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = 300, **kwargs: Any
-    ) -> list:
+    ) -> list[Any]:
         """Call a function on all ranks. Returns its results in rank order.
 
         Args:

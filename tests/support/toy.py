@@ -7,7 +7,7 @@ return full float64 arrays.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from scalora_dist.core.flat_shard import FlatShard, Layout
-from scalora_dist.core.scale_solver import Rule
+from scalora_dist.core.scale_solver import Rule, Scales
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import Engine
@@ -125,7 +125,9 @@ def make_engine(
     return FSDPEngine(world, fsdp, dtype=DTYPES[dtype], max_grad_norm=1.0)
 
 
-def ds_config(world: World, stage: int, dtype: str, offload: bool, accumulation: int) -> dict:
+def ds_config(
+    world: World, stage: int, dtype: str, offload: bool, accumulation: int
+) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -191,11 +193,11 @@ class Run:
         )
         solve = self.rescaler.solve
 
-        def remember(*args: Any) -> Any:
-            self.scales = solve(*args)
+        def remember(layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
+            self.scales = solve(layers, gram_a, gram_b)
             return self.scales
 
-        self.rescaler.solve = remember
+        self.rescaler.solve = remember  # type: ignore[method-assign]
 
     def backward(
         self, step: int, poison: float = 1.0, reached: Iterable[str] = tuple(SHAPES)
@@ -364,7 +366,7 @@ def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np
     }
 
 
-def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State], dict]]]:
+def restored(world: World, **case: Any) -> dict[str, list[tuple[dict[str, State], dict[str, Any]]]]:
     """Step 3 of a first run, and of a second run into which the state after step 2 was copied.
 
     Under "first" and "second": (state, output) after step 2 and after step 3.

@@ -48,8 +48,8 @@ def found(model: Path) -> dict[str, Any]:
     port = str(free_port())
     result = model / "out.json"
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port"]
-    options = ["--ds_config", "zero3", "--model_name_or_path", model, "--json", result]
-    options += ["--dataset", model / "texts.jsonl", "--per_device_train_batch_size", "2"]
+    options = ["--ds_config", "zero3", "--model_name_or_path", str(model), "--json", str(result)]
+    options += ["--dataset", str(model / "texts.jsonl"), "--per_device_train_batch_size", "2"]
     options += ["--rank", str(RANK), "--rounds", "2", "--max_length", "8"]
     done = subprocess.run(
         [*launch, port, TOOL, *options], env=ENV, cwd=ROOT, capture_output=True, text=True
@@ -108,8 +108,8 @@ def test_both_merges_give_the_same_weights(found: dict[str, Any]) -> None:
 
 
 def test_mistakes_are_one_sentence(model: Path, tmp_path: Path) -> None:
-    options = ["--ds_config", tmp_path / "none.json", "--model_name_or_path", model]
-    options += ["--dataset", model / "texts.jsonl"]
+    options = ["--ds_config", str(tmp_path / "none.json"), "--model_name_or_path", str(model)]
+    options += ["--dataset", str(model / "texts.jsonl")]
     done = subprocess.run(
         [sys.executable, TOOL, *options],
         env=ENV | {"PYTHONWARNINGS": "ignore"},

@@ -29,7 +29,7 @@ def test_what_arrives_of_a_requantized_merge() -> None:
         nn.Linear(128, 64, bias=False), FourBit("nf4", True, None, torch.uint8)
     )
     shard = FlatShard(torch.zeros(64 * 128), 0, (64, 128))
-    shards = LayerShards("x", 0.5, *[shard] * 5, (), ())
+    shards = LayerShards("x", 0.5, shard, shard, shard, shard, shard, (), ())
     target = compare_4bit.Requantized({"x": layer})
     left, right = torch.randn(64, 3), torch.randn(128, 3)
     kept = {}

@@ -68,7 +68,8 @@ def increments(size: float, count: int) -> list[tuple[Tensor, Tensor]]:
 
 def drifts(size: float, merges: list[int]) -> Found:
     """The rows of a layer after some of its merges."""
-    layer, found = tool.Layer(WEIGHT), {way: {} for way in WAYS}
+    layer = tool.Layer(WEIGHT)
+    found: Found = {way: {} for way in WAYS}
     layer.inputs = INPUTS
     for increment in increments(size, merges[-1]):
         layer.merge(*increment)

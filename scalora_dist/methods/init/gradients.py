@@ -88,6 +88,7 @@ class _Rows:
 
     def __init__(self, layer: nn.Module, world: World) -> None:
         # The shape is not read from the weight: under ZeRO-3 the weight's own shape is empty.
+        # Layers that PEFT wraps have these attributes too, without a type in common.
         self.layer = layer
         self.world = world
         self.shape = m, n = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
@@ -187,7 +188,7 @@ class _Tap(torch.autograd.Function):
     """The identity of y. Its backward calls ``sink(x, ∇y)``."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, y: Tensor, end: Tensor, sink: Callable[[Tensor, Tensor], None]
     ) -> Tensor:
         ctx.save_for_backward(x)  # so that activation checkpointing can drop and recompute it
@@ -195,7 +196,7 @@ class _Tap(torch.autograd.Function):
         return y.detach()  # not y: models may change their own activations in place
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor, None, None]:
         (x,) = ctx.saved_tensors
         ctx.sink(x, grad_y)
         return None, grad_y, None, None

@@ -71,11 +71,12 @@ def dense(model: Path, answers: list[Found]) -> dict[str, np.ndarray]:
         )
         targets += int((labels[:, 1:] != -100).sum())
     (total / targets).backward()
-    return {
-        name: module.weight.grad.numpy()
-        for name, module in whole.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
+    found = {}
+    for name, module in whole.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            assert module.weight.grad is not None
+            found[name] = module.weight.grad.numpy()
+    return found
 
 
 def assemble(by_rank: list[Rows]) -> dict[str, np.ndarray]:
@@ -167,7 +168,7 @@ def test_sixteen_bit_activations_are_multiplied_in_float32(ranks: GetRanks) -> N
         hidden = model[0](x).double()
     # The gradient of the outputs is 1, that of the hidden layer the second's only row.
     expected = {
-        "0": model[1].weight.double().T @ x.double().sum(0)[None],
+        "0": model[1].get_parameter("weight").double().T @ x.double().sum(0)[None],
         "1": hidden.sum(0)[None],
     }
     for name, gradient in expected.items():

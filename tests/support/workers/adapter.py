@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from scalora_dist.distributed.world import World
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.modeling.load import load_model
 from scalora_dist.training import build_model
 from tests.support import runs, tiny_models, tiny_runs
 
@@ -23,7 +25,7 @@ IDS = [[3 + (7 * i + i * i) % 250 for i in range(20)], [3 + 11 * i % 250 for i i
 
 RANK = tiny_runs.TASK["rank"]
 # A carry that is compressed several times in a few steps.
-CARRY = {"load_in_4bit": True, "carry_rank": 6, "carry_room": 4}
+CARRY: dict[str, Any] = {"load_in_4bit": True, "carry_rank": 6, "carry_room": 4}
 
 
 def save_even_task(folder: Path) -> Path:
@@ -87,11 +89,8 @@ def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, in
         model.get_parameter("model.layers.1.mlp.up_proj.weight").data.mul_(2)
         return model
 
-    load_model, build_model.load_model = build_model.load_model, load
-    try:
+    with patch.object(build_model, "load_model", load):
         return tiny_runs.refusal(world, case)
-    finally:
-        build_model.load_model = load_model
 
 
 def logits(model: torch.nn.Module) -> NDArray[np.float32]:

@@ -29,6 +29,7 @@ class Found(NamedTuple):
 
 def measured(world: World, options: dict[str, Any]) -> Found:
     trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
+    assert isinstance(trainer, MeasuredTrainer)
     trainer.run()
     traffic = trainer.traffic
     return Found(trainer.tracked, traffic.gathered, traffic.received - traffic.gathered)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scalora_dist.core.flat_shard import FlatShard, Layout
 from scalora_dist.distributed.world import World
-from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.engines.layer_shards import LayerShards, as_matrix
 from scalora_dist.methods.lora_pro import LoraPro
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.profiling.clock import Clock
@@ -85,10 +85,12 @@ def together(trainer: Trainer, indices: list[int]) -> Batch:
 
 def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
     merged = MergedWeights(trainer.engine, trainer.runner.low_halves)
-    return {
-        name: merged.full_tensor(name, on_rank=trainer.world.rank).numpy().copy()
-        for name in merged.base
-    }
+    found = {}
+    for name in merged.base:
+        whole = merged.full_tensor(name, on_rank=trainer.world.rank)
+        assert whole is not None
+        found[name] = whole.numpy().copy()
+    return found
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def lora_pro(
         share = -(-whole.numel() // world.size)
         start = min(world.rank * share, whole.numel())
         local = whole.flatten()[start : start + share].clone()
-        return FlatShard(local, start, tuple(whole.shape), dist.group.WORLD)
+        return FlatShard(local, start, as_matrix(whole.shape), dist.group.WORLD)
 
     shards = []
     for i, given in enumerate(layers):
@@ -132,7 +134,8 @@ def lora_pro(
     found = []
     for layer in shards:
         pair = [layer.grad_A, layer.grad_B]
-        found.append(tuple(Layout.of(pair).gather(pair, range(2))))
+        dA, dB = Layout.of(pair).gather(pair, range(2))
+        found.append((dA, dB))
     total = sum(float(part.double().square().sum()) for pair in found for part in pair)
     assert abs(report.grad_norm / total**0.5 - 1) < 1e-4
     return found

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.method import MethodArguments, MethodName
 from scalora_dist.distributed.world import World
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.fourbit_linear import FourBitLinear
@@ -16,7 +17,8 @@ from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.transform import TransformReport
 from scalora_dist.model_io.merged_weights import MergedWeights
-from scalora_dist.training import build_model as module
+from scalora_dist.modeling.load import load_model
+from scalora_dist.training import build_model
 from tests.support import runs, tiny_models, tiny_runs
 
 STEPS, SAVED = 8, 4
@@ -26,7 +28,7 @@ CARRY = {"carry_rank": 8, "carry_room": 4}
 
 
 def options(
-    task: Path, folder: Path, engine: str, method: str = "scalora", **others: Any
+    task: Path, folder: Path, engine: str, method: MethodName = "scalora", **others: Any
 ) -> dict[str, Any]:
     read = ("rank", "lora_alpha", "lora_dropout")
     given: dict[str, Any] = {
@@ -149,17 +151,12 @@ def on_meta(world: World, case: dict[str, Any]) -> list[str]:
     """Names of parameters that were on "meta" on this rank when the engine got the model."""
     names: list[str] = []
 
-    load = module.load_model
-
     def note(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
+        model = load_model(*args, **kwargs)
         names.extend(name for name, p in model.named_parameters() if p.is_meta)
         return model
 
-    module.load_model = note
-    try:
+    with patch.object(build_model, "load_model", note):
         made = runs.make(world, case)
-    finally:
-        module.load_model = load
     made.close()
     return names

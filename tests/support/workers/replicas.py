@@ -29,7 +29,7 @@ FLIPPED = 1 << 40  # stands for one bit that flips: no pattern of 32 bits
 
 def changed_by_training(run: Run) -> dict[str, FlatShard]:
     """{name: shard} of all that a checkpoint of the toy holds."""
-    shards = {}
+    shards: dict[str, FlatShard] = {}
     for layer in run.engine.layer_shards(gradients=False):
         shards |= {f"{layer.name}.{key}": getattr(layer, key) for key in "WAB"}
         for key in "AB":
@@ -105,7 +105,9 @@ class Struck(Trainer):
         if step + 1 == self.after and self.world.rank == self.rank:
             layer = self.engine.layer_shards(gradients=False)[0]
             low = self.runner.low_halves.get(f"{layer.name}.weight")
-            flip_bit({"weight": layer.W.local, "low": low}[self.part])
+            local = {"weight": layer.W.local, "low": low}[self.part]
+            assert local is not None
+            flip_bit(local)
         return result
 
 

@@ -107,7 +107,8 @@ def watched(world: World, cut: str | None) -> dict[str, Any]:
 def save(world: World, folder: Path, cut: str | None) -> None:
     """Save a checkpoint of the sketches after half of the merges."""
     # Imported here because it takes seconds, and most ranks never save.
-    from tests.support.workers.checkpoint import FlatPart, checkpoints
+    from scalora_dist.checkpoint.parts import FlatPart
+    from tests.support.workers.checkpoint import checkpoints
 
     made = monitor(world, cut)
     for moment in range(MERGES // 2):
@@ -120,7 +121,8 @@ def save(world: World, folder: Path, cut: str | None) -> None:
 
 def resume(world: World, folder: Path, cut: str | None) -> list[Spectrum]:
     """Load the checkpoint of ``save`` and do the other half. Returns the reading after it."""
-    from tests.support.workers.checkpoint import FlatPart, checkpoints
+    from scalora_dist.checkpoint.parts import FlatPart
+    from tests.support.workers.checkpoint import checkpoints
 
     made = monitor(world, cut)
     parts = {name: FlatPart.of(shard) for name, shard in made.shards().items()}
