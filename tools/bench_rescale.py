@@ -32,13 +32,13 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Optional, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from scalora_dist.config.option import Group, tool_option
+from scalora_dist.config.option import JsonFile, tool_option
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.core.flat_shard import global_norm
@@ -57,16 +57,10 @@ DERIVED = ("scalora_step_interval_10", "rescale")  # variants that are not run o
 
 
 @dataclass(frozen=True)
-class BenchArguments(Group):
+class BenchArguments(JsonFile):
     _argument_group_name = "bench"
 
     rounds: int = tool_option(5, "Rounds that are timed, after one that is not.", at_least=1)
-    json: Optional[str] = tool_option(None, "A file to write the figures to.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.json and not Path(self.json).parent.is_dir():
-            raise UserError(f"--json {self.json}: its folder does not exist")
 
 
 @torch.no_grad()

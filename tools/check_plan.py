@@ -17,11 +17,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from scalora_dist.config.option import tool_option
+from scalora_dist.config.option import JsonFile
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.distributed.world import World
@@ -34,11 +33,6 @@ from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.training.run_log import write_json
 
 MB = 1e6
-
-
-@dataclass
-class CheckArguments:
-    json: Optional[str] = tool_option(None, "A file to write the figures to.")
 
 
 def measure(options: Options, world: World) -> dict[str, float]:
@@ -61,7 +55,7 @@ def compare(options: Options, world: World, found: dict[str, float]) -> dict[str
 
 
 def main(argv: list[str]) -> None:
-    given, words = Parser([CheckArguments], allow_abbrev=False).parse_args_into_dataclasses(
+    given, words = Parser([JsonFile], allow_abbrev=False).parse_args_into_dataclasses(
         argv, return_remaining_strings=True
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
+from scalora_dist.engines.build import join
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.fourbit_linear import FourBitLinear, quantize
@@ -145,7 +145,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args, others = parser.parse_known_args(argv)
-    world = World.join(timeout=timedelta(minutes=30))
+    world = join(parse_options([*others, "--output_dir", str(args.output_dir)]))
     if world.size > 1:
         raise UserError("this tool runs in one process: start it with python")
     results: dict[str, dict[str, Any]] = {way: {} for way in WAYS}

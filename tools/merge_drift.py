@@ -29,12 +29,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.config.option import tool_option
+from scalora_dist.config.option import JsonFile, tool_option
 from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.scale_solver import Scales
@@ -53,22 +53,14 @@ FIGURES = ("stored", "forward", "update")  # figures that are aggregated over la
 ONCE = "reference, rounded once"
 
 
-@dataclass
-class DriftArguments:
+@dataclass(frozen=True)
+class DriftArguments(JsonFile):
     _argument_group_name = "drift"
 
-    merges: list[int] = tool_option([1, 100, 1000], "After how many merges to measure.")
+    merges: list[int] = tool_option([1, 100, 1000], "After how many merges to measure.", at_least=1)
     blocks: int = tool_option(
-        3, "Decoder blocks, spread over the model, whose layers are measured."
+        3, "Decoder blocks, spread over the model, whose layers are measured.", at_least=1
     )
-    json: Optional[str] = tool_option(None, "A file to write the figures to.")
-
-    def __post_init__(self) -> None:
-        self.merges = sorted(set(self.merges))
-        if not self.merges or self.merges[0] < 1 or self.blocks < 1:
-            raise UserError("set --merges and --blocks to at least 1")
-        if self.json and not Path(self.json).parent.is_dir():
-            raise UserError(f"--json {self.json}: its folder does not exist")
 
 
 class Stored:
@@ -235,7 +227,7 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
     """Train in this process. Returns the watcher with its measurements, and the run's options."""
     with tempfile.TemporaryDirectory(prefix="merge_drift-") as folder:
         # Two more steps: A = 0 in the first rescale, and in the next if warm-up starts at rate 0.
-        given = {"config": RECIPE, "output_dir": folder, "max_steps": args.merges[-1] + 2}
+        given = {"config": RECIPE, "output_dir": folder, "max_steps": max(args.merges) + 2}
         given |= {"per_device_train_batch_size": 1, "eval_size": 0, "update_rank_layers": 0}
         given |= {"save_steps": 0, "save_model": False}
         options = parse_options([*(f"--{name}={value}" for name, value in given.items()), *argv])
@@ -249,7 +241,7 @@ def watch(argv: Sequence[str], args: DriftArguments) -> tuple[Watcher, dict[str,
         trainer.run()
         world.leave()
     fewest = min(layer.merges for layer in watcher.layers.values())
-    if fewest < args.merges[-1]:
+    if fewest < max(args.merges):
         raise UserError(f"only {fewest} rescales merged anything: set --max_steps higher")
     return watcher, {**asdict(options.method), **asdict(options.train)}
 

@@ -24,8 +24,11 @@ All options can also be lines of a YAML recipe (`--config`); the command line ov
 The column *resume* says whether a run that resumes may have another value.
 
 * **fixed**: no. The checkpoint means something else under it, and the resume is refused.
-* **warned**: yes, with a warning, since the numbers change.
-* **free**: yes, the numbers stay.
+* **warned**: yes, with a warning, since the numbers may change.
+* **free**: yes. The numbers stay the same, to rounding.
+
+The base model and the data are also compared by content: a resume on other weights, token ids or
+labels is refused, whatever the options say ([checkpoints.md](checkpoints.md)).
 """
 
 

@@ -19,7 +19,7 @@ from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_s
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.replicas import check_replicas
 from scalora_dist.checkpoint.storage import Checkpoints
-from scalora_dist.config.option import declarations
+from scalora_dist.config.option import declarations, default_of
 from scalora_dist.config.options import Options
 from scalora_dist.core.checksum import bits
 from scalora_dist.core.flat_shard import FlatShard
@@ -235,19 +235,26 @@ def check_same_run(folder: Path, options: Options) -> None:
     for group, saved in state["options"].items():
         for each, declaration in declarations(getattr(options, group)):
             name, after = each.name, getattr(getattr(options, group), each.name)
-            before = saved.get(name, after)  # a newer option than the checkpoint
+            before = saved.get(name, default_of(each))  # an older version's run had the default
             if str(before) == str(after) or declaration.resume == "free":
                 continue
             if declaration.resume == "fixed":
                 raise UserError(
                     f"{folder} was saved with --{name} {before}, and this run has {after}: "
-                    f"set --{name} {before}"
+                    f"{_given(name, before)}"
                 )
             logger.warning("--%s was %s in %s and is %s now", name, before, folder, after)
     versions = _versions()
     for name, before in state["versions"].items():
         if (after := versions.get(name)) != before:
             logger.warning("%s was %s in %s and is %s now", name, before, folder, after)
+
+
+def _given(name: str, value: Any) -> str:
+    """How to give an option that value."""
+    if value is None:
+        return f"leave out --{name}"
+    return f"set --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def check_same_data(folder: Path, options: Options, checksum: str) -> None:
@@ -265,10 +272,7 @@ def check_same_data(folder: Path, options: Options, checksum: str) -> None:
     if state["data"] != checksum:
         before = state["options"]["data"].items()
         differ = [(name, value) for name, value in before if str(value) != str(now.get(name))]
-        advice = [
-            f"leave out --{name}" if value is None else f"set --{name} {value}"
-            for name, value in differ
-        ]
+        advice = [_given(name, value) for name, value in differ]
         advice.append("bring back the data, tokenizer and chat template as they were")
         raise UserError(
             f"{folder} was saved with other data (token ids or labels differ, of training or "

@@ -131,7 +131,7 @@ class MethodArguments(Group):
     carry_limit: float = option(
         0.01,
         "Warn when a layer's carry has lost more than this share of its update.",
-        resume="warned",
+        resume="free",
         methods=MERGING,
         above=0,
     )
@@ -181,13 +181,13 @@ class MethodArguments(Group):
         "paper",
         "η of the initialization; paper: the learning rate; code: as in its authors' code, "
         "lr / (warmup_ratio × steps of 3 examples).",
-        resume="warned",
+        resume="free",
         methods=frozenset({"lora-sb"}),
     )
     start_samples: Optional[int] = option(
         None,
         "Samples for the first gradient; by default 0.1 %% of the examples, at least 25.",
-        resume="warned",
+        resume="free",
         methods=SAMPLING,
         at_least=1,
     )
@@ -195,7 +195,7 @@ class MethodArguments(Group):
         64,
         "MiB on a rank for the gradients of the initialization; more memory: fewer passes over "
         "the samples.",
-        resume="warned",
+        resume="free",
         methods=SAMPLING,
         at_least=1,
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Optional, TypeAlias
 
 from scalora_dist.errors import UserError
 
 # May a resumed run have another value? fixed: no, the checkpoint means something else under it;
-# warned: yes, and the user is told, since the numbers change; free: yes, the numbers stay.
+# warned: yes, and the user is told, since the numbers may change; free: yes, the numbers stay the
+# same, to rounding.
 ResumeRule: TypeAlias = Literal["fixed", "warned", "free"]
 
 
@@ -42,7 +44,7 @@ class Bounds:
             "at most": self.at_most,
             "less than": self.below,
         }
-        return ", ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        return ", ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class Declaration:
     resume: ResumeRule
     bounds: Bounds
     methods: frozenset[str] | None
+
+    def check(self, name: str, value: Any) -> None:
+        """Check the value of the option ``name``, or each number of a list, against the bounds.
+
+        Raises:
+            UserError: a number is out of them.
+        """
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not self.bounds.hold(number):
+                wanted = str(self.bounds) or "a finite number"
+                raise UserError(f"--{name} {number}: set {wanted}")
 
 
 def option(
@@ -122,6 +137,8 @@ def default_of(each: Field[Any]) -> Any:
 class Group:
     """Base of the dataclasses that hold options: frozen, and within their bounds."""
 
+    _argument_group_name: ClassVar[str]  # the title in --help
+
     def __post_init__(self) -> None:
         """Check every option against its bounds.
 
@@ -129,10 +146,20 @@ class Group:
             UserError: the first option that is out of them.
         """
         for each, declaration in declarations(self):
-            value = getattr(self, each.name)
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, bool) or not isinstance(number, int | float):
-                    continue
-                if not declaration.bounds.hold(number):
-                    wanted = str(declaration.bounds) or "a finite number"
-                    raise UserError(f"--{each.name} {number}: set {wanted}")
+            declaration.check(each.name, getattr(self, each.name))
+
+
+@dataclass(frozen=True)
+class JsonFile(Group):
+    """Base of the options of a plan or a tool that can write its figures to a file."""
+
+    json: Optional[str] = tool_option(None, "A file to write the figures to.")
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: as in ``Group``, or the file's folder does not exist.
+        """
+        super().__post_init__()
+        if self.json and not Path(self.json).parent.is_dir():
+            raise UserError(f"--json {self.json}: its folder does not exist")

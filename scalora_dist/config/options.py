@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 from scalora_dist.config.data import DataArguments
 from scalora_dist.config.method import MethodArguments
@@ -43,17 +43,6 @@ class LaunchArguments(Group):
     local_rank: int = option(-1, "Set by the launcher.", resume="free")
 
 
-# The dataclasses of all options, in the order of `Options`.
-GROUPS = (
-    ModelArguments,
-    DataArguments,
-    MethodArguments,
-    TrainArguments,
-    LaunchArguments,
-    ProfileArguments,
-)
-
-
 @dataclass(frozen=True)
 class Options:
     """All options of a run, frozen.
@@ -69,12 +58,18 @@ class Options:
     profile: ProfileArguments = field(default_factory=ProfileArguments)
 
     def having(self, **values: Any) -> Options:
-        """A copy with other values of some options, by name, whichever group they are in."""
+        """A copy with other values of some options, by name, whichever group they are in.
+
+        Raises:
+            TypeError: there is no option of such a name.
+        """
         changed = {}
         for group in fields(self):
             old = getattr(self, group.name)
-            own = {each.name: values[each.name] for each in fields(old) if each.name in values}
-            changed[group.name] = replace(old, **own)
+            own = [each.name for each in fields(old) if each.name in values]
+            changed[group.name] = replace(old, **{name: values.pop(name) for name in own})
+        if values:
+            raise TypeError(f"no such option: {', '.join(values)}")
         return replace(self, **changed)
 
     def __post_init__(self) -> None:
@@ -88,3 +83,7 @@ class Options:
                 "--sb_eta code is a learning rate of the warm-up: set --warmup_ratio, or leave "
                 "--sb_eta out"
             )
+
+
+# The dataclasses of all options, in the order of the fields of `Options`.
+GROUPS: tuple[type[Group], ...] = tuple(get_type_hints(Options).values())

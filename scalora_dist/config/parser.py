@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from scalora_dist.config.option import declarations
 from scalora_dist.config.options import GROUPS, Options
 from scalora_dist.config.shipped import find, names
 from scalora_dist.errors import UserError
@@ -52,7 +53,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         "torchrun --nproc_per_node N launch/train.py --fsdp ...",
         description="Fine-tune with ScaLoRA on shards. docs/options.md has more of each option.",
     )
-    known = sorted({action.dest for action in parser._actions} - {"help"})
+    declared = {each.name: told for group in GROUPS for each, told in declarations(group)}
+    known = sorted(declared)
     named, left = parser.parse_known_args(argv)
     recipe = find("recipes", named.config)
     if left:
@@ -68,7 +70,11 @@ def parse_options(argv: Sequence[str]) -> Options:
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "
-        parser.parse_args(field := _words(name, value))
+        read = parser.parse_args(field := _words(name, value))
+        try:
+            declared[name].check(name, getattr(read, name))
+        except UserError as error:
+            raise UserError(f"{parser.source}{error}") from error
         words += field
     parser.source = ""
     options = Options(*parser.parse_args_into_dataclasses([*words, *argv]))

@@ -66,7 +66,10 @@ class TrainArguments(Group):
         1.0, "Passes over the training data.", resume="warned", above=0
     )
     max_steps: int = option(
-        -1, "Optimizer steps; overrides num_train_epochs if positive.", resume="warned"
+        -1,
+        "Optimizer steps; overrides num_train_epochs if positive.",
+        resume="warned",
+        at_least=-1,
     )
     per_device_train_batch_size: int = option(
         1, "Examples of one micro-batch on one rank.", resume="free", at_least=1
@@ -97,6 +100,7 @@ class TrainArguments(Group):
         "Decides the data's order, what is held out and B's initial values.",
         resume="fixed",
         at_least=0,
+        below=2**31,
     )
     bf16: bool = option(False, "bfloat16 weights with fp32 masters of A and B.", resume="fixed")
     fp16: bool = option(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.distributed.world import World
 from scalora_dist.doctor.finding import Finding, line
-from scalora_dist.errors import RunExit
+from scalora_dist.errors import Preempted, RunExit
 
 GRACE = 10.0  # seconds that a rank whose check failed waits for the others to end the check
 
@@ -69,6 +69,8 @@ class Checkup:
         finding, error = Finding(""), ""
         try:
             finding = check()
+        except Preempted:  # the user ended the doctor
+            raise
         except Exception as problem:
             error = f"rank {self.world.rank} ({socket.gethostname()}): {_sentence(problem)}"
         answer = json.dumps([time.monotonic() - begun, error, finding.failed])

@@ -60,7 +60,7 @@ def doctor_command(words: Sequence[str]) -> None:
     )
     (args,) = parser.parse_args_into_dataclasses(list(words))
     begun = time.monotonic()
-    world = join(args)
+    world = meet(args)
     if world.is_main:
         print(f"\nscalora doctor: {world.size} rank(s) on {world.nodes} node(s)\n", flush=True)
     checkup = Checkup(world, args.hang_timeout)
@@ -97,14 +97,14 @@ def examine(checkup: Checkup, folder: SharedFolder, *, engines: bool) -> None:
         return
     unless = "" if shared else "the engines need the shared folder"
     unless = unless if connected else "the engines need right collectives"
-    runs = TinyRuns(world, folder)
+    runs = TinyRuns(world, folder, 0.8 * checkup.watchdog.timeout)
     alone = checkup.run("one process", runs.alone, unless=unless)
     for name in ENGINES:
         why = unless or ("" if alone else "there is nothing to compare with")
         checkup.run(name, partial(runs.check, name), unless=why)
 
 
-def join(args: DoctorArguments) -> World:
+def meet(args: DoctorArguments) -> World:
     """Meet the other ranks.
 
     Raises:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from scalora_dist.distributed.world import World
@@ -18,10 +19,11 @@ MIB = 2**20
 GIB = 2**30
 BYTES = 64 * MIB
 LEAST_FREE = 20 * GIB
+CLEANED_SECONDS = 30.0  # for the deletion of the folder
 NFS_SECONDS = 10.0  # time until a node surely sees a file that another node has made
 # Reads until the other end of the pipe is closed, and then deletes its argument. NFS keeps a file
 # for as long as a rank of the same node has it open.
-CLEANER = 'cat; for _ in 1 2 3 4 5; do rm -rf -- "$1" && exit; sleep 1; done'
+CLEANER = 'read -r _; for _ in 1 2 3 4 5; do rm -rf -- "$1" && exit; sleep 1; done'
 
 
 class SharedFolder:
@@ -70,7 +72,7 @@ class SharedFolder:
         if world.nodes > 1:
             found += f", seen by all {world.nodes} nodes"
         if first["free"] < LEAST_FREE:
-            advice = "free some space: a checkpoint of a 12B model takes some 50 GB"
+            advice = "free some space: a checkpoint of a 5B model takes some 20 GB"
             return Finding(found, advice, fatal=False)
         return Finding(found)
 
@@ -83,7 +85,8 @@ class SharedFolder:
         """Delete the folder now, on rank 0."""
         if self._cleaner and self._cleaner.stdin:
             self._cleaner.stdin.close()
-            self._cleaner.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._cleaner.wait(CLEANED_SECONDS)
 
     def _make(self) -> str:
         """Make the folder and write to it. Returns what the other ranks must know, as JSON."""

@@ -30,7 +30,6 @@ STEPS = 3
 # Relative, of a loss or a gradient norm. fp32 on CPU ranks agrees to 1e-6; a run that does not
 # update its weights is off by 5e-3 in step 2.
 TOLERANCE = 1e-3
-SECONDS = 150  # for the one process, imports included; less than --hang_timeout
 ENGINES = {"ZeRO-3": ["--ds_config", "zero3"], "FSDP2": ["--fsdp"]}
 
 
@@ -40,12 +39,14 @@ class TinyRuns:
     Attributes:
         world: the ranks.
         folder: where the model, the data and what the runs leave are.
+        seconds: time for the run in one process, imports included.
         reference: the losses and gradient norms of one process; on rank 0.
     """
 
-    def __init__(self, world: World, folder: SharedFolder) -> None:
+    def __init__(self, world: World, folder: SharedFolder, seconds: float = 150) -> None:
         self.world = world
         self.folder = folder
+        self.seconds = seconds
         self.reference: list[float] = []
 
     def alone(self) -> Finding:
@@ -72,7 +73,7 @@ class TinyRuns:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=self.seconds,
             pass_fds=self.folder.keepers,
         )
         if done.returncode:

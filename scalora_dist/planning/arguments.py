@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from scalora_dist.config.option import Group, tool_option
+from scalora_dist.config.option import JsonFile, tool_option
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.errors import UserError
@@ -21,7 +21,7 @@ without storage."""
 
 
 @dataclass(frozen=True)
-class PlanArguments(Group):
+class PlanArguments(JsonFile):
     """A plan's own options, for ``HfArgumentParser``. The run's options are the trainer's."""
 
     _argument_group_name = "plan"
@@ -42,14 +42,11 @@ class PlanArguments(Group):
         "GiB of a GPU that a plan leaves alone: CUDA, NCCL, what the allocator cannot use.",
         at_least=0,
     )
-    json: Optional[str] = tool_option(None, "A file to write the plan to.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gpu not in GPUS:
             raise UserError(f"--gpu {self.gpu}: choose one of {', '.join(GPUS)}")
-        if self.json and not Path(self.json).parent.is_dir():
-            raise UserError(f"--json {self.json}: its folder does not exist")
 
     @property
     def gpus(self) -> int:

@@ -40,6 +40,7 @@ class Plan:
     """The predicted memory, messages and work of one rank in a step.
 
     Attributes:
+        options: the resolved options of the run.
         world: world size.
         held: memory that a rank needs during the full step.
         phases: memory at the peaks of forward, backward, rescale and optimizer step.
@@ -50,6 +51,7 @@ class Plan:
         trained: number of trained elements of the full model.
     """
 
+    options: Options
     world: int
     held: Held
     phases: list[Moment]
@@ -129,6 +131,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         Message("A and B whole", share * factors, residency.ranks),
     ]
     return Plan(
+        options=options,
         world=residency.world,
         held=held,
         phases=phases,

@@ -17,7 +17,6 @@ from scalora_dist.planning.plan import GIB
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.table import as_json, describe, render, verdict
 from scalora_dist.profiling.gpus import GPUS, find_gpu
-from scalora_dist.training.resolve import resolve_batch
 from scalora_dist.training.run_log import write_json
 
 logger = logging.getLogger(__name__)
@@ -40,12 +39,11 @@ def report(options: Options, where: PlanArguments) -> str:
     options = options.having(model_name_or_path=config_folder(model))
     planner = Planner(options, where)
     plan = planner.plan(options, where.gpus)
-    options = replace(options, train=resolve_batch(options.train, where.gpus))
     times, fits = least_times_of(plan, where), planner.fits(plan)
     lines = [
-        describe(options, where),
+        describe(plan.options, where),
         "",
-        render(plan, times, options, where),
+        render(plan, times, where),
         "",
         verdict(plan, fits, where),
     ]

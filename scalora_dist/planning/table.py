@@ -29,7 +29,7 @@ def describe(options: Options, where: PlanArguments) -> str:
     )
 
 
-def render(plan: Plan, times: LeastTimes, options: Options, where: PlanArguments) -> str:
+def render(plan: Plan, times: LeastTimes, where: PlanArguments) -> str:
     """Tables of memory by part and phase, of messages, and of least times."""
     names = list(dict.fromkeys(name for moment in plan.phases for name in moment.parts))
     unit, size = ("GiB", GIB) if plan.peak.total > 4 * GIB else ("MiB", 2**20)
@@ -52,8 +52,8 @@ def render(plan: Plan, times: LeastTimes, options: Options, where: PlanArguments
         wire.append([f"{m.what}, in a rescale", f"{m.received / 1e9:.3f}", f"{m.ranks} ranks"])
     if wire and plan.world > 1:
         text += "\n\n" + _columns([["10⁹ bytes a GPU receives in a step", "", ""], *wire])
-    tokens = options.train.gradient_accumulation_steps * options.data.max_length
-    tokens *= options.train.per_device_train_batch_size
+    tokens = plan.options.train.gradient_accumulation_steps * plan.options.data.max_length
+    tokens *= plan.options.train.per_device_train_batch_size
     rows = [
         ["least seconds of a step", ""],
         [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{times.compute:.2g}"],

@@ -14,7 +14,9 @@ from scalora_dist.modeling.load import BaseModelSpec
 
 
 def resolve(options: Options, ranks: int, base: BaseModelSpec) -> Options:
-    """Fill in the options of a run that are still None, and check them against each other.
+    """Decide the global batch and its accumulation, where merges go, and the size of a carry.
+
+    Also checks these options against each other, the engine and the ranks.
 
     Args:
         options: as they were given.

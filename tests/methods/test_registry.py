@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scalora_dist.config.method import MethodArguments, MethodName
+from scalora_dist.config.method import MERGING, MethodArguments, MethodName
 from scalora_dist.config.option import declaration_of, declarations
 from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
@@ -119,6 +119,7 @@ def test_what_a_method_does_not_read(method: str, option: str) -> None:
 
 def test_methods_and_options_name_each_other() -> None:
     assert set(METHODS) == set(get_args(MethodName))
+    assert {name for name, method in METHODS.items() if method.merges} == MERGING
     for name in OPTIONS:
         methods = declaration_of(MethodArguments, name).methods
         assert methods and methods <= set(METHODS), name
