@@ -25,7 +25,7 @@ OPTION = re.compile(r"(?<![\w-])--([A-Za-z]\w*(?:-\w+)*)")
 OTHERS = {
     *("num_gpus", "module", "hostfile", "no_ssh", "node_rank", "master_addr", "master_port"),
     *("nproc_per_node", "partition", "signal", "help"),
-    *("no-deps", "wheel-dir", "no-build-isolation", "index-url", "no-index", "find-links"),
+    *("no-deps", "wheel-dir", "no-build-isolation", "extra-index-url", "no-index", "find-links"),
     *("rm", "gpus", "ipc", "shm-size", "entrypoint", "device", "ulimit"),
     *("trajectories", "logdir"),
 }

@@ -53,8 +53,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         "torchrun --nproc_per_node N launch/train.py --fsdp ...",
         description="Fine-tune with ScaLoRA on shards. docs/options.md has more of each option.",
     )
-    declared = {each.name: told for group in GROUPS for each, told in declarations(group)}
-    known = sorted(declared)
+    known = sorted(each.name for group in GROUPS for each, _ in declarations(group))
     named, left = parser.parse_known_args(argv)
     recipe = find("recipes", named.config)
     if left:
@@ -70,11 +69,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "
-        read = parser.parse_args(field := _words(name, value))
-        try:
-            declared[name].check(name, getattr(read, name))
-        except UserError as error:
-            raise UserError(f"{parser.source}{error}") from error
+        parser.parse_args(field := _words(name, value))
         words += field
     parser.source = ""
     options = Options(*parser.parse_args_into_dataclasses([*words, *argv]))
