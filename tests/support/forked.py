@@ -88,5 +88,5 @@ def _main(environment: dict[str, str], words: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     from scalora_dist.cli import main
 
-    main(words)
+    main(["train", *words])
     os._exit(0)  # multiprocessing's own end waits for threads
