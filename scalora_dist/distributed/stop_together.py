@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
-POLL = timedelta(seconds=30)  # duration of one wait on the store, before the next one
+FOREVER = timedelta(days=365)  # torch prints a warning at the end of each shorter wait
 PATIENCE = 10.0  # seconds that a rank waits until all others know. Launchers wait for 30
 SIGNAL, KNOW = "signal", "know"
 
@@ -70,9 +70,6 @@ class OtherRanks:
 
     def _listen(self) -> None:
         with suppress(RuntimeError):  # the store has ended with rank 0
-            while True:
-                with suppress(DistStoreError):  # nothing for a while
-                    self._ears.wait([SIGNAL], POLL)
-                    break
+            self._ears.wait([SIGNAL], FOREVER)
             if name := self._ears.get(SIGNAL).decode():
                 self._hear(name)

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
-POLL = timedelta(seconds=30)  # duration of one wait on the store, before the next one
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,7 @@ class World:
                 raise
             if self.store.add(f"{name}/done", 1) == workers:
                 self.store.set(name, "")
-        while True:
-            try:
-                self.store.wait([name], POLL)
-                break
-            except dist.DistStoreError:
-                continue  # still working; a dead rank 0 would break the connection
+        self.store.wait([name], FOREVER)  # a dead rank 0 would break the connection
         message = self.store.get(name).decode()
         self.store.add(f"{name}/read", 1)
         if message:

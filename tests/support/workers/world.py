@@ -10,7 +10,6 @@ from pathlib import Path
 from scalora_dist.checkpoint import storage
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.training import TrainArguments
-from scalora_dist.distributed import world as world_module
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.training.saving import check_shared
@@ -30,7 +29,6 @@ def cached(world: World, folder: Path, ranks_of_each: int, disks: int) -> tuple[
         ranks_of_each: ranks of each node.
         disks: number of disks: 1, or one for each node.
     """
-    world_module.POLL = timedelta(milliseconds=100)  # shorter than the work
     world, node = on_nodes(world, ranks_of_each)
     file = folder / f"cache of disk {node % disks}"
 
