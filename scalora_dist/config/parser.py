@@ -109,6 +109,7 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _unknown_option(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown option {name!r}{hint}; the options are {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    if close:
+        return f"unknown option {name!r}: did you mean {close[0]}? --help lists the options"
+    return f"unknown option {name!r}; the options are {', '.join(known)}"

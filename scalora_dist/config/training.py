@@ -67,7 +67,7 @@ class TrainArguments(Group):
     )
     max_steps: int = option(
         -1,
-        "Optimizer steps; overrides num_train_epochs if positive.",
+        "Optimizer steps; -1: num_train_epochs decides.",
         resume="warned",
         at_least=-1,
     )
@@ -170,6 +170,10 @@ class TrainArguments(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_steps == 0:
+            raise UserError(
+                "--max_steps 0: set a number of steps, or leave it out: --num_train_epochs decides"
+            )
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise UserError(
                 f"--learning_rate {self.learning_rate}: --lr_scheduler_type polynomial falls to "

@@ -68,14 +68,20 @@ class TinyRuns:
         environment["HF_DATASETS_CACHE"] = str(self._cache)
         command = [sys.executable, "-m", "scalora_dist", "train"]
         command += options(self.folder.path, output, self.world.size)
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=self.seconds,
-            pass_fds=self.folder.keepers,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=self.seconds,
+                pass_fds=self.folder.keepers,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"scalora train in one process has not ended in {self.seconds:.0f} s; the machine "
+                "is busy or slow: free it, or set a larger --hang_timeout"
+            ) from error
         if done.returncode:
             last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
             raise UserError(f"scalora train in one process: {last}")
