@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ def test_an_error_on_all_ranks_is_a_line_and_the_next_check_is_tried(ranks: Any)
     assert failed == 1 and other == (1, ""), "rank 0 prints"
     first, second, _, third = text.splitlines()
     assert first.split() == ["ok", "first", "fine"]
-    assert second.split()[:4] == ["FAIL", "second", "rank", "0"]
-    assert second.endswith("): ValueError: seen by 0")
+    assert re.fullmatch(r" +FAIL +second +rank (\d) \(.*\): ValueError: seen by \1", second)
     assert third.split() == ["ok", "third", "sum", "2"]
 
 
