@@ -48,13 +48,11 @@ SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3, carry": (2, {"merge_target": "carry"}),
     "fsdp, lora, 4 ranks": (4, {"method": "lora"}),
     "fsdp, accumulation": (2, {"gradient_accumulation_steps": 3}),
-    "zero3, accumulation": (2, {"gradient_accumulation_steps": 3}),
     "zero3, 4 bits": (2, {"load_in_4bit": True}),
     "zero2, bf16, nearest": (2, {"bf16": True, "merge_rounding": "nearest"}),
     "zero2, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
     "zero3, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
     "zero1, bf16, accumulation": (2, {"bf16": True, "gradient_accumulation_steps": 3}),
-    "zero2, full": (2, FULL),
     "fsdp, full": (2, FULL),
 }
 QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing")

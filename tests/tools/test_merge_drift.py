@@ -251,7 +251,7 @@ def test_a_run_on_a_tiny_model(options: list[str], tmp_path: Path) -> None:
     assert "| bf16, split | 2 + 2 |" in done.stdout
     found = json.loads(out.read_text())
     assert {"device", "versions"} <= found.keys()
-    assert found["settings"]["rank"] == 3 and found["settings"]["merges"] == [1, 20]
+    assert found["settings"]["rank"] == 3 and found["settings"]["merges"] == [20, 1]
     assert {row["layer"].split(".")[2] for row in found["layers"]} == {"0", "2"}
     assert len(found["layers"]) == 2 * 7 * 2 * len(WAYS)
     rows = {(row["merges"], row["way"]): row for row in found["over_layers"]}
