@@ -4,9 +4,8 @@
         --model_name_or_path MODEL [--max_length 64 --rounds 5 --json out.json]
 
 Takes the trainer's options and starts like the trainer, on random tokens. Writes no results.
-`--rounds` rounds use one engine and one model. A round is a LoRA step, a ScaLoRA
-step, our merge and, under ZeRO-3, the naive merge. So other load on the machine affects all of
-them equally.
+`--rounds` rounds use one engine and one model. A round is a LoRA step, a ScaLoRA step, our merge
+and, under ZeRO-3, the naive merge. So other load on the machine affects all of them equally.
 
 All ranks start a duration together, with idle devices. It ends when the slowest rank's device is
 idle again. A step is the trainer's step: forward, backward, sums over ranks, the gradients' norm or
@@ -36,7 +35,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from scalora_dist.config.option import JsonFile, tool_option
 from scalora_dist.config.options import Options
@@ -64,7 +62,7 @@ class BenchArguments(JsonFile):
 
 
 @torch.no_grad()
-def naive_merge(modules: Mapping[str, nn.Module], scales: Scales) -> None:
+def naive_merge(modules: Mapping[str, LowRankLinear], scales: Scales) -> None:
     """``W += s·A diag(1 − α∘β) Bᵀ``, in the way of DeepSpeed's documentation for ZeRO-3.
 
     Layer by layer, every rank gathers the full W, rank 0 edits it, and it is broadcast and sharded
@@ -75,7 +73,6 @@ def naive_merge(modules: Mapping[str, nn.Module], scales: Scales) -> None:
     import deepspeed
 
     for module, alpha, beta in zip(modules.values(), scales.alpha, scales.beta, strict=True):
-        assert isinstance(module, LowRankLinear)
         A, B, W = module.A, module.B, module.weight
         cut_up = [W, *(factor for factor in (A, B) if not getattr(factor, "ds_persist", False))]
         with deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0):
@@ -95,7 +92,6 @@ class Bench:
         factors: shape (2, layers, r) of α and β together.
         seconds: this rank's latest rescale in seconds, in total and by part.
         tokens: random token ids (examples, length) int64 on the device.
-        sharded_by_deepspeed: whether W is sharded as ZeRO-3 does it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -120,7 +116,6 @@ class Bench:
         shape = (train.per_device_train_batch_size, options.data.max_length)
         vocabulary = trainer.model.config.get_text_config().vocab_size
         self.tokens = torch.randint(vocabulary, shape, generator=generator).to(world.device)
-        self.sharded_by_deepspeed = all(hasattr(x.weight, "ds_id") for x in self.modules.values())
 
     def scales(self, low: float, high: float) -> Scales:
         """Random α and β, each (layers, r) float64 in [low, high), the same on all ranks."""
@@ -215,7 +210,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         "scalora_step": bench.scalora_step,
         "local_merge": partial(bench.local_merge, unchanged),
     }
-    if bench.sharded_by_deepspeed:
+    if all(hasattr(module.weight, "ds_id") for module in bench.modules.values()):  # ZeRO-3
         work["naive_merge"] = partial(naive_merge, bench.modules, unchanged)
     history = []
     for _ in range(1 + rounds):

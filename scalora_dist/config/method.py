@@ -208,16 +208,16 @@ class MethodArguments(Group):
                 an option that is set.
         """
         super().__post_init__()
-        for each, _ in declarations(self):
-            if not self.reads(each.name) and getattr(self, each.name) != default_of(each):
+        for each, declaration in declarations(self):
+            read = declaration.read_by(self.method)
+            if not read and getattr(self, each.name) != default_of(each):
                 raise UserError(f"--method {self.method} does not read --{each.name}: leave it out")
         self.interval  # noqa: B018 - raises where the option cannot be read
         self.bounds  # noqa: B018 - raises where the option cannot be read
 
     def reads(self, option: str) -> bool:
         """Whether the method reads an option of this group."""
-        methods = declaration_of(type(self), option).methods
-        return methods is None or self.method in methods
+        return declaration_of(type(self), option).read_by(self.method)
 
     @property
     def name(self) -> MethodName:

@@ -63,6 +63,9 @@ class Declaration:
     bounds: Bounds
     methods: frozenset[str] | None
 
+    def read_by(self, method: str) -> bool:
+        return self.methods is None or method in self.methods
+
     def check(self, name: str, value: Any) -> None:
         """Check the value of the option ``name``, or each number of a list, against the bounds.
 

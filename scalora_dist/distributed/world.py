@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import socket
 import time
@@ -138,11 +137,10 @@ class World:
         name = name or str(next(self._calls))
         keys = [f"text/{name}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], text)
-        deadline = math.inf if patience is None else time.monotonic() + patience
-        while not self.store.check(keys):
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            time.sleep(0.02)
+        try:
+            self.store.wait(keys, FOREVER if patience is None else timedelta(seconds=patience))
+        except dist.DistStoreError as error:
+            raise TimeoutError from error
         return [each.decode() for each in self.store.multi_get(keys)]
 
     def main_only(self, work: Callable[[], T]) -> T | None:

@@ -77,8 +77,7 @@ def where_we_are() -> PlanArguments:
     where = PlanArguments(nodes=ranks // here, gpus_per_node=here)
     gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if gpu is None:
-        known = "GPU is not known" if torch.cuda.is_available() else "memory is not looked at"
         logger.warning(
-            "this machine's %s: planned for %s; scalora plan --gpu names another", known, where.gpu
+            "no GPU that is known here: planned for %s; scalora plan --gpu names another", where.gpu
         )
     return replace(where, gpu=next((key for key, x in GPUS.items() if x == gpu), where.gpu))
