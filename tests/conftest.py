@@ -9,8 +9,28 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests.support import ranks as ranks_module
 from tests.support import tiny_models
 from tests.support.ranks import Ranks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpus",
+        type=int,
+        help="run the tests marked gpu, on at most this many ranks, each on a GPU of its own",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    ranks_module.GPUS = config.getoption("gpus")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("gpus"):
+        chosen = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +39,8 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     started: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:
+        if size > ranks_module.most_ranks(size):
+            pytest.skip(f"needs {size} GPUs")
         if size not in started:
             started[size] = Ranks(size)
         return started[size]

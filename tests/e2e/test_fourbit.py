@@ -19,7 +19,7 @@ from transformers import (
 from scalora_dist.config.method import MethodName
 from scalora_dist.methods.registry import METHODS
 from tests.support import runs, tiny_models, tiny_runs
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, most_ranks
 from tests.support.workers import fourbit as work
 
 pytest.importorskip("bitsandbytes")
@@ -42,6 +42,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.floors
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("method", "engine"),
     [
@@ -55,7 +56,7 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName, engine: str
 ) -> None:
     """The model it leaves is dense, and computes what was evaluated last."""
-    folder, group = tmp_path / "run", ranks(1 if engine == "local" else 2)
+    folder, group = tmp_path / "run", ranks(1 if engine == "local" else most_ranks(2))
     case = work.options(task, folder, engine, method, save_model=True)
     group.run(tiny_runs.train, case)
     losses, held_out = runs.losses(folder), tiny_runs.evaluations(folder)

@@ -15,7 +15,7 @@ from scalora_dist.checkpoint.manifest import checkpoints, step_of
 from scalora_dist.config.method import MethodArguments, MethodName
 from scalora_dist.methods.registry import METHODS
 from tests.support import runs, tiny_models, tiny_runs
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, most_ranks
 from tests.support.workers.counting import train
 
 GetRanks = Callable[[int], Ranks]
@@ -88,6 +88,7 @@ EVERY_DAY = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("method", "engine"),
     [
@@ -98,10 +99,10 @@ EVERY_DAY = {
 def test_a_method_learns_goes_on_and_leaves_its_model(
     ranks: GetRanks, task: Path, untrained: float, tmp_path: Path, method: MethodName, engine: str
 ) -> None:
-    folder, two = tmp_path / "run", ranks(2)
+    folder, group = tmp_path / "run", ranks(most_ranks(2))
     case = options(task, folder, engine, method, save_model=True)
-    ran = [(0, int(method in STARTS))] * 2
-    assert two.run(train, case) == ran
+    ran = [(0, int(method in STARTS))] * group.size
+    assert group.run(train, case) == ran
     check_learned(case, method)
     first, *_, last = tiny_runs.evaluations(folder)
     assert tiny_runs.loss_on_held_out(case, folder / "model") == pytest.approx(last, rel=1e-5)
@@ -114,7 +115,8 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     expected = tiny_runs.left(folder)
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
     shutil.rmtree(folder / "model")
-    assert two.run(train, case | {"resume_from_checkpoint": "latest"}) == [(SAVED, 0)] * 2
+    again = group.run(train, case | {"resume_from_checkpoint": "latest"})
+    assert again == [(SAVED, 0)] * group.size
     assert tiny_runs.left(folder) == expected
 
 

@@ -17,6 +17,7 @@ CASES = [
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("engine", "dtype"), CASES)
 def test_a_restored_run_goes_on_bit_for_bit(ranks: Any, engine: str, dtype: str) -> None:
     """``state()`` and the layers' shards are copied into a fresh engine, which takes a step."""

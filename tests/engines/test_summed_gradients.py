@@ -67,6 +67,7 @@ def largest(found: Found, expected: Found) -> float:
     return float(max(errors.values()))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("size", "engine"),
     [

@@ -24,6 +24,7 @@ def alone(ranks: Any) -> list[Restart]:
     return ranks(1).run(restarts, prune=0.9, engine="local")[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("world", "engine"), EVERYWHERE)
 def test_a_restart_preserves_the_function(
     ranks: Any, alone: list[Restart], world: int, engine: str

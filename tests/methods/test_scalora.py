@@ -56,6 +56,7 @@ def check_transform(record: dict[str, Any], name: str, index: int, step: int) ->
     assert expected.largest_error(record["after"][name]) < TOLERANCE
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("rank", [3, pytest.param(8, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(("world", "engine"), EVERYWHERE)
 def test_fp32_transform_equals_reference(ranks: Any, world: int, engine: str, rank: int) -> None:
@@ -108,6 +109,7 @@ CASES_16_BIT = [
 CASES_16_BIT += [("fsdp", "bf16", False), ("fsdp", "bf16", True), ("local", "bf16", False)]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.heavy), 2])
 @pytest.mark.parametrize(("engine", "dtype", "offload"), CASES_16_BIT)
 def test_16_bit_masters_equal_reference(
@@ -165,6 +167,7 @@ def test_other_rules_preserve_the_function(ranks: Any, rule: str, engine: str) -
             assert record["rules"][index].name.lower() in (rule, "column")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_rescale_leaves_the_function_as_it_was(ranks: Any, engine: str, dtype: str) -> None:
@@ -191,6 +194,7 @@ SECOND_COPIES = [
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("world", "case"), SECOND_COPIES)
 def test_nothing_trains_on_stale_base_weights(ranks: Any, world: int, case: dict[str, Any]) -> None:
     """Every forward, of evaluation or training, reads the weight that was merged last."""
@@ -222,6 +226,7 @@ SKIPS = [
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("engine", "dtype", "offload"), SKIPS)
 def test_a_skipped_step_changes_nothing(ranks: Any, engine: str, dtype: str, offload: bool) -> None:
     """One rank's loss is not finite: no rank changes anything, and the next step is taken."""

@@ -10,8 +10,23 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext, ForkServerContext
 from typing import Any
+
+import torch
+
+# With `pytest --gpus N`: N. Each rank then has a GPU of its own; without one, the CPU.
+GPUS: int | None = None
+
+
+def most_ranks(wanted: int) -> int:
+    """``wanted`` ranks, or fewer where the ranks run on GPUs and there are not that many."""
+    return min(wanted, GPUS or wanted)
+
+
+def on_gpus() -> bool:
+    """Whether the ranks run on GPUs."""
+    return bool(GPUS) and torch.cuda.is_available()
 
 
 def forkserver() -> ForkServerContext:
@@ -32,13 +47,16 @@ class Ranks:
     """``size`` processes. ``run`` calls a function on all of them; its first argument is World."""
 
     def __init__(self, size: int) -> None:
-        context = forkserver()
+        # A forked process cannot use CUDA if its parent has touched it, as imports may do.
+        context: BaseContext = mp.get_context("spawn") if on_gpus() else forkserver()
         port = free_port()
         self.size = size
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            process = context.Process(  # type: ignore[attr-defined]
+                target=_serve, args=(theirs, rank, size, port), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)

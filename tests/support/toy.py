@@ -32,6 +32,7 @@ from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.methods.transform import TransformReport
 from scalora_dist.profiling.clock import Clock
+from tests.support.ranks import most_ranks
 from tests.support.reference import State
 
 SHAPES = {"first": (31, 24), "second": (13, 11)}
@@ -47,7 +48,7 @@ HYBRID_MESH = [2, 2]  # ranks 0 and 1 hold the same values as ranks 2 and 3
 
 def ranks_of(engine: str) -> int:
     """The default number of ranks for tests of an engine."""
-    return {"local": 1, "hybrid": 4}.get(engine, 2)
+    return {"local": 1, "hybrid": 4}.get(engine, most_ranks(2))
 
 
 class Block(nn.Sequential):
@@ -207,9 +208,10 @@ class Run:
         for j in range(self.accumulation):
             start = (j * self.world.size + self.world.rank) * micro
             take = slice(start, start + micro)
-            batch = {k: x[k][take].to(self.engine.dtype) for k in reached}
+            batch = {k: x[k][take].to(self.world.device, self.engine.dtype) for k in reached}
             out = self.engine.module(batch)
-            loss = sum((out[k].float() - y[k][take]).square().sum() for k in reached) / 2
+            wanted = {k: y[k][take].to(self.world.device) for k in reached}
+            loss = sum((out[k].float() - wanted[k]).square().sum() for k in reached) / 2
             last = j == self.accumulation - 1
             self.engine.backward(poison * loss / EXAMPLES, last=last)
 
@@ -252,24 +254,24 @@ class Run:
                 fields |= {
                     f"{name}_{key}": value for name, value in zip("mv", moments, strict=True)
                 }
-            states[layer.name] = State(**{k: whole(v) for k, v in fields.items()})
+            states[layer.name] = State(
+                **{k: whole(v, self.world.device) for k, v in fields.items()}
+            )
         return states
 
     def output(self) -> dict[str, np.ndarray]:
         """The module's outputs on one batch, {layer: (EXAMPLES, m) float64}."""
         x, _ = data(0)
         with torch.no_grad():
-            out = self.engine.module({k: v.to(self.engine.dtype) for k, v in x.items()})
-        return {k: v.double().numpy() for k, v in out.items()}
+            device, dtype = self.world.device, self.engine.dtype
+            out = self.engine.module({k: v.to(device, dtype) for k, v in x.items()})
+        return {k: v.double().cpu().numpy() for k, v in out.items()}
 
 
-def whole(shard: Any) -> np.ndarray:
-    return (
-        Layout.of([shard])
-        .gather([shard.like(shard.local.detach().float())], range(1))[0]
-        .double()
-        .numpy()
-    )
+def whole(shard: Any, device: torch.device) -> np.ndarray:
+    """The full matrix, float64. Collective, on the ranks' ``device``."""
+    single = shard.like(shard.local.detach().float())
+    return Layout.of([shard], device).gather([single], range(1))[0].double().cpu().numpy()
 
 
 def steps(world: World, count: int, *, evaluate: bool = False, **case: Any) -> list[dict[str, Any]]:
@@ -344,7 +346,7 @@ def bits_after_steps(world: World, count: int, **case: Any) -> list[dict[str, by
             if (low := run.merger.target.low_halves.get(f"{layer.name}.weight")) is not None:
                 held[f"{layer.name}.low"] = low
         seen.append(
-            {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in held.items()}
+            {k: v.cpu().contiguous().view(torch.uint8).numpy().tobytes() for k, v in held.items()}
         )
     return seen
 
@@ -358,7 +360,9 @@ def frozen_after_evaluation(world: World, **case: Any) -> dict[str, dict[str, np
     run.step(0)
     states = run.whole(run.engine.layer_shards(gradients=False))
     run.output()
-    frozen = {name: (shape, whole(shard)) for name, shape, shard in run.engine.base_shards()}
+    frozen = {
+        name: (shape, whole(shard, world.device)) for name, shape, shard in run.engine.base_shards()
+    }
     assert all(array.shape == tuple(shape) for shape, array in frozen.values())
     return {
         "W": {name: state.W for name, state in states.items()},

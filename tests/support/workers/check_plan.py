@@ -20,11 +20,13 @@ class Found(NamedTuple):
         tracked: peak bytes of live tensors.
         gathered: bytes that all-gathers filled.
         reduced: bytes that other collectives filled.
+        peak: peak memory of the process, on a GPU of its allocator; None: unknown.
     """
 
     tracked: int
     gathered: int
     reduced: int
+    peak: int | None
 
 
 def measured(world: World, options: dict[str, Any]) -> Found:
@@ -32,7 +34,8 @@ def measured(world: World, options: dict[str, Any]) -> Found:
     assert isinstance(trainer, MeasuredTrainer)
     trainer.run()
     traffic = trainer.traffic
-    return Found(trainer.tracked, traffic.gathered, traffic.received - traffic.gathered)
+    reduced = traffic.received - traffic.gathered
+    return Found(trainer.tracked, traffic.gathered, reduced, trainer.peak)
 
 
 def planned(options: dict[str, Any], size: int) -> Plan:

@@ -44,6 +44,6 @@ def restarts(world: World, *, prune: float, **case: Any) -> list[Restart]:
             before = run.look()
             restart(run.engine, taken, Clock())
             layers = run.engine.layer_shards(gradients=False)
-            high = {layer.name: toy.whole(layer.W) for layer in layers}
+            high = {layer.name: toy.whole(layer.W, world.device) for layer in layers}
             seen.append(Restart(before, run.look(), high))
     return seen

@@ -45,11 +45,11 @@ def gradients(world: World, options: dict[str, Any]) -> Found:
     layers = engine.layer_shards()
     shards = gradient_shards(layers)
     in_fp32 = [shard.like(shard.local.float()) for shard in shards]
-    whole = Layout.of(shards).gather(in_fp32, range(len(shards)))
+    whole = Layout.of(shards, world.device).gather(in_fp32, range(len(shards)))
     names = [f"{layer.name}.{factor}" for layer in layers for factor in "AB"]
     scale = engine.loss_scale
     found = Found(
-        {name: x.double().numpy() / scale for name, x in zip(names, whole, strict=True)},
+        {name: x.double().cpu().numpy() / scale for name, x in zip(names, whole, strict=True)},
         {shard.local.dtype for shard in shards if shard.local.numel()},
         {p.dtype for p in engine.model.parameters() if not p.requires_grad},
     )

@@ -1,0 +1,49 @@
+"""Writes the devices and versions of this machine to a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalora_dist.training.run_log import write_json
+
+LIBRARIES = (
+    *("torch", "triton", "transformers", "accelerate", "peft", "safetensors", "deepspeed"),
+    *("datasets", "bitsandbytes", "liger-kernel", "flash-attn", "numpy"),
+)
+
+
+def describe() -> dict[str, Any]:
+    """The devices, and the versions of the libraries that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        versions |= {"cuda": str(torch.version.cuda), "nccl": _dotted(torch.cuda.nccl.version())}
+    return {
+        "device": gpus[0].name if gpus else f"{platform.machine()} CPU",
+        "gpus": len(gpus),
+        "memory_bytes": gpus[0].total_memory if gpus else 0,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+    }
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    write_json(parser.parse_args().json, describe())
