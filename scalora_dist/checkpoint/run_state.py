@@ -6,8 +6,6 @@ import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +89,7 @@ class RunState:
             "base": self.base,
             "data": self.data,
             "options": options_as_json(self.options),
-            "versions": _versions(),
+            "versions": installed_versions(*LIBRARIES),
         }
         checkpoints.save(step, self.parts(), state)
 
@@ -252,7 +250,7 @@ def check_same_run(folder: Path, options: Options) -> None:
             warnings.append(f"--{name} was {before} in {folder} and is {after} now")
     for warning in warnings:
         logger.warning("%s: the numbers may change", warning)
-    versions = _versions()
+    versions = installed_versions(*LIBRARIES)
     for name, before in state["versions"].items():
         if (after := versions.get(name)) != before:
             logger.warning("%s was %s in %s and is %s now", name, before, folder, after)
@@ -286,11 +284,6 @@ def check_same_data(folder: Path, options: Options, checksum: str) -> None:
             f"{folder} was saved with other data (token ids or labels differ, of training or "
             f"evaluation examples): {', or '.join(advice)}"
         )
-
-
-def _versions() -> dict[str, str]:
-    """{library: its version} of the installed ``LIBRARIES``."""
-    return {name: version(name) for name in LIBRARIES if find_spec(name)}
 
 
 def check_no_newer(folder: Path, output_dir: Path, found: Sequence[Path]) -> None:

@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ import torch
 
 from scalora_dist.distributed.world import World
 from scalora_dist.doctor.finding import Finding
+from scalora_dist.profiling.versions import installed_versions
 
 GIB = 2**30
 NEEDED = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed")
@@ -92,12 +92,7 @@ class Machine:
 
 
 def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for name in (*NEEDED, *OPTIONAL):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {"Python": platform.python_version(), **installed_versions(*NEEDED, *OPTIONAL)}
     if torch.version.cuda:
         found["CUDA"] = torch.version.cuda
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -5,28 +5,32 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scalora_dist.profiling.versions import installed_versions
 from scalora_dist.training.run_log import write_json
 
 LIBRARIES = (
-    *("torch", "triton", "transformers", "accelerate", "peft", "safetensors", "deepspeed"),
+    *(
+        "scalora_dist",
+        "torch",
+        "triton",
+        "transformers",
+        "accelerate",
+        "peft",
+        "safetensors",
+        "deepspeed",
+    ),
     *("datasets", "bitsandbytes", "liger-kernel", "flash-attn", "numpy"),
 )
 
 
 def describe() -> dict[str, Any]:
     """The devices, and the versions of the libraries that are installed."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version(), **installed_versions(*LIBRARIES)}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if gpus:
         versions |= {"cuda": str(torch.version.cuda), "nccl": _dotted(torch.cuda.nccl.version())}
