@@ -26,6 +26,7 @@ from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.profiling.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
