@@ -112,6 +112,15 @@ def read(file: Path) -> dict[str, Any]:
         return {}
 
 
+def machine_of(folder: Path, limit: float) -> dict[str, Any]:
+    """The devices and versions; empty, where torch or this package cannot be imported."""
+    file = folder / "machine.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tools.gpu.machine", "--json", str(file)]
+    run(command, folder / "machine.log", limit)
+    return read(file)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,14 +142,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     folder = args.output_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    described = folder / "machine.json"
-    ended = run(
-        [sys.executable, "-m", "tools.gpu.machine", "--json", str(described)],
-        folder / "machine.log",
-        args.limit,
-    )
-    machine = read(described)
-    if ended != "done" or not machine:
+    machine = machine_of(folder, args.limit)
+    if not machine:
         print("this machine cannot run it: install tools/gpu_wheels.txt first", file=sys.stderr)
         return 2
     found: dict[str, dict[str, Any]] = {}

@@ -67,7 +67,6 @@ def largest(found: Found, expected: Found) -> float:
     return float(max(errors.values()))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("size", "engine"),
     [

@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
 GetRanks = Callable[[int], Ranks]
 STEADY: dict[str, Any] = {"lora_dropout": 0.0, "max_steps": 4, "save_steps": 0, "eval_size": None}
 ON_GPU = on_gpus()
+# Of losses. A GPU's products differ with the alignment of what engines gather.
+CLOSE = 1e-4 if ON_GPU else 1e-5
 
 
 def each(*values: Any) -> tuple[Any, ...]:
@@ -94,7 +96,7 @@ def test_losses_are_one_processs(
 ) -> None:
     """On two ranks over NCCL too, where there are two GPUs."""
     ranks(size).run(runs.run, tiny_runs.options(task, tmp_path / "run", engine, **STEADY))
-    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
 
 
 @pytest.mark.parametrize("engine", each("zero2", "zero3"))
@@ -107,7 +109,7 @@ def test_overlap_comm(
     (tmp_path / "ds.json").write_text(json.dumps(config))
     case = tiny_runs.options(task, tmp_path / "run", "local", **STEADY)
     ranks(most_ranks(2)).run(runs.run, case | {"ds_config": tmp_path / "ds.json"})
-    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
 
 
 @pytest.mark.parametrize("engine", each("fsdp_offload", "zero3_offload"))
@@ -116,7 +118,7 @@ def test_offload_with_pinned_shards(
 ) -> None:
     case = tiny_runs.options(task, tmp_path / "run", engine, **STEADY)
     pinned = ranks(most_ranks(2)).run(work.pinned_weights, case)
-    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
     assert all(all(rank) for rank in pinned) or not ON_GPU
 
 
@@ -133,7 +135,7 @@ def test_a_resume_goes_on(ranks: GetRanks, task: Path, tmp_path: Path, engine: s
     checkpoint = tmp_path / "run" / "checkpoint-2"
     there = case | {"output_dir": tmp_path / "there", "resume_from_checkpoint": checkpoint}
     assert all(first == 2 for first, *_ in group.run(tiny_runs.train, there))
-    assert runs.losses(tmp_path / "there") == pytest.approx(expected, rel=1e-6)
+    assert runs.losses(tmp_path / "there") == pytest.approx(expected, rel=CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,6 +38,8 @@ def report(machine: dict[str, Any], found: Found) -> str:
         f"Device: {f'{count} × ' if count else ''}{machine['device']}",
         f"Versions: {versions}",
     ]
+    if machine["unsupported"]:
+        lines.append(f"Not supported: {', '.join(machine['unsupported'])}")
     if not count:
         lines += ["", "No GPU was found. Small forms ran on the CPU, and no figure counts."]
     lines += ["", "| part | ended | seconds |", "|---|---|---|"]
