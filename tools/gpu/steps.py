@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,7 @@ from tools.gpu.step import WARM_UP, WAYS, options_of, step_parser
 PEFT = "peft-alone"  # the way of tools/gpu/peft_step.py
 LEFT_ALONE = 6 * 2**30  # bytes for CUDA, and what the allocator cannot use
 BLOCKS = (48, 36, 24, 12, 6, 3, 1)
+ENGINES = ("zero3", "fsdp")  # of part ranks; the small form takes the first
 SMOKE = {"steps": 2, "examples": 4, "micro_batch": 2, "length": 16}
 
 
@@ -127,8 +129,8 @@ def compare_ways(runs: Runs, folder: Path, ways: list[str], engine: str) -> None
             runs.run(way, "peft_step", ["--engine", engine], folder)
 
 
-def compare_ranks(runs: Runs, folder: Path, most: int) -> None:
-    for engine in ("zero3", "fsdp"):
+def compare_ranks(runs: Runs, folder: Path, engines: Sequence[str], most: int) -> None:
+    for engine in engines:
         for ranks in sorted({1, min(2, most), most}):
             name = f"{engine}, {ranks} ranks"
             runs.run(name, "step", ["scalora", "--engine", engine], folder, ranks)
@@ -161,7 +163,7 @@ def main() -> None:
         vars(args).update(sizes)
         runs = Runs(args.json, sizes, make_model(folder, args))
         if args.ranks:
-            compare_ranks(runs, folder, args.ranks)
+            compare_ranks(runs, folder, ENGINES[:1] if args.smoke else ENGINES, args.ranks)
         else:
             compare_ways(runs, folder, args.ways, args.engine)
     failed = [name for name, row in runs.found["rows"].items() if "error" in row]
