@@ -205,7 +205,7 @@ def test_the_small_form_runs_on_a_cpu(tmp_path: Path) -> None:
     assert nf4["rescaled"] == [False, True] and nf4["rescale_seconds"] > 0
     assert nf4["tokens"] == peft["tokens"] == 4 * 16
     ranks = found["ranks"]["rows"]
-    assert list(ranks) == ["zero3, 1 ranks", "zero3, 2 ranks"]
-    two = ranks["zero3, 2 ranks"]
+    assert list(ranks) == ["zero3, 1 rank(s)", "zero3, 2 rank(s)"]
+    two = ranks["zero3, 2 rank(s)"]
     assert two["ranks"] == 2 and len(two["losses"]) == 5
     assert two["losses_off"] < 2e-3 and two["grad_norms_off"] < 0.1

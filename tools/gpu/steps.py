@@ -132,9 +132,9 @@ def compare_ways(runs: Runs, folder: Path, ways: list[str], engine: str) -> None
 def compare_ranks(runs: Runs, folder: Path, engines: Sequence[str], most: int) -> None:
     for engine in engines:
         for ranks in sorted({1, min(2, most), most}):
-            name = f"{engine}, {ranks} ranks"
+            name = f"{engine}, {ranks} rank(s)"
             runs.run(name, "step", ["scalora", "--engine", engine], folder, ranks)
-            one, row = runs.found["rows"][f"{engine}, 1 ranks"], runs.found["rows"][name]
+            one, row = runs.found["rows"][f"{engine}, 1 rank(s)"], runs.found["rows"][name]
             if ranks == 1 or "error" in one or "error" in row:
                 continue
             for figure in ("losses", "grad_norms"):
