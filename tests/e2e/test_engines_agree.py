@@ -98,7 +98,7 @@ HEAVY += [("llama", size, x) for size in (1, 4) for x in ("zero0", "zero1", "zer
 HEAVY += [("llama", size, x) for size in (1, 2, 4) for x in ("zero3", "fsdp")]
 HEAVY += [("gemma3", size, x) for size in (3, 4) for x in ("zero3", "fsdp")]
 # With a constant learning rate, a shorter run is the beginning of a longer one.
-CASES = [(*case, STEPS) for case in EVERY_DAY]
+CASES = [pytest.param(*case, STEPS) for case in EVERY_DAY]
 CASES += [pytest.param(*case, STEPS // 2, marks=pytest.mark.heavy) for case in HEAVY]
 
 
