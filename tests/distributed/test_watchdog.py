@@ -38,6 +38,11 @@ class Run:
         assert self.ranks[rank].exitcode == status, text
         return re.findall("^error: (.*)", text, re.MULTILINE)
 
+    def kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.join()
+
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
@@ -50,9 +55,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     yield start
     for run in runs:
-        for process in run.ranks:
-            process.kill()
-            process.join()
+        run.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A healthy run of 16 s, most of them pauses: it goes on while the other tests wait."""
+    run = Run(tmp_path_factory.mktemp("slow"), "slow", 2, timeout=4)
+    yield run
+    run.kill()
 
 
 def test_a_stopped_rank(start: Callable[..., Run]) -> None:
@@ -95,8 +106,8 @@ def test_ranks_that_wait_for_each_other(start: Callable[..., Run]) -> None:
     assert run.errors(1, 1) == []
 
 
-def test_a_slow_run_and_a_failure_are_nobodys_death(start: Callable[..., Run]) -> None:
-    slow, failing = start("slow", 2, timeout=4), start("fail", 2, timeout=60)
+def test_a_slow_run_and_a_failure_are_nobodys_death(start: Callable[..., Run], slow: Run) -> None:
+    failing = start("fail", 2, timeout=60)
     for rank in range(2):
         assert failing.errors(rank, 1) == []
         assert "RuntimeError: out of luck" in failing.files[rank].read_text()

@@ -97,10 +97,12 @@ HEAVY = [("gemma3", 1, "local"), ("llama", 4, "hybrid")]
 HEAVY += [("llama", size, x) for size in (1, 4) for x in ("zero0", "zero1", "zero2")]
 HEAVY += [("llama", size, x) for size in (1, 2, 4) for x in ("zero3", "fsdp")]
 HEAVY += [("gemma3", size, x) for size in (3, 4) for x in ("zero3", "fsdp")]
-CASES = [*EVERY_DAY, *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)]
+# With a constant learning rate, a shorter run is the beginning of a longer one.
+CASES = [pytest.param(*case, STEPS) for case in EVERY_DAY]
+CASES += [pytest.param(*case, STEPS // 2, marks=pytest.mark.heavy) for case in HEAVY]
 
 
-@pytest.mark.parametrize(("architecture", "size", "engine"), CASES)
+@pytest.mark.parametrize(("architecture", "size", "engine", "steps"), CASES)
 def test_losses_and_rules_agree_with_one_process(
     ranks: GetRanks,
     odd_model: Callable[[str], Path],
@@ -109,8 +111,9 @@ def test_losses_and_rules_agree_with_one_process(
     architecture: str,
     size: int,
     engine: str,
+    steps: int,
 ) -> None:
-    """20 fp32 steps, a rescale each: losses to 1e-5 relative, and the rule that each layer takes.
+    """A rescale in each fp32 step: losses to 1e-5 relative, and the rule that each layer takes.
 
     A layer may take another rule only where its column solution is within rounding of a bound.
     """
@@ -119,12 +122,13 @@ def test_losses_and_rules_agree_with_one_process(
         ranks(size),
         odd_model(architecture),
         tmp_path / "run",
+        max_steps=steps,
         per_device_train_batch_size=MICRO_BATCH[size],
         **runs.engine_options(engine, tmp_path),
     )
-    assert len(ours.losses) == len(expected.losses) == STEPS
-    largest = float(np.abs(ours.losses / expected.losses - 1).max())
-    others = check_rules(ours.rules, expected.rules)
+    assert len(ours.losses) == steps and len(expected.losses) == STEPS
+    largest = float(np.abs(ours.losses / expected.losses[:steps] - 1).max())
+    others = check_rules(ours.rules, expected.rules[:steps])
     print(f"{architecture}, {engine}, {size} rank(s): {largest:.1e} {others} other rule(s)")
     assert largest < TOLERANCE
 

@@ -99,8 +99,8 @@ def test_the_status_after_a_full_disk(
     task: Path, disk: Path, tmp_path: Path, on_failure: str, status: int
 ) -> None:
     case = full_disk_case(task, disk, "local", on_failure)
-    with launched.Launched("local", case, tmp_path / "log") as run:
-        assert run.wait() == status, run.text()
+    with Forked(1, case, tmp_path / "log") as run:
+        assert run.wait() == [status], run.text()
     check_disk(disk / "run", run.text())
     assert run.text().count("error: ") == (on_failure == "stop")
     assert "Traceback" not in run.text()

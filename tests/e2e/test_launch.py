@@ -40,18 +40,13 @@ def launch(
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ
-        | {
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": path,
-        },
+        env=os.environ | launched.ENVIRONMENT | {"PYTHONPATH": path},
     )
 
 
-def options(model: str, folder: Path, engine: str, **others: Any) -> list[str]:
+def options(model: str, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
     given = {"model_name_or_path": model, "output_dir": folder, **TASK}
-    return runs.words(given | runs.engine_options(engine, folder.parent) | others)
+    return given | runs.engine_options(engine, folder.parent) | others
 
 
 @pytest.mark.floors
@@ -73,34 +68,30 @@ def test_an_installed_wheel_trains_and_shows_one_table(
     assert rules["scalar"] == 0
 
 
-def mistakes(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
-    """{mistake: (options, what the sentence must say)}"""
-    broken = tmp_path / "broken.jsonl"
+def test_a_mistake_is_one_sentence_and_status_2(tiny_model: str, tmp_path: Path) -> None:
+    folder, broken = tmp_path / "run", tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    return {
-        "target": ({"target_modules": "q_proj w_proj"}, "w_proj"),
-        "data": ({"dataset": broken}, "line 2"),
-    }
-
-
-@pytest.mark.parametrize(
-    ("engine", "mistake"),
-    [
-        ("local", "data"),
-        pytest.param("zero3", "target", marks=pytest.mark.heavy),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_status_2(
-    tiny_model: str, tmp_path: Path, engine: str, mistake: str
-) -> None:
-    others, says = mistakes(tmp_path)[mistake]
-    folder = tmp_path / "run"
-    done = launch(*options(tiny_model, folder, engine, **others), engine=engine)
+    done = launch(*runs.words(options(tiny_model, folder, "local", dataset=broken)), engine="local")
     assert done.returncode == 2
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    check_one_sentence(done.stderr, "line 2", folder)
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.heavy
+def test_two_ranks_tell_a_mistake_once(tiny_model: str, tmp_path: Path) -> None:
+    """One that is found when the model is loaded. Launchers pass on the first failure."""
+    folder = tmp_path / "run"
+    case = options(tiny_model, folder, "zero3", target_modules="q_proj w_proj")
+    with Forked(2, case, tmp_path / "log") as run:
+        assert run.wait()[0] == 2, run.text()
+    check_one_sentence(run.text(), "w_proj", folder)
+
+
+def check_one_sentence(text: str, says: str, folder: Path) -> None:
+    sentences = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(sentences) == 1
     assert says in sentences[0]
-    assert "Traceback" not in done.stderr + done.stdout
+    assert "Traceback" not in text
     assert not folder.exists()
 
 
@@ -109,8 +100,7 @@ def test_nothing_is_overwritten_unasked(tiny_model: str, tmp_path: Path) -> None
     folder.mkdir()
     kept = folder / "metrics.jsonl"
     kept.write_text("mine")
-    given = {"model_name_or_path": tiny_model, "output_dir": folder, **TASK}
-    with Forked(2, given | runs.engine_options("zero3", tmp_path), tmp_path / "log") as run:
+    with Forked(2, options(tiny_model, folder, "zero3"), tmp_path / "log") as run:
         assert run.wait()[0] == 2, run.text()  # launchers pass on the first failure
     assert "--overwrite_output_dir" in run.text()
     assert kept.read_text() == "mine"

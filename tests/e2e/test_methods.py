@@ -53,8 +53,6 @@ def options(
         "lr_scheduler_type": "constant",
         "max_steps": STEPS,
         "save_steps": SAVED,
-        # Two ranks, two micro-batches each.
-        "per_device_train_batch_size": 3,
     }
     given |= SETTINGS.get(method, {}) | others | unread
     return tiny_runs.options(task, folder, engine, **given)
@@ -216,7 +214,7 @@ def test_copies_stay_the_same_bit_for_bit(
     ranks: GetRanks, task: Path, tmp_path: Path, method: MethodName, engine: str, size: int
 ) -> None:
     """Where ranks hold copies, every save compares them: none is refused."""
-    others = {"save_steps": 1, "bf16": True, "per_device_train_batch_size": 3}
+    others = {"save_steps": 1, "bf16": True}
     ranks(size).run(train, options(task, tmp_path / "run", engine, method, **others))
     assert step_of(checkpoints(tmp_path / "run")[0]) == STEPS
 

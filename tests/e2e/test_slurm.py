@@ -51,7 +51,7 @@ def test_a_preempted_job_comes_back_and_goes_on(
         (commands / name).chmod(0o755)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 3\n")
-    case = tiny_runs.options(odd, tmp_path / "run", engine, max_steps=24, save_steps=0, seed=3)
+    case = tiny_runs.options(odd, tmp_path / "run", engine, max_steps=12, save_steps=0, seed=3)
     given = {
         "RECIPE": recipe,
         "OUTPUT_DIR": case["output_dir"],
@@ -88,9 +88,8 @@ def test_a_preempted_job_comes_back_and_goes_on(
         process.send_signal(signal.SIGUSR1)
     assert first.wait(120) == 75, (tmp_path / "first").read_text()
     step = launched.last_step(tmp_path / "run")
-    assert 3 <= step < 24
+    assert 3 <= step < 12
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
-    time.sleep(1.1)  # TensorBoard takes its files in the order of the seconds in their names
     assert submit(tmp_path / "second").wait(300) == 0, (tmp_path / "second").read_text()
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
     assert f"checkpoint-{step}" in (tmp_path / "second").read_text()

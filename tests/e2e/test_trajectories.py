@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import runs, tiny_runs
+from tests.support import set_ups
 from tests.support.ranks import Ranks
+from tests.support.set_ups import SET_UPS
 from tools import loss_compare
 from tools.loss_compare import SetUp
 
@@ -33,7 +33,6 @@ EVERY_DAY = {
     *("zero3-4bit", "zero3-lora-pro", "zero3-saves-resumed", "fsdp-scalora", "fsdp-scalora-bf16"),
     *("fsdp-auto", "fsdp-carry", "fsdp-relora", "fsdp-lora-xs"),
 }
-SET_UPS = {set_up.name: set_up for set_up in loss_compare.set_ups()}
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +49,7 @@ def train(
     """``train(set_up)``: the folder of its run, which is made once."""
     results: Path = tmp_path_factory.mktemp("results")
 
-    def get(set_up: SetUp) -> Path:
-        folder = results / set_up.name
-        if not folder.exists():
-            options: dict[str, Any] = set_up.options(inputs)
-            options |= set_up.engine_options(runs.REPOSITORY / "ds_configs", inputs)
-            options["output_dir"] = folder
-            if set_up.resumes:
-                options["resume_from_checkpoint"] = get(SET_UPS[set_up.resumes]) / "checkpoint-3"
-            work = tiny_runs.train_fp16 if "fp16" in set_up.words else tiny_runs.train
-            ranks(set_up.ranks).run(work, options)
-        return folder
-
-    return get
+    return lambda set_up: set_ups.train(ranks, set_up, inputs, results)
 
 
 @pytest.mark.parametrize(

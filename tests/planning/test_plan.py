@@ -21,7 +21,7 @@ from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
 from scalora_dist.profiling.gpus import GPUS, find_gpu
-from tests.support import runs, tiny_models, tiny_runs
+from tests.support import launched, runs, tiny_models, tiny_runs
 from tests.support.workers.check_plan import measured, planned
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,7 @@ def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "scalora_dist", "plan", *words],
         cwd=ROOT,
+        env=os.environ | launched.ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=540,
@@ -212,6 +213,7 @@ def test_what_cannot_be_planned_is_refused(
 @pytest.mark.parametrize("model", [pytest.param(x, marks=pytest.mark.heavy) for x in PARAMETERS])
 def test_the_papers_models_are_planned(model: str) -> None:
     words = ["--output_dir", ".", "--ds_config", "ds_configs/zero3.json", "--bf16"]
+    words += ["--gradient_checkpointing"]  # as the smallest set-up: one trace serves both
     said = report(parse_options(words), PlanArguments(model=model, gpus_per_node=2))
     assert "smallest set-up that fits: 1 × h100-80g" in said
     # In MiB or GiB, 16-bit weights on two ranks.
@@ -226,7 +228,9 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(task: Path, tmp_path: Path
     done = subprocess.run(
         [sys.executable, "launch/train.py", *runs.words(case)],
         cwd=ROOT,
-        env=os.environ | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+        env=os.environ
+        | launched.ENVIRONMENT
+        | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
         check=True,

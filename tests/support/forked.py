@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from scalora_dist.training.trainer import Trainer
 from tests.support import runs
 from tests.support.ranks import forkserver, free_port
 
@@ -21,7 +22,16 @@ from tests.support.ranks import forkserver, free_port
 class Forked:
     """The ranks of one run. At the end of ``with``, all of them are killed."""
 
-    def __init__(self, size: int, case: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, size: int, case: dict[str, Any], log: Path, trainer: type[Trainer] = Trainer
+    ) -> None:
+        """
+        Args:
+            size: number of ranks.
+            case: the run's options.
+            log: file for all that is printed.
+            trainer: what the command trains with.
+        """
         context, port = forkserver(), free_port()
         self.log = log
         self.ranks: list[BaseProcess] = []
@@ -34,7 +44,9 @@ class Forked:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            process = context.Process(target=_main, args=(environment, runs.words(case), log))
+            process = context.Process(
+                target=_main, args=(environment, runs.words(case), log, trainer)
+            )
             process.start()
             self.ranks.append(process)
 
@@ -63,6 +75,7 @@ class Forked:
             if not self.running():
                 return False
             assert time.monotonic() < deadline, self.text()
+            time.sleep(0.001)  # the ranks need the cores
         return True
 
     def wait(self) -> list[int | None]:
@@ -81,12 +94,14 @@ class Forked:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def _main(environment: dict[str, str], words: list[str], log: Path) -> None:
+def _main(environment: dict[str, str], words: list[str], log: Path, trainer: type[Trainer]) -> None:
     os.environ |= environment
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from scalora_dist.cli import main
+    from scalora_dist.training import trainer as module
 
+    module.Trainer = trainer  # type: ignore[misc]
     main(["train", *words])
     os._exit(0)  # multiprocessing's own end waits for threads

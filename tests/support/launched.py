@@ -19,6 +19,7 @@ from tests.support import runs
 from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
+SCRIPT = "launch/train.py"
 # On the PYTHONPATH of launched runs: hides PEFT and bitsandbytes, whose imports take seconds.
 WITHOUT_PEFT = Path(__file__).parent / "without_peft"
 # PYTHONPATH of launched runs: that, and the package of this checkout.
@@ -42,21 +43,17 @@ LAUNCHERS = {
 class Launched:
     """A started command with all its processes. At the end of ``with``, all of them are killed."""
 
-    def __init__(
-        self, engine: str, case: dict[str, Any], log: Path, script: str = "launch/train.py"
-    ) -> None:
+    def __init__(self, engine: str, case: dict[str, Any], log: Path) -> None:
         """
         Args:
             engine: a key of LAUNCHERS.
             case: the run's options.
             log: file for all that is printed.
-            script: what is launched. It may import ``tests``.
         """
         port = str(free_port())
         launcher = LAUNCHERS[engine] + ["--master_port", port] * (engine != "local")
-        command = [*launcher, script, *runs.words(case)]
+        command = [*launcher, SCRIPT, *runs.words(case)]
         self.log = log
-        self.script = script
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 command,
@@ -90,7 +87,7 @@ class Launched:
         for process in self.everyone():
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
-                if self.script in command and process.pid != self.process.pid:
+                if SCRIPT in command and process.pid != self.process.pid:
                     rank = process.environ().get("RANK")
                     if rank is not None and Path(command[0]).name.startswith("python"):
                         ranks[int(rank)] = process

@@ -25,7 +25,8 @@ from scalora_dist.modeling.loss import target_losses
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
 
-# Dropout draws random numbers, and the examples of three epochs are shuffled three times.
+# Dropout draws random numbers, and the examples of three epochs are shuffled three times. A step of
+# two ranks has two micro-batches; each micro-batch costs a run as much as dozens of examples.
 TASK: dict[str, Any] = {
     "max_length": 24,
     "eval_size": 5,
@@ -33,6 +34,7 @@ TASK: dict[str, Any] = {
     "lora_alpha": 8,
     "learning_rate": 1e-3,
     "train_batch_size": 12,
+    "per_device_train_batch_size": 3,
     "lora_dropout": 0.1,
     "save_model": False,
     "update_rank_layers": 0,

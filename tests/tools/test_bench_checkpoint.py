@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import launched
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -27,7 +29,7 @@ def figures(tiny_model: str, tmp_path: Path) -> dict[str, float]:
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ | launched.ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
     assert "training stands still" in done.stdout

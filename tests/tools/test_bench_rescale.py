@@ -11,16 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.support import launched
 from tests.support.ranks import free_port
 from tests.support.tiny_models import save_task
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "bench_rescale.py"
-ENV = os.environ | {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+ENV = os.environ | launched.ENVIRONMENT
 RANK, HIDDEN, INTERMEDIATE, KEYS, LAYERS = 4, 64, 96, 32, 2
 # (m, n) of the adapted layers of one block: q, o, k, v, gate, up, down.
 SHAPES = 2 * [(HIDDEN, HIDDEN)] + 2 * [(KEYS, HIDDEN)] + 3 * [(INTERMEDIATE, HIDDEN)]

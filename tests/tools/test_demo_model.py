@@ -75,26 +75,11 @@ def test_a_race_keeps_the_first_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == [tool.MODEL_NAME]
 
 
-@pytest.fixture(
-    scope="module", params=["as all tests use it", pytest.param("anew", marks=pytest.mark.heavy)]
-)
-def converted(
-    request: pytest.FixtureRequest, demo_model: str, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    if request.param != "anew":
-        return Path(demo_model)
-    cache_dir = tmp_path_factory.mktemp("cache")
-    done = run(SCRIPT, "--cache_dir", cache_dir)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{cache_dir / 'smollm2-135m-instruct'}\n"
-    return Path(done.stdout.strip())
-
-
 @pytest.mark.floors
-def test_converted_tokenizer_is_smollm2s(converted: Path) -> None:
+def test_converted_tokenizer_is_smollm2s(demo_model: str) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(converted)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert tokenizer.model_max_length == 8192
     text = "Is  12 + 345\n\n6?"
@@ -104,12 +89,12 @@ def test_converted_tokenizer_is_smollm2s(converted: Path) -> None:
 
 
 @pytest.mark.floors
-def test_converted_model_answers_a_question(converted: Path) -> None:
+def test_converted_model_answers_a_question(demo_model: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(converted)
-    model = AutoModelForCausalLM.from_pretrained(converted)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    model = AutoModelForCausalLM.from_pretrained(demo_model)
     assert model.dtype == torch.float32
     assert not hasattr(model.config, "quantization_config")
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import set_ups
+from tests.support.ranks import Ranks
+from tests.support.set_ups import SET_UPS
 from tools import loss_compare
 
 RECORDED = {
@@ -54,11 +58,22 @@ def test_the_last_digit_counts(
 
 
 @pytest.mark.heavy
-def test_the_working_tree_repeats_itself(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_the_working_tree_repeats_what_other_ranks_computed(
+    ranks: Callable[[int], Ranks],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    """As a user starts it, on two ranks, with a resume."""
-    file = tmp_path / "recorded.json"
-    assert run(monkeypatch, ".", "--only=fsdp-saves", "--save", file) == 0
-    assert run(monkeypatch, file, ".", "--only=fsdp-saves") == 0
+    """The tool starts it as a user does, on two ranks, with a resume."""
+    inputs, before, after = (tmp_path / name for name in ("inputs", "before.json", "after.json"))
+    loss_compare.make_inputs(inputs)
+    recorded = {}
+    for name in ("fsdp-saves", "fsdp-saves-resumed"):
+        folder = set_ups.train(ranks, SET_UPS[name], inputs, tmp_path / "results")
+        recorded[name] = loss_compare.read_results(folder)
+    before.write_text(json.dumps(recorded))
+    assert run(monkeypatch, before, ".", "--only=fsdp-saves", "--save", after) == 0
     assert "2 set-ups, 12 steps" in capsys.readouterr().out
+    assert json.loads(after.read_text()) == recorded
+    assert run(monkeypatch, after, "--only=fsdp-saves") == 0
+    assert "2 set-ups recorded" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
+from tests.support import launched
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "merge_drift.py"
@@ -237,7 +238,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | launched.ENVIRONMENT
     command = [sys.executable, str(SCRIPT), *words]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=env)
 
