@@ -1,12 +1,13 @@
 """Checks and measures this project on a GPU, in parts of at most ten minutes.
 
-    python tools/bench_gpu.py [--parts first,tests,merge,rescale,step,ranks] [--output_dir FOLDER]
+    python tools/bench_gpu.py [--parts first,merge,…] [--output_dir FOLDER]
 
 | part    | what it does |
 |---------|--------------|
 | first   | what to look at first on a GPU: one line a check, pass or fail |
 | tests   | the tests of the suite that can run on GPUs |
 | merge   | merges at Gemma-3-12B's shapes, beside a copy on the device |
+| loss    | the loss and its gradient at Gemma-3-12B's LM head: Liger, chunks, full logits |
 | rescale | the whole rescale for five and seven projections, r = 8, 16 and 64 |
 | step    | steps of a random Gemma-3-12B: LoRA, ScaLoRA, PEFT's LoRA, ScaLoRA on NF4 |
 | ranks   | with several GPUs: ScaLoRA's step on 1, 2 and all, under ZeRO-3 and FSDP2 |
@@ -36,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.gpu.report import report  # noqa: E402 (this file needs no installed package)
 
-PARTS = ("first", "tests", "merge", "rescale", "step", "ranks")
+PARTS = ("first", "tests", "merge", "loss", "rescale", "step", "ranks")
 STATUS = {0: "done", None: "stopped: it took too long"}
 PATIENCE = 20.0  # seconds that a stopped part may take to clean up
 
