@@ -35,12 +35,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """``ranks(size)``: that many real ranks, started once per test run."""
+    """``ranks(size)``: that many real ranks, started once per test run.
+
+    On GPUs also after a failure: a CUDA error makes all later calls of its process fail.
+    """
     started: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:
         if size > ranks_module.most_ranks(size):
             pytest.skip(f"needs {size} GPUs")
+        if ranks_module.on_gpus() and size in started and started[size].failed:
+            started.pop(size).close()
         if size not in started:
             started[size] = Ranks(size)
         return started[size]

@@ -1,12 +1,13 @@
 """Checks and measures this project on a GPU, in parts of at most ten minutes.
 
-    python tools/bench_gpu.py [--parts first,tests,merge,rescale,step,ranks] [--output_dir FOLDER]
+    python tools/bench_gpu.py [--parts first,merge,…] [--output_dir FOLDER]
 
 | part    | what it does |
 |---------|--------------|
 | first   | what to look at first on a GPU: one line a check, pass or fail |
 | tests   | the tests of the suite that can run on GPUs |
 | merge   | merges at Gemma-3-12B's shapes, beside a copy on the device |
+| loss    | the loss and its gradient at Gemma-3-12B's LM head: Liger, chunks, full logits |
 | rescale | the whole rescale for five and seven projections, r = 8, 16 and 64 |
 | step    | steps of a random Gemma-3-12B: LoRA, ScaLoRA, PEFT's LoRA, ScaLoRA on NF4 |
 | ranks   | with several GPUs: ScaLoRA's step on 1, 2 and all, under ZeRO-3 and FSDP2 |
@@ -27,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 
 from tools.gpu.report import report  # noqa: E402 (this file needs no installed package)
 
-PARTS = ("first", "tests", "merge", "rescale", "step", "ranks")
+PARTS = ("first", "tests", "merge", "loss", "rescale", "step", "ranks")
 STATUS = {0: "done", None: "stopped: it took too long"}
+PATIENCE = 20.0  # seconds that a stopped part may take to clean up
 
 
 def command_of(part: str, file: Path, gpus: int, args: argparse.Namespace) -> list[str]:
@@ -80,18 +83,30 @@ def run(command: list[str], log: Path, limit: float) -> str:
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
         shown, deadline = 0, time.monotonic() + limit
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-            shown = show(log, shown)
-        status = process.poll()
-        if status is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+                shown = show(log, shown)
+            status = process.poll()
+        finally:
+            end(process)
     show(log, shown)
     return STATUS.get(status, f"failed with status {status}: see {log}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a part that still runs, with the processes that it started."""
+    if process.poll() is not None:
+        return
+    # The first lets it remove its temporary files, among them 24 GB of weights.
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
 
 
 def show(log: Path, since: int) -> int:
@@ -167,4 +182,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # also ends the part
     sys.exit(main(sys.argv[1:]))

@@ -44,7 +44,13 @@ def free_port() -> int:
 
 
 class Ranks:
-    """``size`` processes. ``run`` calls a function on all of them; its first argument is World."""
+    """``size`` processes. ``run`` calls a function on all of them; its first argument is World.
+
+    Attributes:
+        failed: whether a function has failed on a rank. On a GPU all later work may then fail.
+    """
+
+    failed = False
 
     def __init__(self, size: int) -> None:
         # A forked process cannot use CUDA if its parent has touched it, as imports may do.
@@ -74,6 +80,7 @@ class Ranks:
             RuntimeError: the function failed; with the traceback of the first rank that failed.
             TimeoutError: a rank gave no answer in time.
         """
+        self.failed = True  # unless all ranks answer
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
         answers = []
@@ -84,6 +91,7 @@ class Ranks:
         for rank, (fine, answer) in enumerate(answers):
             if not fine:
                 raise RuntimeError(f"rank {rank} of {self.size}:\n{answer}")
+        self.failed = False
         return [answer for _, answer in answers]
 
     def close(self) -> None:
@@ -99,6 +107,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    # By default cuBLAS takes 32 MiB and more on a GPU, which tests of memory would see.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     from scalora_dist.distributed.world import World
 
     world = World.join(timeout=timedelta(seconds=120))

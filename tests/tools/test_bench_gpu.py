@@ -187,7 +187,7 @@ def test_the_wheels_are_what_a_bare_machine_lacks() -> None:
 
 @pytest.mark.heavy
 def test_the_small_form_runs_on_a_cpu(tmp_path: Path) -> None:
-    parts = ["--parts", "merge,rescale,step,ranks", "--ways", "scalora-nf4", "peft-alone"]
+    parts = ["--parts", "merge,loss,rescale,step,ranks", "--ways", "scalora-nf4", "peft-alone"]
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "bench_gpu.py", *parts, "--output_dir", tmp_path],
         env=bench_gpu.os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
@@ -198,6 +198,7 @@ def test_the_small_form_runs_on_a_cpu(tmp_path: Path) -> None:
     found = {p: json.loads((tmp_path / f"{p}.json").read_text()) for p in parts[1].split(",")}
     assert {row["kind"] for row in found["merge"]["rows"]} == {"split", "nearest", "fp32"}
     assert all(row["model_seconds"] > 0 for row in found["merge"]["rows"])
+    assert [row["way"] for row in found["loss"]["rows"]] == ["chunks", "full logits"]
     whole, five = found["rescale"]["rows"][-1], found["rescale"]["rows"][0]
     assert (five["layers"], whole["layers"]) == (10, 14)
     assert list(whole["parts"]) == ["grams", "solve", "gather", "merge", "scale"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import string
 from collections.abc import Iterable, Iterator
@@ -103,7 +104,7 @@ def save_config(folder: Path, config: Gemma3TextConfig) -> None:
 
 
 def save_weights(folder: Path, config: Gemma3TextConfig, device: torch.device) -> None:
-    """Write random bfloat16 weights, drawn on ``device``."""
+    """Write random bfloat16 weights, drawn on ``device``. Keeps no memory of it."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -113,6 +114,10 @@ def save_weights(folder: Path, config: Gemma3TextConfig, device: torch.device) -
     finally:
         torch.set_default_dtype(before)
     model.save_pretrained(folder)
+    del model
+    gc.collect()
+    if device.type == "cuda":  # other processes train on it while this one waits
+        torch.cuda.empty_cache()
 
 
 def save_texts(file: Path, length: int, count: int) -> None:

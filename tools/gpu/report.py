@@ -53,7 +53,7 @@ def report(machine: dict[str, Any], found: Found) -> str:
     for goal in goals(found if count else {}):
         verdict = ("met" if goal.met else "NOT MET") if goal.measured else "not measured"
         lines.append(f"| {goal.what} | {goal.measured} | {verdict} |")
-    for table in (merge_table, rescale_table, step_table):
+    for table in (merge_table, loss_table, rescale_table, step_table):
         lines += table(found)
     return "\n".join(lines) + "\n"
 
@@ -67,6 +67,13 @@ def merge_table(found: Found) -> Iterator[str]:
         rate = row["model_bytes"] / row["model_seconds"] / 1e9
         cells = (row["kind"], row["rank"], f"{1e3 * row['model_seconds']:.1f}", f"{rate:,.0f}")
         yield f"| {' | '.join(map(str, cells))} | {row['of_copy']:.1%} |"
+
+
+def loss_table(found: Found) -> Iterator[str]:
+    if rows := found.get("loss", {}).get("rows"):
+        yield "\n| loss of a micro-batch | ms | peak, GB |\n|---|---|---|"
+    for row in rows or []:
+        yield f"| {row['way']} | {1e3 * row['seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} |"
 
 
 def rescale_table(found: Found) -> Iterator[str]:

@@ -85,8 +85,9 @@ def measure(options: Options, world: World) -> dict[str, Any]:
         seconds.append(world.max(now(device) - begun)[0])
         rescaled.append("rescale" in record)
         records.append(record)
-    peak = restart_peak(device) or 0
+    # First: the allocator restarts both of its counts together.
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    peak = restart_peak(device) or 0
     peak, reserved = map(int, world.max(peak, reserved))
     train, length = options.train, options.data.max_length
     flops = flops_of(options, trainer.runner)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
+from scalora_dist.modeling import loss
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.measured import STEPS, MeasuredTrainer
 from scalora_dist.planning.plan import Plan
@@ -20,7 +25,8 @@ class Found(NamedTuple):
         tracked: peak bytes of live tensors.
         gathered: bytes that all-gathers filled.
         reduced: bytes that other collectives filled.
-        peak: peak memory of the process, on a GPU of its allocator; None: unknown.
+        peak: peak memory of the process; on a GPU what the allocator took for this run. None:
+            unknown.
     """
 
     tracked: int
@@ -30,12 +36,17 @@ class Found(NamedTuple):
 
 
 def measured(world: World, options: dict[str, Any]) -> Found:
-    trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
-    assert isinstance(trainer, MeasuredTrainer)
-    trainer.run()
+    gc.collect()
+    # What earlier tests left on the GPU, where this process has run others.
+    others = torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
+    with patch.object(loss, "FOR_LIGER", ""):  # a plan knows the loss in chunks
+        trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
+        assert isinstance(trainer, MeasuredTrainer)
+        trainer.run()
     traffic = trainer.traffic
     reduced = traffic.received - traffic.gathered
-    return Found(trainer.tracked, traffic.gathered, reduced, trainer.peak)
+    peak = None if trainer.peak is None else trainer.peak - others
+    return Found(trainer.tracked, traffic.gathered, reduced, peak)
 
 
 def planned(options: dict[str, Any], size: int) -> Plan:
