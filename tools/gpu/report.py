@@ -48,7 +48,10 @@ def report(machine: dict[str, Any], found: Found) -> str:
         if rows := found.get(part, {}).get("rows"):
             counts = [sum(r["outcome"] == o for r in rows) for o in ("passed", "failed", "skipped")]
             lines += ["", "{}: {} passed, {} failed, {} skipped".format(part, *counts)]
-            lines += [f"* {r['check']}: {r['why']}" for r in rows if r["outcome"] == "failed"]
+            told = ("failed", "skipped") if part == "first" else ("failed",)
+            lines += [
+                f"* {r['outcome']}: {r['check']}: {r['why']}" for r in rows if r["outcome"] in told
+            ]
     lines += ["", "| goal | measured | |", "|---|---|---|"]
     for goal in goals(found if count else {}):
         verdict = ("met" if goal.met else "NOT MET") if goal.measured else "not measured"
@@ -172,14 +175,12 @@ def _memory(lora: dict[str, Any] | None, scalora: dict[str, Any] | None) -> Goal
 
 
 def _peft(lora: dict[str, Any] | None, others: list[dict[str, Any] | None]) -> Goal:
-    what = (
-        "LoRA's step: not slower than PEFT's (its layers in this trainer; PEFT and DeepSpeed alone)"
-    )
+    what = "LoRA's step: within 1 % not slower than PEFT's (in this trainer; with DeepSpeed alone)"
     times = [row["plain_seconds"] for row in others if row]
     if not (lora and times):
         return Goal(what)
     ratios = [lora["plain_seconds"] / time for time in times]
-    return Goal(what, ", ".join(f"{ratio:.2f} ×" for ratio in ratios), max(ratios) <= 1)
+    return Goal(what, ", ".join(f"{ratio:.2f} ×" for ratio in ratios), max(ratios) <= 1.01)
 
 
 def _plan(name: str, row: dict[str, Any] | None) -> Goal:

@@ -31,7 +31,7 @@ from scalora_dist.training.trainer import Trainer
 from tools.gpu.gemma import SEVEN
 
 RANK = 8
-WARM_UP = 3  # steps that are not timed: they make the optimizer's state and what the engine keeps
+WARM_UP = 2  # steps that are not timed: they make the optimizer's state and what the engine keeps
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "scalora": {"method": "scalora", "scaling_interval": 2},
@@ -113,7 +113,7 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, required=True, help="of the model and texts.jsonl")
     parser.add_argument("--json", type=Path, required=True, help="the file of the figures")
     parser.add_argument("--engine", default="zero2", help="a config of ds_configs/, fsdp or local")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--examples", type=int, default=64, help="in a step, of all ranks")
     parser.add_argument("--micro_batch", type=int, default=8, help="examples of a rank at once")
     parser.add_argument("--length", type=int, default=256, help="tokens of an example")

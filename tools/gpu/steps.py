@@ -131,7 +131,8 @@ def compare_ways(runs: Runs, folder: Path, ways: list[str], engine: str) -> None
 
 def compare_ranks(runs: Runs, folder: Path, engines: Sequence[str], most: int) -> None:
     for engine in engines:
-        for ranks in sorted({1, min(2, most), most}):
+        # Powers of two: each takes the same number of examples.
+        for ranks in sorted({1, min(2, most), 1 << (most.bit_length() - 1)}):
             name = f"{engine}, {ranks} rank(s)"
             runs.run(name, "step", ["scalora", "--engine", engine], folder, ranks)
             one, row = runs.found["rows"][f"{engine}, 1 rank(s)"], runs.found["rows"][name]
