@@ -181,9 +181,9 @@ def test_fp16_skips_and_goes_on(ranks: GetRanks, task: Path, tmp_path: Path, eng
     lines = [line for line in runs.metrics(tmp_path / "run") if "loss" in line]
     skipped = [line.get("skipped_step", False) for line in lines]
     count = sum(skipped)
-    assert 1 <= count < 20 and skipped == [True] * count + [False] * (len(lines) - count)
+    assert skipped[0] and not any(skipped[-4:])
     assert lines[-1]["loss_scale"] == 2.0 ** (26 - count)
-    assert lines[-1]["loss"] < lines[count]["loss"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 @pytest.mark.parametrize("engine", each("zero2", "zero3"))
