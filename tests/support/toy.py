@@ -254,9 +254,8 @@ class Run:
                 fields |= {
                     f"{name}_{key}": value for name, value in zip("mv", moments, strict=True)
                 }
-            states[layer.name] = State(
-                **{k: whole(v, self.world.device) for k, v in fields.items()}
-            )
+            wholes = {k: whole(v, self.world.device) for k, v in fields.items()}
+            states[layer.name] = State(**wholes)
         return states
 
     def output(self) -> dict[str, np.ndarray]:

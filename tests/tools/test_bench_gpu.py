@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -190,7 +191,7 @@ def test_the_small_form_runs_on_a_cpu(tmp_path: Path) -> None:
     parts = ["--parts", "merge,loss,rescale,step,ranks", "--ways", "scalora-nf4", "peft-alone"]
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "bench_gpu.py", *parts, "--output_dir", tmp_path],
-        env=bench_gpu.os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

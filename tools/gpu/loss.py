@@ -7,7 +7,6 @@ PEFT's users compute full logits. Of bfloat16, for one micro-batch of part step.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +21,7 @@ from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.training.run_log import write_json
 from tools.gpu.gemma import text_config
 from tools.gpu.merge import seconds_of
+from tools.gpu.part import run_part
 
 SHAPE, SMOKE_SHAPE = (8, 256), (2, 16)  # examples and tokens of a micro-batch
 
@@ -65,8 +65,4 @@ def measure(file: Path, *, smoke: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    measure(args.json, smoke=args.smoke)
+    run_part(__doc__, measure)

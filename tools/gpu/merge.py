@@ -8,7 +8,6 @@ into so many weights that no cache holds them.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from scalora_dist.config.method import MergeRounding
 from scalora_dist.methods.merger import IntoWeights
 from scalora_dist.training.run_log import write_json
 from tools.gpu.gemma import projection_shapes, random_layers, text_config
+from tools.gpu.part import run_part
 
 KINDS: dict[str, tuple[torch.dtype, MergeRounding, int]] = {  # dtype, rounding, least bytes
     "split": (torch.bfloat16, "split", 8),
@@ -104,8 +104,4 @@ def measure(file: Path, *, smoke: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    measure(args.json, smoke=args.smoke)
+    run_part(__doc__, measure)

@@ -7,7 +7,6 @@ are measured; a row says how many.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,7 @@ from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock, Stopwatch, now
 from scalora_dist.training.run_log import write_json
 from tools.gpu.gemma import FIVE, SEVEN, projection_shapes, random_layers, text_config
+from tools.gpu.part import run_part
 
 RANKS = (8, 16, 64)
 SMOKE_RANKS = (8,)
@@ -106,8 +106,4 @@ def measure(file: Path, *, smoke: bool) -> None:
 if __name__ == "__main__":
     # torch renamed collectives that older versions know by their old names only.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    measure(args.json, smoke=args.smoke)
+    run_part(__doc__, measure)
