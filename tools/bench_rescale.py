@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -48,6 +47,7 @@ from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock, Stopwatch
 from scalora_dist.profiling.traffic import Traffic
+from scalora_dist.profiling.versions import installed_versions
 from scalora_dist.training.run_log import write_json
 from scalora_dist.training.trainer import Trainer
 
@@ -270,7 +270,7 @@ def run(options: Options, rounds: int) -> dict[str, Any] | None:
     device = torch.cuda.get_device_name(world.device) if cuda else f"{platform.machine()} CPU"
     found = {
         "device": f"{world.size} ranks, {device}, {torch.get_num_threads()} threads each",
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "versions": installed_versions("torch", "deepspeed", "transformers"),
         "adapted_layers": len(trainer.engine.adapted),
         "options": asdict(trainer.options),
         **measure(Bench(trainer), rounds),

@@ -220,11 +220,11 @@ def save_odd_model(folder: Path, architecture: str, **sizes: Any) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def save_texts(folder: Path, letters: str, *, longest: int, count: int) -> None:
-    """Write texts.jsonl: ``count`` random texts of these letters, 8 to ``longest`` - 1 long."""
+def save_texts(folder: Path, letters: str, *, longest: int, count: int, shortest: int = 8) -> None:
+    """Write texts.jsonl: random texts of these letters, ``shortest`` to ``longest`` - 1 long."""
     generator, choices = np.random.default_rng(0), np.array(list(letters))
     with open(folder / "texts.jsonl", "w") as file:
-        for length in generator.integers(8, longest, count):
+        for length in generator.integers(shortest, longest, count):
             file.write(json.dumps({"text": "".join(generator.choice(choices, length))}) + "\n")
 
 

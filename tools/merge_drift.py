@@ -26,7 +26,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +43,7 @@ from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.versions import installed_versions
 from scalora_dist.training.run_log import write_json
 from scalora_dist.training.trainer import Trainer
 
@@ -257,7 +257,7 @@ def run(argv: list[str]) -> None:
         device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
         result = {
             "device": f"{device}, {torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": installed_versions("torch", "transformers"),
             "settings": {**settings, **asdict(args)},
             "over_layers": rows,
             "layers": watcher.rows,

@@ -1,15 +1,12 @@
-"""Gemma-3-12B's shapes: its config, random layers without a model, a random model, and texts."""
+"""Gemma-3-12B's shapes: its config, random layers without a model, and a random model."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import json
-import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -118,10 +115,3 @@ def save_weights(folder: Path, config: Gemma3TextConfig, device: torch.device) -
     gc.collect()
     if device.type == "cuda":  # other processes train on it while this one waits
         torch.cuda.empty_cache()
-
-
-def save_texts(file: Path, length: int, count: int) -> None:
-    """Write ``count`` random texts of at least ``length`` bytes, so each is cut to one length."""
-    letters, generator = np.array(list(string.ascii_letters)), np.random.default_rng(0)
-    rows = ({"text": "".join(generator.choice(letters, length + 8))} for _ in range(count))
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -22,11 +22,9 @@ from scalora_dist.distributed.world import World
 from scalora_dist.engines.build import join
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.modeling.load import read_base_model
-from scalora_dist.profiling.clock import now
-from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.training.resolve import resolve
 from scalora_dist.training.run_log import write_json
-from tools.gpu.step import WARM_UP, options_of, step_parser
+from tools.gpu.step import WARM_UP, options_of, step_parser, time_steps
 
 
 def wrapped(options: Options, config: dict[str, Any], world: World) -> Any:
@@ -67,22 +65,18 @@ def measure(options: Options, steps: int, world: World) -> dict[str, Any]:
     shape = (train.per_device_train_batch_size, options.data.max_length)
     vocabulary = engine.module.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(world.rank)
-    seconds = []
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            restart_peak(device)
-        world.sum(0.0)  # the ranks begin together
-        begun = now(device)
-        for _ in range(options.train.gradient_accumulation_steps):
+    accumulation = options.train.gradient_accumulation_steps
+
+    def take(_: int) -> None:
+        for _ in range(accumulation):
             ids = torch.randint(vocabulary, shape, generator=generator).to(device)
             mask = torch.ones_like(ids)
             loss = engine(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
             engine.backward(loss)
             engine.step()
-        seconds.append(world.max(now(device) - begun)[0])
-    (peak,) = world.max(restart_peak(device) or 0)
-    tokens = shape[0] * shape[1] * options.train.gradient_accumulation_steps * world.size
-    return {"seconds": seconds[WARM_UP:], "tokens": tokens, "peak_bytes": int(peak)}
+
+    timed = time_steps(world, WARM_UP + steps, take)
+    return {**timed, "tokens": shape[0] * shape[1] * accumulation * world.size}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,42 +69,51 @@ def options_of(way: str, folder: Path, output: Path, args: argparse.Namespace) -
     return parse_options([w for k, v in given.items() for w in (f"--{k}", *str(v).split())])
 
 
-def measure(options: Options, world: World) -> dict[str, Any]:
-    """Take the steps and return their figures. Collective."""
-    device = world.device
-    trainer = Trainer(options, world)
-    options = trainer.options
-    batches = trainer.start()
-    trainer.engine.module.train()
-    seconds, rescaled, records = [], [], []
-    for step in range(trainer.feed.steps):
+def time_steps(world: World, steps: int, take: Callable[[int], None]) -> dict[str, Any]:
+    """Take ``steps`` steps. Returns the times and the peak memory of those after ``WARM_UP``.
+
+    Each is of the slowest or largest rank. Collective.
+
+    Args:
+        take: takes the step with this number, counted from 0.
+    """
+    device, seconds = world.device, []
+    for step in range(steps):
         if step == WARM_UP:
             restart_peak(device)
         world.sum(0.0)  # the ranks begin together
         begun = now(device)
-        record, _ = trainer.take_step(step, batches)
+        take(step)
         seconds.append(world.max(now(device) - begun)[0])
-        rescaled.append("rescale" in record)
-        records.append(record)
     # First: the allocator restarts both of its counts together.
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-    peak = restart_peak(device) or 0
-    peak, reserved = map(int, world.max(peak, reserved))
+    peak, reserved = map(int, world.max(restart_peak(device) or 0, reserved))
+    return {"seconds": seconds[WARM_UP:], "peak_bytes": peak, "reserved_bytes": reserved}
+
+
+def measure(options: Options, world: World) -> dict[str, Any]:
+    """Take the trainer's steps and return their figures. Collective."""
+    trainer = Trainer(options, world)
+    options = trainer.options
+    batches = trainer.start()
+    trainer.engine.module.train()
+    records: list[dict[str, Any]] = []
+    timed = time_steps(
+        world, trainer.feed.steps, lambda step: records.append(trainer.take_step(step, batches)[0])
+    )
     train, length = options.train, options.data.max_length
     flops = flops_of(options, trainer.runner)
     micro_batch = train.per_device_train_batch_size
     work = flops.step(micro_batch, length, micro_batch * (length - 1)) if flops else None
     trainer.close()
     return {
-        "seconds": seconds[WARM_UP:],
-        "rescaled": rescaled[WARM_UP:],
+        **timed,
+        "rescaled": ["rescale" in record for record in records[WARM_UP:]],
         "losses": [record["loss"] for record in records],
         "grad_norms": [record["grad_norm"] for record in records],
         "tokens": records[-1]["tokens"],
         "flops": work and work * train.gradient_accumulation_steps,
-        "peak_tflops": peak_of(options, device),
-        "peak_bytes": peak,
-        "reserved_bytes": reserved,
+        "peak_tflops": peak_of(options, world.device),
         "low_half_bytes": sum(low.nbytes for low in trainer.runner.low_halves.values()),
     }
 

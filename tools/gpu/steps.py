@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import string
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,9 @@ import torch
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.planner import Planner
 from scalora_dist.training.run_log import write_json
-from tools.gpu.gemma import save_config, save_texts, save_weights, text_config
+from tools.gpu.gemma import save_config, save_weights, text_config
 from tools.gpu.step import WARM_UP, WAYS, options_of, step_parser
+from tools.loss_compare import save_texts
 
 PEFT = "peft-alone"  # the way of tools/gpu/peft_step.py
 LEFT_ALONE = 6 * 2**30  # bytes for CUDA, and what the allocator cannot use
@@ -109,7 +111,9 @@ def make_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         if not on_gpu or plan.peak.total < room:
             break
     steps = WARM_UP + args.steps
-    save_texts(folder / "texts.jsonl", args.length, args.examples * steps)
+    long = args.length + 8  # each text is cut to one length
+    count = args.examples * steps
+    save_texts(folder, string.ascii_letters, shortest=long, longest=long + 1, count=count)
     print(f"a random Gemma-3 with {config.num_hidden_layers} blocks is written", flush=True)
     save_weights(folder, config, torch.device("cuda" if on_gpu else "cpu"))
     return {

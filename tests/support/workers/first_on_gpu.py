@@ -23,7 +23,8 @@ from scalora_dist.methods.scalora import Rescaler, scale_factors_
 from scalora_dist.modeling import loss as loss_module
 from scalora_dist.modeling.loss import LossHead
 from scalora_dist.profiling.clock import Clock
-from tests.support import runs
+from tests.support import runs, toy
+from tests.support.reference import relative_error
 from tools.gpu.gemma import random_layers
 
 SHAPES = [(384, 256), (256, 640)]
@@ -40,12 +41,12 @@ def layers_of(world: World, dtype: torch.dtype) -> list[LayerShards]:
 
 def whole(shard: Any) -> Tensor:
     """A full matrix, float64, on the CPU."""
-    return shard.local.view(shard.shape).double().cpu()
+    return torch.from_numpy(toy.whole(shard, shard.local.device))
 
 
 def off(found: Tensor, true: Tensor) -> float:
     """The relative error in the Frobenius norm."""
-    return float((found.double().cpu() - true).norm() / true.norm())
+    return relative_error(found.double().cpu().numpy(), true.numpy())
 
 
 def device_of(world: World) -> str:
