@@ -1,4 +1,4 @@
-"""The command ``scalora``: train, plan a run, or check whether the machines are fit for one.
+"""The command ``scalora``: train, compare methods, plan a run, or check the machines.
 
 Signals count from the first moment, before the seconds that the imports take. The options are read
 and checked before torch's distributed parts and DeepSpeed are imported.
@@ -36,11 +36,15 @@ LIBRARIES = (
     "transformers",
     "yaml",
 )
+# Those of the extra `compare`.
+COMPARE_LIBRARIES = ("matplotlib", "scipy")
+COMMANDS = ("train", "plan", "doctor", "compare")
 USAGE = """usage: scalora COMMAND [--option value ...]
 
   scalora train    fine-tune a model
   scalora plan     what a run will need: memory, messages, least times
   scalora doctor   check the machine, the network between the ranks, and the engines
+  scalora compare  compare methods: a study of learning rates and seeds
 
 scalora COMMAND --help lists a command's options. On several ranks, let a launcher start it:
   deepspeed --num_gpus N --module scalora_dist train --ds_config zero3 ...
@@ -68,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan(words)
         elif command == "doctor":
             doctor(words)
+        elif command == "compare":
+            compare(words, signals)
         else:
             print(USAGE)
         signals.outlast()
@@ -82,9 +88,9 @@ def split(words: Sequence[str]) -> tuple[str, list[str]]:
     first = [word for word in words if not word.startswith("--local_rank=")][:1]
     if first in ([], ["--help"], ["-h"]):
         return "help", []
-    if first[0] not in ("train", "plan", "doctor"):
+    if first[0] not in COMMANDS:
         raise UserError(
-            f"scalora {first[0]}: choose train, plan or doctor; scalora --help explains"
+            f"scalora {first[0]}: choose one of {', '.join(COMMANDS)}; scalora --help explains"
         )
     rest = list(words)
     rest.remove(first[0])
@@ -157,3 +163,23 @@ def doctor(words: Sequence[str]) -> None:
     from scalora_dist.doctor.command import doctor_command
 
     doctor_command(words)
+
+
+def compare(words: Sequence[str], signals: StopSignals) -> None:
+    """Run a study of methods, or go on with it.
+
+    Args:
+        words: the study's file and the options.
+        signals: what handles requests to stop; already entered.
+
+    Raises:
+        UserError: a library that only this command needs is missing.
+    """
+    missing = [name for name in COMPARE_LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"scalora compare needs the extra `compare`: pip install {' '.join(missing)}"
+        )
+    from scalora_dist.compare.command import compare_command
+
+    compare_command(words, signals)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from scalora_dist.compare.command import CompareArguments
 from scalora_dist.config.option import declarations
 from scalora_dist.config.options import GROUPS
 from scalora_dist.doctor.command import DoctorArguments
@@ -60,7 +61,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_options_in_pages_exist() -> None:
-    groups: tuple[Any, ...] = (*GROUPS, PlanArguments, DoctorArguments)
+    groups: tuple[Any, ...] = (*GROUPS, PlanArguments, DoctorArguments, CompareArguments)
     ours = {each.name for group in groups for each, _ in declarations(group)}
     for page in PAGES:
         assert set(OPTION.findall(page.read_text())) <= ours | OTHERS, page

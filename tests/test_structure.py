@@ -24,6 +24,7 @@ ORDER = (
         "training",
         "planning",
         "doctor",
+        "compare",
         "cli",
         "__main__",
     ),

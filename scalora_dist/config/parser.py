@@ -69,7 +69,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "
-        parser.parse_args(field := _words(name, value))
+        parser.parse_args(field := option_words(name, value))
         words += field
     parser.source = ""
     options = Options(*parser.parse_args_into_dataclasses([*words, *argv]))
@@ -81,26 +81,38 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
+    return read_yaml(path, f"--config {path}", f"; give a file, or one of {names('recipes')}")
+
+
+def read_yaml(path: str, what: str, instead: str = "") -> dict[str, Any]:
+    """Read a YAML file of `name: value`.
+
+    Args:
+        path: the file.
+        what: how messages name it.
+        instead: what a message that the file cannot be opened ends with.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or is no mapping.
+    """
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"--config {path}: {error.strerror}; give a file, or one of {names('recipes')}"
-        ) from error
+        raise UserError(f"{what}: {error.strerror}{instead}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path} is not UTF-8 text: {error.reason}") from error
+        raise UserError(f"{what} is not UTF-8 text: {error.reason}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise UserError(f"--config {path}{where}: {problem}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config {path} must hold lines of `option: value`")
-    return recipe
+        raise UserError(f"{what}{where}: {problem}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} must hold lines of `option: value`")
+    return content
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """One option of a recipe as command-line words; none for null, which keeps the default."""
+def option_words(name: str, value: Any) -> list[str]:
+    """One option of a YAML file as command-line words; none for null, which keeps the default."""
     if value is None:
         return []
     if isinstance(value, list):

@@ -51,7 +51,7 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     Raises:
         UserError: a mistake in the arguments or in the data.
     """
-    name, options = _check(args)
+    name, options = check_data(args)
 
     def tokens(name: str, split: str, size: int, task_options: dict[str, Any]) -> Tokenized:
         examples = load_examples(name, split=split, seed=seed, size=size, task_options=task_options)
@@ -106,8 +106,12 @@ def _hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset 
     return dataset.select(order[:-size]), dataset.select(order[-size:])
 
 
-def _check(args: DataArguments) -> tuple[str, dict[str, Any]]:
-    """Refuse bad arguments; return `dataset`, and `dataset_options` as a dict."""
+def check_data(args: DataArguments) -> tuple[str, dict[str, Any]]:
+    """`dataset`, and `dataset_options` as a dict.
+
+    Raises:
+        UserError: a mistake in the arguments.
+    """
     if not args.dataset:
         raise UserError("Say what to train on with --dataset: a file, a folder, or a hub name.")
     try:

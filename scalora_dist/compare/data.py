@@ -1,0 +1,87 @@
+"""Cuts the data of a set-up once, so that all its runs train and are evaluated on the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from scalora_dist.compare.study import Setup, Study
+from scalora_dist.data.prepare import check_data
+from scalora_dist.data.sources import load_examples
+from scalora_dist.errors import UserError
+
+SEED = 0  # of the shuffle before the cut, and of generated tasks
+CUT = "cut.json"
+
+
+def cut_data(study: Study, setup: Setup, folder: Path) -> None:
+    """Write ``train``, ``validation`` and ``test`` (`Dataset.save_to_disk`) of a set-up.
+
+    They are cut from its shuffled training data; ``test`` from its test data, if it names some.
+    Nothing is done if an earlier start of the study has cut the same.
+
+    Args:
+        folder: becomes the folder of the three, whole or not at all.
+
+    Raises:
+        UserError: the data cannot be read, is too small, or other data is in ``folder``.
+    """
+    wanted = {
+        "source": asdict(setup.source),
+        "test_dataset": setup.test_dataset,
+        "test_dataset_split": setup.test_dataset_split,
+        "validation_size": study.validation_size,
+        "test_size": study.test_size,
+    }
+    if (folder / CUT).exists():
+        if json.loads((folder / CUT).read_text()) != wanted:
+            raise UserError(
+                f"{folder} holds data that was cut otherwise: name another --output_dir"
+            )
+        return
+    parts = _cut(study, setup)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, part in parts.items():
+        part.save_to_disk(str(partial / name))
+    (partial / CUT).write_text(json.dumps(wanted, indent=2) + "\n")
+    partial.rename(folder)
+
+
+def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
+    name, task_options = check_data(setup.source)
+    sizes = {"validation": study.validation_size}
+    if setup.test_dataset is None:
+        sizes["test"] = study.test_size
+    generated = setup.source.dataset_size + sum(sizes.values())
+    examples = _shuffled(name, setup.source.dataset_split, generated, task_options, SEED)
+    if len(examples) <= sum(sizes.values()):
+        raise UserError(
+            f"set-up {setup.name}: {name} has {len(examples)} examples, too few to cut off "
+            f"{' and '.join(f'{size} for {part}' for part, size in sizes.items())}"
+        )
+    parts = {}
+    for part, size in sizes.items():
+        parts[part], examples = examples.take(size), examples.skip(size)
+    parts["train"] = examples
+    if setup.test_dataset is not None:
+        # A generated task draws its questions from `seed` on: these come after the others.
+        after, split = SEED + generated, setup.test_dataset_split
+        test = _shuffled(setup.test_dataset, split, study.test_size, {}, after)
+        if len(test) < study.test_size:
+            raise UserError(
+                f"set-up {setup.name}: {setup.test_dataset} has {len(test)} examples: set "
+                "test_size to at most that"
+            )
+        parts["test"] = test.take(study.test_size)
+    return parts
+
+
+def _shuffled(name: str, split: str, size: int, task_options: dict[str, Any], seed: int) -> Dataset:
+    examples = load_examples(name, split=split, seed=seed, size=size, task_options=task_options)
+    return examples.shuffle(seed=SEED)

@@ -1,0 +1,350 @@
+"""Reads study.yaml and checks all of it, before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalora_dist.compare.runs import Cell, Grid, Run
+from scalora_dist.config.data import DataArguments
+from scalora_dist.config.option import declarations
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import option_words, parse_options, read_yaml
+from scalora_dist.engines.build import check_engine_choice
+from scalora_dist.errors import UserError
+
+# What the study sets for each run.
+SET_BY_THE_STUDY = frozenset(
+    {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "local_rank"}
+    | {"seed", "learning_rate", "rank", "config"}
+    | {"eval_dataset", "eval_dataset_split", "eval_size"}
+)
+# Where the data is read from, before it is cut.
+SOURCE = frozenset({"dataset", "dataset_split", "dataset_size", "dataset_options"})
+# What must be equal for all methods.
+SHARED = (
+    frozenset(each.name for each, _ in declarations(DataArguments))
+    | {"model_name_or_path", "adapter_name_or_path"}
+    | {"max_steps", "num_train_epochs", "train_batch_size"}
+)
+# Runs of a study keep no models and no checkpoints, unless `common` says so.
+DEFAULTS: dict[str, Any] = {"save_model": False, "save_steps": 0}
+KEYS: dict[str, Any] = {
+    "common": {},
+    "setups": None,
+    "validation_size": 1000,
+    "test_size": 1000,
+    "ranks": [8],
+    "methods": None,
+    "baseline": None,
+    "against": {},
+    "learning_rates": None,
+    "tuning_seeds": 2,
+    "final_seeds": 5,
+    "choose_by": "eval_loss",
+    "gpus_per_run": 1,
+    "smoke": False,
+}
+REQUIRED = ("setups", "methods", "baseline")
+FEWEST_FINAL_SEEDS = 5
+FIRST_TUNING_SEED = 1000
+FIRST_FINAL_SEED = 2000
+NAME = re.compile(r"\w[\w .,+=()-]*")  # names become folders and files
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A base model and a task.
+
+    Attributes:
+        name: its name in the study.
+        options: options of ``scalora train`` for all its runs, but for the data's source.
+        source: the options that name the training data.
+        test_dataset: where the test data is read from; None: cut from the training data.
+        test_dataset_split: split of ``test_dataset``.
+    """
+
+    name: str
+    options: dict[str, Any]
+    source: DataArguments
+    test_dataset: str | None
+    test_dataset_split: str
+
+
+@dataclass(frozen=True)
+class StudyMethod:
+    """A method of a study.
+
+    Attributes:
+        label: its name in the study.
+        options: its options of ``scalora train``.
+        grid: learning rates before they are widened.
+        ranks: values of ``--rank``; None alone: the method does not read it.
+        setups: names of the set-ups that it runs in.
+    """
+
+    label: str
+    options: dict[str, Any]
+    grid: Grid
+    ranks: tuple[int | None, ...]
+    setups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Against:
+    """An extra comparison of a method with another at ``times_rank`` times its rank."""
+
+    method: str
+    times_rank: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study.yaml. Fields without a comment are the file's.
+
+    Attributes:
+        tuning_seeds: seeds of tuning runs.
+        final_seeds: other seeds, of final runs.
+    """
+
+    setups: dict[str, Setup]
+    methods: dict[str, StudyMethod]
+    baseline: str
+    against: dict[str, Against]
+    validation_size: int
+    test_size: int
+    tuning_seeds: tuple[int, ...]
+    final_seeds: tuple[int, ...]
+    choose_by: str
+    gpus_per_run: int
+    smoke: bool
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells: by set-up, then by rank, those without a rank first, then by method."""
+        found = [
+            Cell(setup, label, rank)
+            for setup in self.setups
+            for label, method in self.methods.items()
+            if setup in method.setups
+            for rank in method.ranks
+        ]
+        order = list(self.setups)
+        return sorted(found, key=lambda cell: (order.index(cell.setup), cell.rank or 0))
+
+    def ranks(self, setup: str) -> list[int | None]:
+        """The ranks of a set-up's tables. Methods without a rank are in each of them."""
+        ranks = {cell.rank for cell in self.cells if cell.setup == setup} - {None}
+        return sorted(ranks, key=lambda rank: rank or 0) or [None]
+
+    def options(self, run: Run, data: Path) -> dict[str, Any]:
+        """The options of a run, but for its ``output_dir``.
+
+        Args:
+            data: the folder of the cut data of all set-ups.
+        """
+        folder = data / run.cell.setup
+        options = DEFAULTS | self.setups[run.cell.setup].options
+        options |= self.methods[run.cell.label].options
+        options |= {
+            "dataset": str(folder / "train"),
+            "eval_dataset": str(folder / ("validation" if run.part == "tune" else "test")),
+            "rank": run.cell.rank,
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of the command line of ``scalora train``."""
+    return [word for name, value in options.items() for word in option_words(name, value)]
+
+
+def read_study(path: str) -> Study:
+    """Read a study.
+
+    Raises:
+        UserError: the first mistake in it, also in an option of a run.
+    """
+    try:
+        return _study(read_yaml(path, path))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(path) else f"{path}: {text}") from error
+
+
+def _study(given: dict[str, Any]) -> Study:
+    _known(given, KEYS, "")
+    for key in REQUIRED:
+        if not given.get(key):
+            raise UserError(f"{key} is missing")
+    values = KEYS | given
+    common = _mapping(values["common"], "common")
+    _allowed(common, SET_BY_THE_STUDY, "common")
+    setups = {
+        str(name): _setup(str(name), common, options)
+        for name, options in _mapping(values["setups"], "setups").items()
+    }
+    methods: dict[str, StudyMethod] = {}
+    for name, options in _mapping(values["methods"], "methods").items():
+        methods[str(name)] = _method(str(name), options, values, setups)
+    baseline = str(values["baseline"])
+    if baseline not in methods:
+        raise UserError(f"baseline {baseline}: name one of the methods ({', '.join(methods)})")
+    smoke = values["smoke"]
+    if not isinstance(smoke, bool):
+        raise UserError(f"smoke {smoke!r}: set true or false")
+    if values["choose_by"] not in ("eval_loss", "eval_exact_match"):
+        raise UserError(f"choose_by {values['choose_by']}: set eval_loss or eval_exact_match")
+    finals = _count(values, "final_seeds")
+    if finals < (2 if smoke else FEWEST_FINAL_SEEDS):
+        raise UserError(
+            f"final_seeds {finals}: give at least {FEWEST_FINAL_SEEDS}, or at least 2 and "
+            "`smoke: true`, which is no study"
+        )
+    tuning = _count(values, "tuning_seeds")
+    if tuning > FIRST_FINAL_SEED - FIRST_TUNING_SEED:
+        raise UserError(f"tuning_seeds {tuning}: give fewer")
+    study = Study(
+        setups=setups,
+        methods=methods,
+        baseline=baseline,
+        against=_against(values["against"], methods),
+        validation_size=_count(values, "validation_size"),
+        test_size=_count(values, "test_size"),
+        tuning_seeds=tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning)),
+        final_seeds=tuple(range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + finals)),
+        choose_by=values["choose_by"],
+        gpus_per_run=_count(values, "gpus_per_run"),
+        smoke=smoke,
+    )
+    for setup in setups:
+        if not any(setup in method.setups for method in methods.values()):
+            raise UserError(f"setups, {setup}: no method runs in it")
+    return study
+
+
+def _setup(name: str, common: dict[str, Any], given: Any) -> Setup:
+    where = f"setups, {name}"
+    _check_name(name, where)
+    own = _mapping(given, where)
+    _allowed(own, SET_BY_THE_STUDY, where)
+    options = common | own
+    for key in ("model_name_or_path", "dataset"):
+        if not options.get(key):
+            raise UserError(f"{where}: {key} is missing")
+    test = options.pop("test_dataset", None)
+    split = options.pop("test_dataset_split", "test")
+    named = {key: value for key, value in options.items() if key in SOURCE and value is not None}
+    try:
+        source = parse_options(words_of(named | {"output_dir": "-"})).data
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    kept = {key: value for key, value in options.items() if key not in SOURCE}
+    return Setup(name, kept, source, test, str(split))
+
+
+def _method(
+    label: str, given: Any, values: dict[str, Any], setups: Mapping[str, Setup]
+) -> StudyMethod:
+    where = f"methods, {label}"
+    _check_name(label, where)
+    options = dict(_mapping(given, where))
+    own = {key: options.pop(key) for key in ("learning_rates", "ranks", "setups") if key in options}
+    _allowed(options, SET_BY_THE_STUDY | SHARED, where)
+    if "method" not in options:
+        raise UserError(f"{where}: method is missing")
+    chosen = [str(name) for name in own.get("setups", setups)]
+    for name in chosen:
+        if name not in setups:
+            raise UserError(f"{where}: there is no set-up {name}")
+    rates = own.get("learning_rates", values["learning_rates"])
+    if not isinstance(rates, list):
+        raise UserError(f"{where}: learning_rates is missing")
+    try:
+        grid = Grid(tuple(float(rate) for rate in rates))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: learning_rates {rates}: give numbers") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    ranks = own.get("ranks", values["ranks"])
+    if not isinstance(ranks, list) or not ranks or not all(map(_is_count, ranks)):
+        raise UserError(f"{where}: ranks {ranks}: give a list of numbers of at least 1")
+    reads = False
+    for name in chosen:
+        parsed = _parse(f"{label} in {name}", setups[name], options, values)
+        reads = parsed.method.reads("rank")
+    kept = tuple(sorted(set(ranks))) if reads else (None,)
+    return StudyMethod(label, options, grid, kept, tuple(chosen))
+
+
+def _parse(where: str, setup: Setup, options: dict[str, Any], values: dict[str, Any]) -> Options:
+    """Parse the options of a method in a set-up, as a run will."""
+    given = {name: x for name, x in (setup.options | options).items() if x is not None}
+    try:
+        parsed = parse_options(words_of(given | {"output_dir": "-"}))
+        check_engine_choice(parsed, _count(values, "gpus_per_run"))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return parsed
+
+
+def _against(given: Any, methods: Mapping[str, StudyMethod]) -> dict[str, Against]:
+    found = {}
+    for label, other in _mapping(given, "against").items():
+        where = f"against, {label}"
+        fields = _mapping(other, where)
+        _known(fields, ("method", "times_rank"), where)
+        name, times = str(fields.get("method")), fields.get("times_rank", 1)
+        for one in (label, name):
+            if one not in methods:
+                raise UserError(f"{where}: there is no method {one}")
+        if not _is_count(times):
+            raise UserError(f"{where}: times_rank {times}: give a number of at least 1")
+        if not any(rank and rank * times in methods[name].ranks for rank in methods[label].ranks):
+            raise UserError(f"{where}: {name} has no rank that is {times} times one of {label}'s")
+        found[str(label)] = Against(name, times)
+    return found
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must hold lines of `name: value`")
+    return value
+
+
+def _known(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)
+            says = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
+            raise UserError(f"{where}{', ' if where else ''}unknown key {key!r}: {says}")
+
+
+def _allowed(options: Mapping[str, Any], refused: frozenset[str], where: str) -> None:
+    for name in options:
+        if name in refused:
+            shared = name in SHARED - SET_BY_THE_STUDY
+            why = "put it into common or a set-up" if shared else "the study sets it: leave it out"
+            raise UserError(f"{where}: {name} cannot be set here; {why}")
+
+
+def _check_name(name: str, where: str) -> None:
+    if not NAME.fullmatch(name):
+        raise UserError(f"{where}: use letters, digits, blanks and . , + = - ( ) in names")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _count(values: Mapping[str, Any], key: str) -> int:
+    if not _is_count(values[key]):
+        raise UserError(f"{key} {values[key]}: give a number of at least 1")
+    return int(values[key])

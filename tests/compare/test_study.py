@@ -1,0 +1,133 @@
+"""study.yaml: mistakes are found before anything runs, each told in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scalora_dist.compare.data import cut_data
+from scalora_dist.compare.runs import Cell, Grid, Run
+from scalora_dist.compare.study import Study, read_study
+from scalora_dist.data.sources import load_examples
+from scalora_dist.errors import UserError
+from tests.support.refusals import one_sentence
+
+GOOD: dict[str, Any] = {
+    "common": {"model_name_or_path": "model", "max_steps": 4, "lora_alpha": 8},
+    "setups": {"task": {"dataset": "train.jsonl"}},
+    "ranks": [2, 8],
+    "methods": {
+        "LoRA": {"method": "lora"},
+        "full": {"method": "full", "learning_rates": [1e-4, 1e-3], "lora_alpha": None},
+    },
+    "baseline": "LoRA",
+    "learning_rates": [1e-3, 3e-3, 1e-2],
+}
+
+
+def read(folder: Path, **changes: Any) -> Study:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes))
+    return read_study(str(path))
+
+
+def test_what_a_study_holds(tmp_path: Path) -> None:
+    study = read(tmp_path)
+    assert study.cells == [
+        Cell("task", "full", None),
+        Cell("task", "LoRA", 2),
+        Cell("task", "LoRA", 8),
+    ]
+    options = study.options(Run(study.cells[1], 3e-3, 2000, "final"), Path("data"))
+    assert options == {
+        **{"model_name_or_path": "model", "max_steps": 4, "lora_alpha": 8, "method": "lora"},
+        **{"dataset": "data/task/train", "eval_dataset": "data/task/test"},
+        **{"rank": 2, "learning_rate": 3e-3, "seed": 2000, "save_model": False, "save_steps": 0},
+    }
+    full = study.options(Run(study.cells[0], 1e-3, 1000, "tune"), Path("data"))
+    assert full["eval_dataset"] == "data/task/validation"
+    assert not {"rank", "lora_alpha"} & set(full)
+
+
+def test_rates_outside_a_grid_go_on_with_its_factor() -> None:
+    grid = Grid((1e-3, 3e-3, 1e-2))
+    assert [grid.rate(position) for position in range(-1, 4)] == [
+        *(0.0003162, 1e-3, 3e-3, 1e-2, 0.03162)
+    ]
+
+
+def changed(*path: str, **values: Any) -> Callable[[], dict[str, Any]]:
+    """A change of one mapping of the study."""
+
+    def make() -> dict[str, Any]:
+        top = yaml.safe_load(yaml.safe_dump(GOOD))
+        inner = top
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner.update(values)
+        return top
+
+    return make
+
+
+MISTAKES = {
+    "baseline PiSSA: name one of the methods": changed(baseline="PiSSA"),
+    "unknown key 'rank': did you mean ranks": changed(rank=[2]),
+    "geometric": changed(learning_rates=[1e-3, 2e-3, 1e-2]),
+    "seed cannot be set here; the study sets it": changed("common", seed=3),
+    "max_steps cannot be set here; put it into common": changed("methods", "LoRA", max_steps=9),
+    "full in task: --method full does not read --lora_alpha": changed(
+        "methods", "full", lora_alpha=16.5
+    ),
+    "LoRA in task: unknown option 'lora_alfa'": changed("methods", "LoRA", lora_alfa=1),
+    "setups, task: dataset is missing": changed("setups", "task", dataset=None),
+    "final_seeds 3: give at least 5": changed(final_seeds=3),
+    "use letters": changed("setups", **{"a/b": {"dataset": "x.jsonl"}}),
+    "LoRA has no rank that is 3 times one of": changed(
+        "against", LoRA={"method": "LoRA", "times_rank": 3}
+    ),
+    "2 ranks need an engine": changed(gpus_per_run=2),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_one_sentence(message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, **MISTAKES[message]())
+    assert message in one_sentence(error)
+
+
+def test_data_is_cut_once_and_in_parts_that_share_nothing(tmp_path: Path) -> None:
+    texts = [f'{{"text": "example {i}"}}\n' for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(texts))
+    sizes = {"validation_size": 5, "test_size": 3}
+    study = read(tmp_path, setups={"task": {"dataset": str(tmp_path / "train.jsonl")}}, **sizes)
+    folder = tmp_path / "data" / "task"
+
+    def parts() -> dict[str, list[str]]:
+        return {
+            name: load_examples(str(folder / name), split="train", seed=0, size=0, task_options={})[
+                "text"
+            ][:]
+            for name in ("train", "validation", "test")
+        }
+
+    cut_data(study, study.setups["task"], folder)
+    before = parts()
+    assert {name: len(part) for name, part in before.items()} == {
+        **{"train": 12, "validation": 5, "test": 3}
+    }
+    assert sorted(chain(*before.values())) == sorted(f"example {i}" for i in range(20))
+    (tmp_path / "train.jsonl").write_text("".join(texts[:10]))  # what is cut stays as it is
+    cut_data(study, study.setups["task"], folder)
+    assert parts() == before
+    other = read(tmp_path, setups={"task": {"dataset": str(tmp_path / "train.jsonl")}})
+    with pytest.raises(UserError, match="cut otherwise"):
+        cut_data(other, other.setups["task"], folder)
+    with pytest.raises(UserError, match="too few"):
+        cut_data(other, other.setups["task"], tmp_path / "elsewhere")
