@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
-from scalora_dist.compare.data import cut_data
+from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.plots import Plots
 from scalora_dist.compare.record import (
     LOG,
@@ -90,6 +90,8 @@ def compare_command(
     folder = Path(args.output_dir)
     if args.report_only:
         records = Records(folder / "runs.jsonl")
+        if not records.lines:
+            raise UserError(f"--report_only: {folder} has no finished runs: leave it out")
         _Reporter(study, folder, records).write(list(study.setups))
         return
     workers = _workers(study, args.workers, context)
@@ -151,9 +153,9 @@ class _Studying:
             run = queue.pop(0)
             folder = self._folder(run)
             folder.mkdir(parents=True, exist_ok=True)
-            own = {"output_dir": str(folder / OUTPUT), "resume_from_checkpoint": "latest"}
-            words = words_of(self._options(run) | own)
-            self.workers.start(run, words, folder / LOG)
+            options = self.study.options(run) | data_options(run, self.folder / "data")
+            options |= {"output_dir": str(folder / OUTPUT), "resume_from_checkpoint": "latest"}
+            self.workers.start(run, words_of(options), folder / LOG)
         return bool(self.workers.running)
 
     def _take_ended(self, bar: tqdm[Any]) -> None:
@@ -172,7 +174,7 @@ class _Studying:
             bar.update()
 
     def _record(self, run: Run, status: int, seconds: float) -> None:
-        folder, options = self._folder(run), self._options(run)
+        folder, options = self._folder(run), self.study.options(run)
         metrics = read_metrics(folder / OUTPUT)
         most = options.get("max_skipped_steps", TrainArguments.max_skipped_steps)
         stopped_early = gave_up(metrics, most)
@@ -227,9 +229,6 @@ class _Studying:
     def _folder(self, run: Run) -> Path:
         return self.folder / "runs" / run.folder
 
-    def _options(self, run: Run) -> dict[str, Any]:
-        return self.study.options(run, self.folder / "data")
-
 
 class _Reporter:
     """Writes the report and the pictures of the runs that are finished."""
@@ -258,7 +257,7 @@ def _check_same_options(study: Study, folder: Path, records: Records) -> None:
     cells = set(study.cells)
     for record in records.lines:
         run = run_of(record)
-        if run.cell in cells and record["options"] != study.options(run, folder / "data"):
+        if run.cell in cells and record["options"] != study.options(run):
             raise UserError(
                 f"{folder} holds runs with other options ({run}): name another --output_dir"
             )
@@ -282,7 +281,9 @@ def _workers(study: Study, wanted: int | None, context: ForkServerContext | None
             )
     else:
         gpus, most = [], max(1, len(os.sched_getaffinity(0)) // ranks)
-    return Workers(wanted or most, ranks=ranks, gpus=gpus, context=context)
+    return Workers(
+        wanted or most, ranks=ranks, gpus=gpus, quantized=study.quantized, context=context
+    )
 
 
 def _device_name() -> str:

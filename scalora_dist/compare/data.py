@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from scalora_dist.compare.runs import Run
 from scalora_dist.compare.study import Setup, Study
 from scalora_dist.data.prepare import check_data
 from scalora_dist.data.sources import load_examples
@@ -51,6 +52,17 @@ def cut_data(study: Study, setup: Setup, folder: Path) -> None:
         part.save_to_disk(str(partial / name))
     (partial / CUT).write_text(json.dumps(wanted, indent=2) + "\n")
     partial.rename(folder)
+
+
+def data_options(run: Run, folder: Path) -> dict[str, Any]:
+    """The options that name a run's data: tuning runs never see test.
+
+    Args:
+        folder: the folder of all set-ups' data.
+    """
+    own = folder / run.cell.setup
+    held_out = {"tune": "validation", "final": "test"}[run.part]
+    return {"dataset": str(own / "train"), "eval_dataset": str(own / held_out)}
 
 
 def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:

@@ -60,7 +60,8 @@ class Plots:
                     losses.setdefault(each["learning_rate"], []).append(each["loss"])
             rates = sorted(losses)
             means = [sum(losses[rate]) / len(losses[rate]) for rate in rates]
-            axes.plot(rates, means, label=row.cell.label, markersize=0, **style)
+            axes.plot(rates, means, **style | {"marker": ""})
+            axes.plot([], [], label=row.cell.label, markersize=5, **style)  # for the legend
             points = [(rate, loss) for rate in rates for loss in losses[rate]]
             if points:
                 axes.plot(*zip(*points, strict=True), **style | {"linestyle": ""}, markersize=5)
@@ -73,7 +74,7 @@ class Plots:
                 )
             shown += means
         _end_above(axes, shown)
-        self._save(figure, axes, picture("rate", setup.name, table.rank), "best: ringed")
+        self._save(figure, axes, picture("rate", setup.name, table.rank), "large and open: chosen")
 
     def _by_step(self, setup: SetupResult, table: Table, title: str) -> None:
         figure, axes = _new(title, "step", "training loss (running mean)")

@@ -47,13 +47,13 @@ class Records:
 
     def _read(self) -> int:
         """Read the whole lines. Returns their bytes; a killed process may have left more."""
-        whole = _content(self.path).rpartition(b"\n")[0]
+        whole = _whole_lines(self.path)
         try:
             self.lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             message = f"{self.path} is damaged ({error}): delete the damaged line"
             raise UserError(message) from error
-        return len(whole) + 1 if whole else 0
+        return len(whole)
 
     def __enter__(self) -> Records:
         """
@@ -89,6 +89,12 @@ def _content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
+def _whole_lines(path: Path) -> bytes:
+    """What a file holds, without an incomplete last line."""
+    content = _content(path)
+    return content[: content.rfind(b"\n") + 1]
+
+
 def run_of(record: Mapping[str, Any]) -> Run:
     cell = Cell(record["setup"], record["label"], record["rank"])
     return Run(cell, record["learning_rate"], record["seed"], record["part"])
@@ -117,7 +123,7 @@ def ends_finite(metrics: Sequence[Mapping[str, Any]]) -> bool:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. Empty if the run took no step."""
-    lines = [json.loads(line) for line in _content(folder / "metrics.jsonl").splitlines()]
+    lines = [json.loads(line) for line in _whole_lines(folder / "metrics.jsonl").splitlines()]
     return lines if any("loss" in line for line in lines) else []
 
 
@@ -133,7 +139,7 @@ def make_record(
     """What runs.jsonl keeps of a finished run.
 
     Args:
-        options: the options that were given to ``scalora train``, but for ``output_dir``.
+        options: the options that were given to ``scalora train``, but for data and ``output_dir``.
         folder: the run's ``output_dir``.
         has_diverged: whether it diverged. Then ``summary.json`` may be missing.
         seconds: of the process that finished the run, start-up included.

@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from scalora_dist.compare.runs import Cell, Grid, Run
@@ -136,23 +135,23 @@ class Study:
         order = list(self.setups)
         return sorted(found, key=lambda cell: (order.index(cell.setup), cell.rank or 0))
 
+    @property
+    def quantized(self) -> bool:
+        """Whether a run may have a base in 4 bits."""
+        options = [setup.options for setup in self.setups.values()]
+        options += [method.options for method in self.methods.values()]
+        return any(each.get("load_in_4bit") for each in options)
+
     def ranks(self, setup: str) -> list[int | None]:
         """The ranks of a set-up's tables. Methods without a rank are in each of them."""
         ranks = {cell.rank for cell in self.cells if cell.setup == setup} - {None}
         return sorted(ranks, key=lambda rank: rank or 0) or [None]
 
-    def options(self, run: Run, data: Path) -> dict[str, Any]:
-        """The options of a run, but for its ``output_dir``.
-
-        Args:
-            data: the folder of the cut data of all set-ups.
-        """
-        folder = data / run.cell.setup
+    def options(self, run: Run) -> dict[str, Any]:
+        """The options of a run, but for its data (`data.data_options`) and ``output_dir``."""
         options = DEFAULTS | self.setups[run.cell.setup].options
         options |= self.methods[run.cell.label].options
         options |= {
-            "dataset": str(folder / "train"),
-            "eval_dataset": str(folder / ("validation" if run.part == "tune" else "test")),
             "rank": run.cell.rank,
             "learning_rate": run.learning_rate,
             "seed": run.seed,

@@ -11,12 +11,15 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+from transformers.utils import import_utils
 
 from scalora_dist.compare.runs import Run
 from scalora_dist.config.parser import parse_options
@@ -25,14 +28,19 @@ from scalora_dist.engines.build import join
 from scalora_dist.errors import exit_with_one_sentence
 from scalora_dist.training.trainer import Trainer
 
-# Modules that take seconds to import. The fork server imports them once, each run is forked from
-# it. It runs no operator and asks for no GPU: a forked process could not use CUDA then.
-PRELOADED = (
-    "scalora_dist.compare.workers",
-    "scalora_dist.engines.local",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-)
+# Modules that take seconds to import. The fork server imports them once, and each run is forked
+# from it. It runs no operator, so it has no threads that a fork loses.
+PRELOADED = ("scalora_dist.compare.workers", "scalora_dist.engines.local")
+# DeepSpeed, which transformers imports too, chooses its device when it is imported.
+PRELOADED_ON_CPUS = (*PRELOADED, "scalora_dist.engines.deepspeed")
+# A process that was forked after CUDA was set up cannot use it. Libraries set it up when they are
+# imported (bitsandbytes does), so the server sees no GPUs, and torch asks NVML for them.
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+# The environment of the only rank.
+ALONE = {
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+}
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Workers:
         *,
         ranks: int,
         gpus: list[str],
+        quantized: bool = False,
         context: ForkServerContext | None = None,
     ) -> None:
         """
@@ -72,17 +81,15 @@ class Workers:
             count: number of runs at a time.
             ranks: ranks of each run. More than one: torchrun starts them.
             gpus: names of GPUs as in CUDA_VISIBLE_DEVICES, ``ranks`` for each place; empty: CPUs.
+            quantized: whether a base is in 4 bits. On GPUs a run then has to import bitsandbytes
+                itself: where it sees no GPU, it loads its code for CPUs.
             context: what starts the processes; by default a fork server of our own.
         """
-        if context is None:
-            # `torch.cuda.is_available` then asks NVML, and does not set CUDA up.
-            os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-            context = mp.get_context("forkserver")
-            context.set_forkserver_preload(list(PRELOADED) if ranks == 1 else [])
-        self.context = context
         self.count = count
         self.ranks = ranks
         self.gpus = gpus
+        self.forks = ranks == 1 and not (gpus and quantized)
+        self.context = context or _fork_server(gpus=bool(gpus), forks=self.forks)
         self.running: list[Process] = []
 
     @property
@@ -105,7 +112,7 @@ class Workers:
         if self.gpus:
             own = self.gpus[place * self.ranks : (place + 1) * self.ranks]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        train = _train if self.ranks == 1 else _torchrun
+        train = _train if self.forks else _launch
         process = self.context.Process(
             target=train, args=(words, environment, log, self.ranks), daemon=True
         )
@@ -133,13 +140,31 @@ class Workers:
         self.running = []
 
 
+def _fork_server(*, gpus: bool, forks: bool) -> ForkServerContext:
+    """A server that has done the imports, if runs are forked from it."""
+    context = mp.get_context("forkserver")
+    if not forks:
+        context.set_forkserver_preload([])
+        return context
+    context.set_forkserver_preload(list(PRELOADED if gpus else PRELOADED_ON_CPUS))
+    before = {name: os.environ.get(name) for name in HIDDEN}
+    os.environ |= HIDDEN
+    forkserver.ensure_running()  # it keeps the environment that it is started in
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return context
+
+
 def _train(words: list[str], environment: dict[str, str], log: Path, ranks: int) -> None:
     """Train in this process, as ``scalora train`` does. Ends the process."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    _settle(environment | alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, log)
-    import torch
-
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch is imported already
+    _settle(environment | ALONE, log)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch was imported before
+    for found in vars(import_utils).values():
+        if hasattr(found, "cache_clear"):  # what transformers has found where it saw no GPU
+            found.cache_clear()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which os._exit would leak
     threading.Thread(target=_stop_with_the_study, daemon=True).start()
@@ -152,10 +177,11 @@ def _train(words: list[str], environment: dict[str, str], log: Path, ranks: int)
     os._exit(0)  # multiprocessing's own end waits for threads
 
 
-def _torchrun(words: list[str], environment: dict[str, str], log: Path, ranks: int) -> None:
-    """Become torchrun, which starts the ranks."""
-    _settle(environment, log)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+def _launch(words: list[str], environment: dict[str, str], log: Path, ranks: int) -> None:
+    """Become ``scalora train``, or torchrun, which starts it on more ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    launcher = torchrun if ranks > 1 else []
+    _settle(environment | ({} if ranks > 1 else ALONE), log)
     command = [sys.executable, *launcher, "-m", "scalora_dist", "train", *words]
     os.execv(sys.executable, command)
 

@@ -1,4 +1,7 @@
-"""A whole study of a tiny model: stopped half-way, resumed, and its report computed again."""
+"""A whole study of a tiny model: stopped half-way, resumed, and its report computed again.
+
+One of its three rates diverges.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,26 @@ import yaml
 
 from scalora_dist.compare.command import compare_command
 from scalora_dist.distributed.stop_signals import StopSignals
-from scalora_dist.errors import Preempted
+from scalora_dist.errors import Preempted, UserError
 from tests.support.ranks import forkserver
+from tests.support.refusals import one_sentence
 from tests.support.tiny_models import save_task
 
-# Far apart: the middle one is the best of both methods, so that no grid is widened.
-RATES = [1e-4, 1.0, 1e4]
+# With the lowest nothing changes, with the highest the loss is not finite: no grid is widened.
+RATES = [1e-30, 1.0, 1e30]
 SEEDS = 2
 
 
-def save_study(folder: Path) -> Path:
-    task = save_task(folder / "task")
+def save_study(folder: Path, task: Path, model: Path) -> Path:
     study = {
         "common": {
-            "model_name_or_path": str(task),
+            "model_name_or_path": str(model),
             "max_steps": 6,
             "train_batch_size": 8,
             "per_device_train_batch_size": 8,
             "max_length": 24,
             "update_rank_layers": 2,
+            "max_skipped_steps": 3,
         },
         "setups": {"texts": {"dataset": str(task / "texts.jsonl")}},
         "validation_size": 6,
@@ -71,9 +75,15 @@ def stop_after(folder: Path, count: int) -> threading.Thread:
     return thread
 
 
-def test_a_study_is_stopped_resumed_and_reported(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_task(tmp_path_factory.mktemp("task"))
+
+
+def test_a_study_is_stopped_resumed_and_reported(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    words = [str(save_study(tmp_path)), "--output_dir", str(folder), "--workers", "2"]
+    study = save_study(tmp_path, task, model=task)
+    words = [str(study), "--output_dir", str(folder), "--workers", "2"]
     with StopSignals() as signals:
         thread = stop_after(folder, 3)
         with pytest.raises(Preempted, match="stopped by SIGTERM"):
@@ -86,6 +96,8 @@ def test_a_study_is_stopped_resumed_and_reported(tmp_path: Path) -> None:
     after = lines(folder)
     assert after[: len(before)] == before
     assert len(after) == 2 * (len(RATES) + SEEDS)
+    lost = [record for record in after if record["diverged"]]
+    assert [record["learning_rate"] for record in lost] == [RATES[2]] * 2
     check_results(folder, after)
     check_what_is_left(folder)
 
@@ -100,7 +112,8 @@ def check_results(folder: Path, records: list[dict[str, Any]]) -> None:
         label = row["cell"]["label"]
         own = [record for record in records if record["label"] == label]
         tuned = [record for record in own if record["part"] == "tune"]
-        best = min(tuned, key=lambda record: record["eval_loss"])["learning_rate"]
+        sound = [record for record in tuned if not record["diverged"]]
+        best = min(sound, key=lambda record: record["eval_loss"])["learning_rate"]
         assert row["best_rate"] == best == RATES[1]
         final = sorted(
             (record for record in own if record["part"] == "final"), key=lambda x: x["seed"]
@@ -123,9 +136,19 @@ def check_results(folder: Path, records: list[dict[str, Any]]) -> None:
 def check_what_is_left(folder: Path) -> None:
     """A log, metrics and a summary of each run, and the pictures."""
     left = {path.name for path in (folder / "runs").rglob("*") if path.is_file()}
-    assert left == {"log", "metrics.jsonl", "summary.json"}
+    assert left == {"log", "metrics.jsonl", "summary.json"}  # no summary of those that diverged
     assert len(list((folder / "runs").rglob("log"))) == 2 * (len(RATES) + SEEDS)
     assert {path.name for path in folder.glob("*.png")} == {
         "loss_by_rate-texts-r2.png",
         "loss_by_step-texts-r2.png",
     }
+
+
+def test_a_run_that_fails_stops_the_study_and_its_log_is_named(task: Path, tmp_path: Path) -> None:
+    study = save_study(tmp_path, task, model=tmp_path / "nowhere")
+    words = [str(study), "--output_dir", str(tmp_path / "out"), "--workers", "1"]
+    with StopSignals() as signals, pytest.raises(UserError) as error:
+        compare_command(words, signals, forkserver())
+    log = Path(one_sentence(error).rpartition("see ")[2])
+    assert "nowhere" in log.read_text()
+    assert not lines(tmp_path / "out")

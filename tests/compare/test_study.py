@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scalora_dist.compare.data import cut_data
+from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.runs import Cell, Grid, Run
 from scalora_dist.compare.study import Study, read_study
 from scalora_dist.data.sources import load_examples
@@ -43,15 +43,20 @@ def test_what_a_study_holds(tmp_path: Path) -> None:
         Cell("task", "LoRA", 2),
         Cell("task", "LoRA", 8),
     ]
-    options = study.options(Run(study.cells[1], 3e-3, 2000, "final"), Path("data"))
-    assert options == {
+    final, tuning = (
+        Run(study.cells[1], 3e-3, 2000, "final"),
+        Run(study.cells[0], 1e-3, 1000, "tune"),
+    )
+    assert study.options(final) == {
         **{"model_name_or_path": "model", "max_steps": 4, "lora_alpha": 8, "method": "lora"},
-        **{"dataset": "data/task/train", "eval_dataset": "data/task/test"},
         **{"rank": 2, "learning_rate": 3e-3, "seed": 2000, "save_model": False, "save_steps": 0},
     }
-    full = study.options(Run(study.cells[0], 1e-3, 1000, "tune"), Path("data"))
-    assert full["eval_dataset"] == "data/task/validation"
-    assert not {"rank", "lora_alpha"} & set(full)
+    assert not {"rank", "lora_alpha"} & set(study.options(tuning))
+    folder = Path("data")
+    assert data_options(final, folder) == {
+        **{"dataset": "data/task/train", "eval_dataset": "data/task/test"}
+    }
+    assert data_options(tuning, folder)["eval_dataset"] == "data/task/validation"
 
 
 def test_rates_outside_a_grid_go_on_with_its_factor() -> None:
