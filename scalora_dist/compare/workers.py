@@ -26,11 +26,14 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.engines.build import join
 from scalora_dist.errors import exit_with_one_sentence
-from scalora_dist.training.trainer import Trainer
 
 # Modules that take seconds to import. The fork server imports them once, and each run is forked
 # from it. It runs no operator, so it has no threads that a fork loses.
-PRELOADED = ("scalora_dist.compare.workers", "scalora_dist.engines.local")
+PRELOADED = (
+    "scalora_dist.compare.workers",
+    "scalora_dist.training.trainer",
+    "scalora_dist.engines.local",
+)
 # DeepSpeed, which transformers imports too, chooses its device when it is imported.
 PRELOADED_ON_CPUS = (*PRELOADED, "scalora_dist.engines.deepspeed")
 # A process that was forked after CUDA was set up cannot use it. Libraries set it up when they are
@@ -160,6 +163,9 @@ def _fork_server(*, gpus: bool, forks: bool) -> ForkServerContext:
 
 def _train(words: list[str], environment: dict[str, str], log: Path, ranks: int) -> None:
     """Train in this process, as ``scalora train`` does. Ends the process."""
+    # Here, and not above: the server has imported it, and the study itself does without.
+    from scalora_dist.training.trainer import Trainer
+
     _settle(environment | ALONE, log)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch was imported before
     for found in vars(import_utils).values():
