@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -24,6 +24,7 @@ from scalora_dist.compare.record import (
     ends_finite,
     gave_up,
     make_record,
+    prepare,
     read_metrics,
     run_of,
     tidy,
@@ -92,7 +93,7 @@ def compare_command(
         records = Records(folder / "runs.jsonl")
         if not records.lines:
             raise UserError(f"--report_only: {folder} has no finished runs: leave it out")
-        _Reporter(study, folder, records).write(list(study.setups))
+        _Reporter(study, folder, records).write(study.setups)
         return
     workers = _workers(study, args.workers, context)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +134,10 @@ class _Studying:
             try:
                 while True:
                     plans = plan(self.study, self.records.finished())
+                    running = self._start(plans)
                     self._tell(before, plans, bar)
                     before = plans
-                    if not self._start(plans):
+                    if not running:
                         break
                     self._take_ended(bar)
             except KeyboardInterrupt:
@@ -151,9 +153,9 @@ class _Studying:
         queue = [run for each in plans for run in each.needed if run not in busy]
         while queue and self.workers.free:
             run = queue.pop(0)
-            folder = self._folder(run)
-            folder.mkdir(parents=True, exist_ok=True)
-            options = self.study.options(run) | data_options(run, self.folder / "data")
+            folder, options = self._folder(run), self.study.options(run)
+            prepare(folder, options)
+            options |= data_options(run, self.folder / "data")
             options |= {"output_dir": str(folder / OUTPUT), "resume_from_checkpoint": "latest"}
             self.workers.start(run, words_of(options), folder / LOG)
         return bool(self.workers.running)
@@ -205,19 +207,18 @@ class _Studying:
 
     def _tell(self, before: list[CellPlan], plans: list[CellPlan], bar: tqdm[Any]) -> None:
         """Print the cells that are decided now, write the report, and say how long it takes."""
-        old = {each.cell: each for each in before}
-        news = []
+        decided = {each.cell for each in before if each.decided}
+        complete = {each.cell for each in before if each.complete}
+        changed = set()
         for each in plans:
-            known = old.get(each.cell)
-            if each.decided and (known is None or not known.decided):
+            if each.decided and each.cell not in decided:
                 rate = "all diverged" if each.best_rate is None else f"{each.best_rate:g}"
                 bar.write(f"{each.cell}: best rate {rate}")
-            complete = each.decided and not each.needed
-            was = known is not None and known.decided and not known.needed
-            if each.decided and (known is None or not known.decided or complete != was):
-                news.append(each.cell.setup)
-        if news:
-            self.reporter.write(list(dict.fromkeys(news)))
+                changed.add(each.cell.setup)
+            if each.complete and each.cell not in complete:
+                changed.add(each.cell.setup)
+        if changed:
+            self.reporter.write(changed)
         finals = len(self.study.final_seeds)
         needed = sum(len(each.needed) + (not each.decided) * finals for each in plans)
         bar.total = bar.n + needed
@@ -239,7 +240,7 @@ class _Reporter:
         self.records = records
         self.plots = Plots(list(study.methods), folder)
 
-    def write(self, setups: list[str]) -> None:
+    def write(self, setups: Container[str]) -> None:
         """Write the report, and the pictures of some set-ups."""
         finished = self.records.finished()
         results = compute(self.study, plan(self.study, finished), finished)

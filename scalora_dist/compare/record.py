@@ -21,6 +21,7 @@ MOST_POINTS = 1000
 DIGITS = 5
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "peft", "numpy")
 OUTPUT = "output"  # a run's output_dir, in the run's folder, until its record is written
+OPTIONS = "options.json"  # of the run in OUTPUT
 LOG = "log"
 KEPT = ("metrics.jsonl", "summary.json", "model")  # a model is there with --save_model only
 
@@ -195,6 +196,22 @@ def point_steps(steps: int, points: int) -> list[int]:
     return np.cumsum([len(part) for part in np.array_split(np.arange(steps), points)]).tolist()
 
 
+def prepare(folder: Path, options: dict[str, Any]) -> None:
+    """Make a run's folder, and delete what an unfinished run with other options has left there.
+
+    A resume would go on from its checkpoint.
+
+    Args:
+        folder: the run's folder.
+        options: as for `make_record`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(options, sort_keys=True)
+    if _content(folder / OPTIONS).decode() != text:
+        shutil.rmtree(folder / OUTPUT, ignore_errors=True)
+        (folder / OPTIONS).write_text(text)
+
+
 def tidy(folder: Path) -> None:
     """Delete what a finished run wrote, but for ``KEPT`` and its log. May be repeated.
 
@@ -206,3 +223,4 @@ def tidy(folder: Path) -> None:
         if (output / name).exists():
             (output / name).replace(folder / name)
     shutil.rmtree(output, ignore_errors=True)
+    (folder / OPTIONS).unlink(missing_ok=True)

@@ -34,11 +34,11 @@ AGAINST_HEADER = (
 
 
 def write_report(
-    study: Study, results: Sequence[SetupResult], records: Iterable[Mapping[str, Any]], folder: Path
+    study: Study, results: Sequence[SetupResult], records: Sequence[Mapping[str, Any]], folder: Path
 ) -> None:
     """Write report.md and results.json, each whole or not at all."""
     aside = folder / "report.md.partial"
-    aside.write_text(render(study, results))
+    aside.write_text(render(study, results, records))
     aside.replace(folder / "report.md")
     value = {
         "study": asdict(study),
@@ -48,14 +48,32 @@ def write_report(
     write_json(folder / "results.json", value)
 
 
-def render(study: Study, results: Sequence[SetupResult]) -> str:
+def render(
+    study: Study, results: Sequence[SetupResult], records: Iterable[Mapping[str, Any]]
+) -> str:
     """The contents of report.md."""
     lines = [SMOKE, ""] if study.smoke else []
     lines += ["# Comparison of methods", "", *_how(study)]
     for setup in results:
         lines += ["", f"## {setup.name}", ""]
         lines += _setup_lines(setup)
+    lines += ["", "## What was run", ""]
+    rows = [(name, _options(setup.options)) for name, setup in study.setups.items()]
+    rows += [(label, _options(method.options)) for label, method in study.methods.items()]
+    lines += _markdown(("set-up or method", "options"), rows)
+    lines += ["", f"On {', '.join(sorted({_machine(record) for record in records}))}."]
     return "\n".join(lines) + "\n"
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    """For example "NVIDIA H200 (torch 2.13.0, transformers 5.23.0)"."""
+    names = ("scalora_dist", "torch", "transformers")
+    versions = ", ".join(f"{name} {record['versions'].get(name)}" for name in names)
+    return f"{record['device']} ({versions})"
 
 
 def _how(study: Study) -> list[str]:

@@ -56,6 +56,11 @@ class CellPlan:
     best_rate: float | None
     limited: bool
 
+    @property
+    def complete(self) -> bool:
+        """Whether the cell needs no more runs."""
+        return self.decided and not self.needed
+
 
 def tune(size: int, seeds: Sequence[int], score: Callable[[int, int], float | None]) -> Tuning:
     """Decide how the search for a learning rate goes on.
