@@ -1,4 +1,4 @@
-"""The command ``scalora``: train, plan a run, or check whether the machines are fit for one.
+"""The command ``scalora``: train, plan a run, check the machines, or compute the paper's figures.
 
 Signals count from the first moment, before the seconds that the imports take. The options are read
 and checked before torch's distributed parts and DeepSpeed are imported.
@@ -41,6 +41,7 @@ USAGE = """usage: scalora COMMAND [--option value ...]
   scalora train    fine-tune a model
   scalora plan     what a run will need: memory, messages, least times
   scalora doctor   check the machine, the network between the ranks, and the engines
+  scalora reproduce   figures of the ScaLoRA paper that a CPU can compute
 
 scalora COMMAND --help lists a command's options. On several ranks, let a launcher start it:
   deepspeed --num_gpus N --module scalora_dist train --ds_config zero3 ...
@@ -68,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan(words)
         elif command == "doctor":
             doctor(words)
+        elif command == "reproduce":
+            from scalora_dist.reproduce.command import reproduce_command
+
+            reproduce_command(words)
         else:
             print(USAGE)
         signals.outlast()
@@ -82,9 +87,9 @@ def split(words: Sequence[str]) -> tuple[str, list[str]]:
     first = [word for word in words if not word.startswith("--local_rank=")][:1]
     if first in ([], ["--help"], ["-h"]):
         return "help", []
-    if first[0] not in ("train", "plan", "doctor"):
+    if first[0] not in ("train", "plan", "doctor", "reproduce"):
         raise UserError(
-            f"scalora {first[0]}: choose train, plan or doctor; scalora --help explains"
+            f"scalora {first[0]}: choose train, plan, doctor or reproduce; scalora --help explains"
         )
     rest = list(words)
     rest.remove(first[0])

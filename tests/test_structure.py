@@ -24,6 +24,7 @@ ORDER = (
         "training",
         "planning",
         "doctor",
+        "reproduce",
         "cli",
         "__main__",
     ),
