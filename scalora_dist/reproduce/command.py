@@ -15,8 +15,10 @@ from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.reproduce import figure1, plots
 
-DESCRIPTION = """Compute a figure of the ScaLoRA paper: `scalora reproduce figure1 --output_dir DIR`
-is the linear regression of section 4.1."""
+REGRESSION = "Figure 1: the linear regression of section 4.1, by full GD, LoRA and ScaLoRA."
+CONDITIONS = """Figures 2(c) and 2(d): the rank of the gradient, and how often the column solution
+is positive, during ScaLoRA runs. Further options are those of `scalora train`, such as
+--model_name_or_path, --dataset and --max_steps."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,37 @@ class Figure1Arguments(Group):
             raise UserError(f"--ranks {max(self.ranks)}: set ranks of at most --features")
 
 
+@dataclass(frozen=True)
+class Figure2Arguments(Group):
+    _argument_group_name = "figure2"
+
+    output_dir: str = tool_option(".", "The folder for the PNG, the JSON, the table and the runs.")
+    ranks: list[int] = tool_option([1, 2, 4, 8, 16], "r of each run.", at_least=1)
+    batch_sizes: list[int] = tool_option([16], "Examples of a step, of each run.", at_least=1)
+    gradient_every: int = tool_option(10, "Steps from one gradient of W to the next.", at_least=1)
+    gradient_layers: int = tool_option(14, "Layers whose gradient is computed.", at_least=1)
+
+
 def reproduce_command(words: Sequence[str]) -> None:
     """Compute one figure and write it.
 
     Raises:
         UserError: a mistake in the options, or matplotlib is not installed.
     """
-    name, *options = words or ["--help"]
-    if name != "figure1":
-        raise UserError(f"scalora reproduce {name}: choose figure1, e.g. {DESCRIPTION}")
+    figures = {"figure1": reproduce_figure1, "figure2": reproduce_figure2}
+    name, *options = words or ["?"]
+    if name not in figures:
+        raise UserError(
+            "scalora reproduce: say figure1 or figure2 first; scalora reproduce figure1 --help "
+            "lists the options"
+        )
     plots.check_matplotlib()
-    reproduce_figure1(options)
+    figures[name](options)
 
 
 def reproduce_figure1(words: Sequence[str]) -> None:
-    parser = Parser(
-        [Figure1Arguments],
-        allow_abbrev=False,
-        prog="scalora reproduce figure1",
-        description=DESCRIPTION,
-    )
-    (args,) = parser.parse_args_into_dataclasses(list(words))
+    """Compute and write figure 1."""
+    (args,) = _parser(Figure1Arguments, REGRESSION).parse_args_into_dataclasses(list(words))
     world = World.join(timeout=timedelta(minutes=1))
     data = figure1.figure1(
         world,
@@ -69,6 +81,31 @@ def reproduce_figure1(words: Sequence[str]) -> None:
     folder = write(Path(args.output_dir), "figure1", data, figure1.table(data))
     plots.draw_figure1(data, folder / "figure1.png")
     world.leave()
+
+
+def reproduce_figure2(words: Sequence[str]) -> None:
+    """Train the runs of figure 2, and write what was observed."""
+    from scalora_dist.engines.build import join
+    from scalora_dist.reproduce import figure2
+
+    parser = _parser(Figure2Arguments, CONDITIONS)
+    args, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    folder = Path(args.output_dir)
+    runs = [
+        figure2.options_of(rest, folder, rank, batch)
+        for rank in args.ranks
+        for batch in args.batch_sizes
+    ]
+    world = join(runs[0])
+    data = figure2.figure2(runs, world, every=args.gradient_every, count=args.gradient_layers)
+    write(folder, "figure2", data, figure2.table(data))
+    plots.draw_figure2(data, folder / "figure2.png")
+    world.leave()
+
+
+def _parser(group: type[Group], description: str) -> Parser:
+    name = f"scalora reproduce {group._argument_group_name}"
+    return Parser([group], allow_abbrev=False, prog=name, description=description)
 
 
 def write(folder: Path, name: str, data: dict[str, Any], table: str) -> Path:

@@ -198,8 +198,8 @@ def figure1(
 def table(data: dict[str, Any]) -> str:
     """Markdown: the paper's sentences beside what was measured, and each method at its best."""
     lines = [
-        f"ℓ(W) = ½‖W X − Y‖², W {data['features']} × {data['features']}, {data['samples']} samples, "
-        f"{data['iterations']} iterations of GD, seed {data['seed']}; ℓ(0) = "
+        f"ℓ(W) = ½‖W X − Y‖², W {data['features']} × {data['features']}, {data['samples']} "
+        f"samples, {data['iterations']} iterations of GD, seed {data['seed']}; ℓ(0) = "
         f"{data['first_loss']:.1f}.",
         "",
         "| the paper says (section 4.1, figure 1) | r | measured |",
@@ -218,8 +218,8 @@ def table(data: dict[str, Any]) -> str:
             f"{lora['rank'][-1]} |",
             f"| it is better aligned to full fine-tuning | {rank} | mean cosine "
             f"{_mean(ours['cosine']):.3f}, LoRA's {_mean(lora['cosine']):.3f} |",
-            f"| it minimizes the quadratic upper bound (6) | {rank} | mean share of the most that a "
-            f"change of W can lower the bound: {_mean(ours['bound_share']):.3f}, LoRA's "
+            f"| it minimizes the quadratic upper bound (6) | {rank} | mean share of the most that "
+            f"a change of W can lower the bound: {_mean(ours['bound_share']):.3f}, LoRA's "
             f"{_mean(lora['bound_share']):.3f} |",
         ]
     lines += [
