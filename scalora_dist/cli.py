@@ -38,10 +38,10 @@ LIBRARIES = (
 )
 USAGE = """usage: scalora COMMAND [--option value ...]
 
-  scalora train    fine-tune a model
-  scalora plan     what a run will need: memory, messages, least times
-  scalora doctor   check the machine, the network between the ranks, and the engines
-  scalora reproduce   figures of the ScaLoRA paper that a CPU can compute
+  scalora train      fine-tune a model
+  scalora plan       what a run will need: memory, messages, least times
+  scalora doctor     check the machine, the network between the ranks, and the engines
+  scalora reproduce  compute figures of the ScaLoRA paper on a CPU
 
 scalora COMMAND --help lists a command's options. On several ranks, let a launcher start it:
   deepspeed --num_gpus N --module scalora_dist train --ds_config zero3 ...
@@ -70,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif command == "doctor":
             doctor(words)
         elif command == "reproduce":
-            from scalora_dist.reproduce.command import reproduce_command
-
-            reproduce_command(words)
+            reproduce(words)
         else:
             print(USAGE)
         signals.outlast()
@@ -162,3 +160,10 @@ def doctor(words: Sequence[str]) -> None:
     from scalora_dist.doctor.command import doctor_command
 
     doctor_command(words)
+
+
+def reproduce(words: Sequence[str]) -> None:
+    """Compute a figure of the ScaLoRA paper, in one process."""
+    from scalora_dist.reproduce.command import reproduce_command
+
+    reproduce_command(words)
