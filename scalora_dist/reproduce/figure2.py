@@ -62,7 +62,7 @@ def table(data: dict[str, Any]) -> str:
         stable = median(one["stable_rank"] for one in run["gradients"])
         size = median(one["size"] for one in run["gradients"])
         lines.append(
-            f"| {run['rank']} | {run['batch']} | {enough:.0%} | {min(ranks)} | {median(ranks):g} | "
+            f"| {run['rank']} | {run['batch']} | {enough:.1%} | {min(ranks)} | {median(ranks):g} | "
             f"{stable:.1f} | {size:g} |"
         )
     lines += [

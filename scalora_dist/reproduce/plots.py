@@ -49,7 +49,7 @@ def draw_figure1(data: dict[str, Any], path: Path) -> None:
     """The four panels of the paper at the first rank; below them the grids, and all ranks."""
     figure, ((loss, rank, cosine, bound), (by_eta, by_step, by_rank, reached)) = _axes(2, 4)
     first, methods = next(iter(data["ranks"].items()))
-    ranks = [int(r) for r in data["ranks"]]
+    ranks = sorted(int(r) for r in data["ranks"])
     for number, (name, found) in enumerate(methods.items()):
         one, style = found["trace"], {"color": f"C{number}", "lw": 1}
         loss.semilogy(one["loss"], label=name, **style)
