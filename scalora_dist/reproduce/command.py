@@ -87,6 +87,7 @@ def reproduce_figure2(words: Sequence[str]) -> None:
     """Train the runs of figure 2, and write what was observed."""
     from scalora_dist.engines.build import join
     from scalora_dist.reproduce import figure2
+    from scalora_dist.reproduce.conditions import observe
 
     parser = _parser(Figure2Arguments, CONDITIONS)
     args, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
@@ -97,7 +98,11 @@ def reproduce_figure2(words: Sequence[str]) -> None:
         for batch in args.batch_sizes
     ]
     world = join(runs[0])
-    data = figure2.figure2(runs, world, every=args.gradient_every, count=args.gradient_layers)
+    every, count = args.gradient_every, args.gradient_layers
+    data = {
+        "model": Path(str(runs[0].model.model_name_or_path)).name,
+        "runs": [observe(options, world, every=every, count=count) for options in runs],
+    }
     write(folder, "figure2", data, figure2.table(data))
     plots.draw_figure2(data, folder / "figure2.png")
     world.leave()

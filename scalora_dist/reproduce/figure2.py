@@ -1,4 +1,4 @@
-"""Figure 2(c) and 2(d) of the paper on any model: runs at several ranks and batch sizes."""
+"""Figure 2(c) and 2(d) of the paper on any model: the runs' options, and the table of them all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import parse_options
-from scalora_dist.distributed.world import World
-from scalora_dist.reproduce.conditions import observe
 
 MICRO_BATCH = 32  # examples of one forward, at most
 
@@ -32,15 +30,6 @@ def options_of(words: Sequence[str], folder: Path, rank: int, batch: int) -> Opt
         "update_rank_layers": 0,
     }
     return parse_options([*words, *(f"--{name}={value}" for name, value in ours.items())])
-
-
-def figure2(runs: Sequence[Options], world: World, *, every: int, count: int) -> dict[str, Any]:
-    """Train one run after another and collect what was observed, ready for JSON."""
-    return {
-        "model": Path(runs[0].model.model_name_or_path).name,
-        "steps": runs[0].train.max_steps,
-        "runs": [observe(options, world, every=every, count=count) for options in runs],
-    }
 
 
 def table(data: dict[str, Any]) -> str:
