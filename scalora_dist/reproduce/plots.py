@@ -114,7 +114,9 @@ def draw_figure2(data: dict[str, Any], path: Path) -> None:
         for key, line in (("positive", "o-"), ("bounded", "o--")):
             values = [mean(step[key] for step in run["shares"][1:]) for run in runs]
             means.plot([x["rank"] for x in runs], values, line, ms=2, lw=1, color=f"C{number}")
-        _label(shares[number], f"(d) share of layers with z > 0, batch {batch}", "step")
+        _label(
+            shares[number], f"(d) layers with z > 0, {SMOOTHED}-step mean, batch {batch}", "step"
+        )
     means.set_xscale("log", base=2)
     for axis in (*shares, means):
         axis.set_ylim(-0.03, 1.03)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
@@ -20,9 +19,10 @@ from scalora_dist.reproduce.command import reproduce_command
 from scalora_dist.reproduce.conditions import ObservingTrainer
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
+from tests.support.reference import Array
 
 
-def is_positive(A: NDArray, B: NDArray, grad_A: NDArray, grad_B: NDArray) -> bool:
+def is_positive(A: Array, B: Array, grad_A: Array, grad_B: Array) -> bool:
     """Whether z = H⁺λ is positive (Theorem 5); unknowns without any effect do not count."""
     S_A, S_B = np.hstack([A, grad_A]), np.hstack([grad_B, B])
     H = (S_A.T @ S_A) * (S_B.T @ S_B)
@@ -61,8 +61,9 @@ class Checked(ObservingTrainer):
             weight = self.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.requires_grad_(True)
-            loss = sum(self.loss(self.model, inputs).loss for inputs in batch) / targets
-            self.dense.append((step, name, torch.autograd.grad(loss, weight)[0]))
+            losses = torch.stack([self.loss(self.model, inputs).loss for inputs in batch])
+            (gradient,) = torch.autograd.grad(losses.sum() / targets, weight)
+            self.dense.append((step, name, gradient))
             weight.requires_grad_(False)
 
 

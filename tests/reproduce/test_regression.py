@@ -34,7 +34,7 @@ def last_loss_and_rank(world: World, name: str, method: Method) -> tuple[float, 
     """After 150 steps of about −∇ℓ / L. Each rescale must keep what the layer computes."""
     problem, eta_lipschitz = PROBLEMS[name], 2.0
     step_size = eta_lipschitz / problem.curvature
-    last = []
+    last: list[Tensor] = []
 
     def watch(before: Tensor, gradient: Tensor, layers: Layers) -> None:
         a, b = layers.A + step_size * layers.grad_A, layers.B + step_size * layers.grad_B
