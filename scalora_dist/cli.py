@@ -1,4 +1,4 @@
-"""The command ``scalora``: train, compare methods, plan a run, or check the machines.
+"""The command ``scalora``: train, plan, compare methods, check machines, compute figures.
 
 Signals count from the first moment, before the seconds that the imports take. The options are read
 and checked before torch's distributed parts and DeepSpeed are imported.
@@ -38,13 +38,14 @@ LIBRARIES = (
 )
 # Those of the extra `compare`.
 COMPARE_LIBRARIES = ("matplotlib", "scipy")
-COMMANDS = ("train", "plan", "doctor", "compare")
+COMMANDS = ("train", "plan", "doctor", "compare", "reproduce")
 USAGE = """usage: scalora COMMAND [--option value ...]
 
-  scalora train    fine-tune a model
-  scalora plan     what a run will need: memory, messages, least times
-  scalora doctor   check the machine, the network between the ranks, and the engines
-  scalora compare  compare methods: a study of learning rates and seeds
+  scalora train      fine-tune a model
+  scalora plan       what a run will need: memory, messages, least times
+  scalora doctor     check the machine, the network between the ranks, and the engines
+  scalora compare    compare methods: a study of learning rates and seeds
+  scalora reproduce  compute figures of the ScaLoRA paper on a CPU
 
 scalora COMMAND --help lists a command's options. On several ranks, let a launcher start it:
   deepspeed --num_gpus N --module scalora_dist train --ds_config zero3 ...
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             doctor(words)
         elif command == "compare":
             compare(words, signals)
+        elif command == "reproduce":
+            reproduce(words)
         else:
             print(USAGE)
         signals.outlast()
@@ -183,3 +186,10 @@ def compare(words: Sequence[str], signals: StopSignals) -> None:
     from scalora_dist.compare.command import compare_command
 
     compare_command(words, signals)
+
+
+def reproduce(words: Sequence[str]) -> None:
+    """Compute a figure of the ScaLoRA paper, in one process."""
+    from scalora_dist.reproduce.command import reproduce_command
+
+    reproduce_command(words)

@@ -14,10 +14,11 @@ from scalora_dist.config.options import GROUPS
 from scalora_dist.doctor.command import DoctorArguments
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.reproduce.command import Figure1Arguments, Figure2Arguments
 from tools.options_page import page as options_page
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("*.md", "docs/*.md", "tests/*.md", ".github/*.md")
+FOLDERS = ("*.md", "docs/*.md", "docs/studies/*.md", "tests/*.md", ".github/*.md")
 PAGES = [path for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -61,7 +62,14 @@ def test_the_readme_is_short() -> None:
 
 
 def test_options_in_pages_exist() -> None:
-    groups: tuple[Any, ...] = (*GROUPS, PlanArguments, DoctorArguments, CompareArguments)
+    tools = (
+        PlanArguments,
+        DoctorArguments,
+        CompareArguments,
+        Figure1Arguments,
+        Figure2Arguments,
+    )
+    groups: tuple[Any, ...] = (*GROUPS, *tools)
     ours = {each.name for group in groups for each, _ in declarations(group)}
     for page in PAGES:
         assert set(OPTION.findall(page.read_text())) <= ours | OTHERS, page

@@ -25,6 +25,7 @@ ORDER = (
         "planning",
         "doctor",
         "compare",
+        "reproduce",
         "cli",
         "__main__",
     ),

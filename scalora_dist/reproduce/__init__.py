@@ -1,0 +1,1 @@
+"""Figures of the ScaLoRA paper that a CPU can compute: ``scalora reproduce``."""
