@@ -1,0 +1,201 @@
+"""Makes the models and the tasks of the study of small models (docs/studies/small-models.md).
+
+    python tools/small_models.py FOLDER [--sizes small medium]
+
+It pre-trains Llamas of 0.9 and 4.8 million parameters on four tasks: copy a word, sort it, count a
+letter in it, add two numbers. A letter is a token. It then writes tasks that these models do not
+know, each as train.jsonl and test.jsonl. What is in FOLDER already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import string
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from reasoning_gym import create_dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scalora_dist.config.parser import parse_options
+from scalora_dist.engines.build import join
+from scalora_dist.training.trainer import Trainer
+
+CHARACTERS = string.ascii_letters + string.digits + " \n+-*/=<>().,:?|&^%"
+# hidden size, intermediate size, layers, steps of pre-training
+SIZES = {"small": (128, 352, 4, 3000), "medium": (256, 704, 6, 2500)}
+TRAIN, TEST = 20000, 1000
+
+Example = tuple[str, str]  # a question and its answer
+Task = Callable[[random.Random], Example]
+
+
+def word(draw: random.Random, shortest: int = 4, longest: int = 8) -> str:
+    return "".join(draw.choices(string.ascii_lowercase, k=draw.randint(shortest, longest)))
+
+
+def learnt(draw: random.Random) -> Example:
+    """An example of one of the four tasks of pre-training; a capital letter says which."""
+    text = word(draw)
+    kind = draw.choice("CSNA")
+    if kind == "C":
+        return f"C{text}", text
+    if kind == "S":
+        return f"S{text}", "".join(sorted(text))
+    if kind == "N":
+        letter = draw.choice(text)
+        text = "".join(c if draw.random() < 0.6 else letter for c in text)
+        return f"N{text}:{letter}", str(text.count(letter))
+    a, b = draw.randrange(1000), draw.randrange(1000)
+    return f"A{a}+{b}", str(a + b)
+
+
+def descend(draw: random.Random) -> Example:
+    """The letters of a word, sorted from the last of the alphabet to the first."""
+    text = word(draw)
+    return f"D{text}", "".join(sorted(text, reverse=True))
+
+
+_SHUFFLED = list(string.ascii_lowercase)
+random.Random(7).shuffle(_SHUFFLED)
+CODE = str.maketrans(string.ascii_lowercase, "".join(_SHUFFLED))
+
+
+def cipher(draw: random.Random) -> Example:
+    """A word backward, with each letter exchanged by a fixed table."""
+    text = word(draw)
+    return f"R{text}", text[::-1].translate(CODE)
+
+
+def shift(draw: random.Random) -> Example:
+    """Each letter moved on in the alphabet by the digit in front of the word."""
+    text, by = word(draw), draw.randrange(1, 6)
+    moved = "".join(chr((ord(c) - 97 + by) % 26 + 97) for c in text)
+    return f"M{by}{text}", moved
+
+
+def runs(draw: random.Random) -> Example:
+    """Run lengths: aabccc gives 2a1b3c."""
+    text = "".join(c * draw.choice((1, 1, 2, 3)) for c in word(draw, 2, 4))
+    return f"L{text}", re.sub(r"(.)\1*", lambda run: f"{len(run[0])}{run[1]}", text)
+
+
+STRINGS: dict[str, Task] = {"descend": descend, "cipher": cipher, "shift": shift, "runs": runs}
+
+# Tasks of reasoning_gym: its name, its options, and what is left of a question: what differs.
+REASONING: dict[str, tuple[str, dict[str, object], str]] = {
+    "sum": (
+        "chain_sum",
+        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+        r"[\d+-]+",
+    ),
+    "base": (
+        "base_conversion",
+        {"min_base": 3, "max_base": 9, "min_value": 10, "max_value": 999},
+        r"\b\d+\b",
+    ),
+}
+
+
+def reasoning(name: str) -> Iterator[Example]:
+    """Different examples of a task of reasoning_gym."""
+    task, options, kept = REASONING[name]
+    examples: dict[str, str] = {}
+    for entry in create_dataset(task, seed=2, size=2 * (TRAIN + TEST), **options):
+        question = entry["question"].rpartition("Now, convert")[2]
+        examples.setdefault(" ".join(re.findall(kept, question)), entry["answer"])
+    return iter(examples.items())
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    special = ["<pad>", "<s>", "</s>"]
+    ids = {token: i for i, token in enumerate([*special, *CHARACTERS])}
+    made = Tokenizer(models.WordLevel(ids, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def write(file: Path, examples: list[Example]) -> None:
+    lines = [json.dumps({"query": question, "response": answer}) for question, answer in examples]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def drawn(task: Task, seed: int) -> Iterator[Example]:
+    """Different examples without end."""
+    draw, seen = random.Random(seed), set()
+    while True:
+        example = task(draw)
+        if example[0] not in seen:
+            seen.add(example[0])
+            yield example
+
+
+def pretrain(folder: Path, size: str) -> None:
+    """Pre-train a model and save it at ``folder/size``."""
+    hidden, intermediate, layers, steps = SIZES[size]
+    scratch = folder / f"{size}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    examples = drawn(learnt, seed=1)
+    write(scratch / "train.jsonl", list(islice(examples, 100_000)))
+    write(scratch / "test.jsonl", list(islice(examples, TEST)))
+    tokens = tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(scratch / "random")
+    tokens.save_pretrained(scratch / "random")
+    words = f"""--model_name_or_path {scratch}/random --output_dir {scratch}/run --method full
+        --dataset {scratch}/train.jsonl --eval_dataset {scratch}/test.jsonl
+        --eval_dataset_split train --eval_steps 500 --max_steps {steps} --learning_rate 2e-3
+        --per_device_train_batch_size 64 --per_device_eval_batch_size 64
+        --lr_scheduler_type cosine --warmup_ratio 0.03 --save_steps 0 --update_rank_layers 0"""
+    options = parse_options(words.split())
+    Trainer(options, join(options)).run()
+    (scratch / "run" / "model").rename(folder / size)
+    shutil.rmtree(scratch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    args = parser.parse_args()
+    for name in (*STRINGS, *REASONING):
+        place = args.folder / name
+        if not place.exists():
+            examples = reasoning(name) if name in REASONING else drawn(STRINGS[name], seed=2)
+            place.mkdir(parents=True)
+            write(place / "test.jsonl", list(islice(examples, TEST)))
+            write(place / "train.jsonl", list(islice(examples, TRAIN)))
+    for size in args.sizes:
+        if not (args.folder / size).exists():
+            pretrain(args.folder, size)
+
+
+if __name__ == "__main__":
+    main()
