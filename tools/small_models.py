@@ -30,7 +30,7 @@ from scalora_dist.training.trainer import Trainer
 
 CHARACTERS = string.ascii_letters + string.digits + " \n+-*/=<>().,:?|&^%"
 # hidden size, intermediate size, layers, steps of pre-training
-SIZES = {"small": (128, 352, 4, 3000), "medium": (256, 704, 6, 2500)}
+SIZES = {"small": (192, 512, 2, 3000), "medium": (320, 864, 4, 2500)}
 TRAIN, TEST = 20000, 1000
 
 Example = tuple[str, str]  # a question and its answer
@@ -66,19 +66,30 @@ def descend(draw: random.Random) -> Example:
 _SHUFFLED = list(string.ascii_lowercase)
 random.Random(7).shuffle(_SHUFFLED)
 CODE = str.maketrans(string.ascii_lowercase, "".join(_SHUFFLED))
+FEW = string.ascii_lowercase[:10]
+PAIRS = {
+    a + b: _SHUFFLED[(7 * i + 3 * j + i * j) % 26]
+    for i, a in enumerate(FEW)
+    for j, b in enumerate(FEW)
+}
+
+
+def substitute(draw: random.Random) -> Example:
+    """Each letter exchanged by a fixed table."""
+    text = word(draw)
+    return f"X{text}", text.translate(CODE)
 
 
 def cipher(draw: random.Random) -> Example:
-    """A word backward, with each letter exchanged by a fixed table."""
+    """A word backward, with each letter exchanged by the fixed table."""
     text = word(draw)
     return f"R{text}", text[::-1].translate(CODE)
 
 
-def shift(draw: random.Random) -> Example:
-    """Each letter moved on in the alphabet by the digit in front of the word."""
-    text, by = word(draw), draw.randrange(1, 6)
-    moved = "".join(chr((ord(c) - 97 + by) % 26 + 97) for c in text)
-    return f"M{by}{text}", moved
+def pairs(draw: random.Random) -> Example:
+    """Each letter and the next one (the first follows the last) exchanged by a table of pairs."""
+    text = "".join(draw.choices(FEW, k=draw.randint(4, 8)))
+    return f"P{text}", "".join(PAIRS[a + b] for a, b in zip(text, text[1:] + text[0], strict=True))
 
 
 def runs(draw: random.Random) -> Example:
@@ -87,7 +98,13 @@ def runs(draw: random.Random) -> Example:
     return f"L{text}", re.sub(r"(.)\1*", lambda run: f"{len(run[0])}{run[1]}", text)
 
 
-STRINGS: dict[str, Task] = {"descend": descend, "cipher": cipher, "shift": shift, "runs": runs}
+STRINGS: dict[str, Task] = {
+    "descend": descend,
+    "substitute": substitute,
+    "cipher": cipher,
+    "pairs": pairs,
+    "runs": runs,
+}
 
 # Tasks of reasoning_gym: its name, its options, and what is left of a question: what differs.
 REASONING: dict[str, tuple[str, dict[str, object], str]] = {
