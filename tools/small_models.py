@@ -63,12 +63,17 @@ def descend(draw: random.Random) -> Example:
     return f"D{text}", "".join(sorted(text, reverse=True))
 
 
-_SHUFFLED = list(string.ascii_lowercase)
-random.Random(7).shuffle(_SHUFFLED)
-CODE = str.maketrans(string.ascii_lowercase, "".join(_SHUFFLED))
-FEW = string.ascii_lowercase[:10]
+def _table(seed: int) -> dict[int, int]:
+    letters = list(string.ascii_lowercase)
+    random.Random(seed).shuffle(letters)
+    return str.maketrans(string.ascii_lowercase, "".join(letters))
+
+
+TABLES = [_table(seed) for seed in range(4)]
+CODE = TABLES[0]
+FEW = string.ascii_lowercase[:6]
 PAIRS = {
-    a + b: _SHUFFLED[(7 * i + 3 * j + i * j) % 26]
+    a + b: string.ascii_lowercase[(7 * i + 3 * j + i * j) % 26]
     for i, a in enumerate(FEW)
     for j, b in enumerate(FEW)
 }
@@ -78,6 +83,18 @@ def substitute(draw: random.Random) -> Example:
     """Each letter exchanged by a fixed table."""
     text = word(draw)
     return f"X{text}", text.translate(CODE)
+
+
+def choose(draw: random.Random) -> Example:
+    """Each letter exchanged by one of four tables; a digit says which."""
+    text, which = word(draw), draw.randrange(4)
+    return f"T{which}{text}", text.translate(TABLES[which])
+
+
+def alternate(draw: random.Random) -> Example:
+    """Letters at even places exchanged by one table, those at odd places by another."""
+    text = word(draw)
+    return f"E{text}", "".join(c.translate(TABLES[i % 2]) for i, c in enumerate(text))
 
 
 def cipher(draw: random.Random) -> Example:
@@ -101,6 +118,8 @@ def runs(draw: random.Random) -> Example:
 STRINGS: dict[str, Task] = {
     "descend": descend,
     "substitute": substitute,
+    "choose": choose,
+    "alternate": alternate,
     "cipher": cipher,
     "pairs": pairs,
     "runs": runs,
