@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import load_from_disk
 
 from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.runs import Cell, Grid, Run
@@ -105,6 +106,25 @@ def test_a_mistake_is_one_sentence(message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read(tmp_path, **MISTAKES[message]())
     assert message in one_sentence(error)
+
+
+@pytest.mark.parametrize("own_test", [False, True])
+def test_no_held_out_example_is_trained_on(own_test: bool, tmp_path: Path) -> None:
+    """Each text is there three times, and the test data repeats some of the training data."""
+    lines = [f'{{"text": "example {i % 10}", "number": {i}}}\n' for i in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "test.jsonl").write_text("".join(f'{{"text": "example {i}"}}\n' for i in range(4)))
+    setup = {"dataset": str(tmp_path / "train.jsonl")}
+    if own_test:
+        setup["test_dataset"] = str(tmp_path / "test.jsonl")
+    study = read(tmp_path, setups={"task": setup}, validation_size=3, test_size=4)
+    cut_data(study, study.setups["task"], tmp_path / "task")
+    train, validation, test = (
+        set(load_from_disk(str(tmp_path / "task" / part))["text"][:])
+        for part in ("train", "validation", "test")
+    )
+    assert train and validation and test
+    assert not train & validation and not test & (train | validation)
 
 
 def test_data_is_cut_once_and_in_parts_that_share_nothing(tmp_path: Path) -> None:
