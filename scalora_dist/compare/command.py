@@ -93,6 +93,7 @@ def compare_command(
         records = Records(folder / "runs.jsonl")
         if not records.lines:
             raise UserError(f"--report_only: {folder} has no finished runs: leave it out")
+        _check_same_options(study, folder, records)
         _Reporter(study, folder, records).write(study.setups)
         return
     workers = _workers(study, args.workers, context)
@@ -253,14 +254,17 @@ class _Reporter:
 def _check_same_options(study: Study, folder: Path, records: Records) -> None:
     """
     Raises:
-        UserError: a finished run had other options than the study now gives it.
+        UserError: a finished run had other options, or ranks, than the study now gives it.
     """
     cells = set(study.cells)
     for record in records.lines:
         run = run_of(record)
-        if run.cell in cells and record["options"] != study.options(run):
+        # A run that diverged has no summary, so its ranks are not known.
+        same_ranks = record.get("world_size") in (None, study.gpus_per_run)
+        if run.cell in cells and not (same_ranks and record["options"] == study.options(run)):
             raise UserError(
-                f"{folder} holds runs with other options ({run}): name another --output_dir"
+                f"{folder} holds runs with other options or gpus_per_run ({run}): name another "
+                "--output_dir"
             )
 
 

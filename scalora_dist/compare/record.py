@@ -159,7 +159,7 @@ def make_record(
         for name in ("eval_loss", "eval_exact_match")
     }
     named = (
-        *("trained_parameters", "update_rank", "layers_by_rule"),
+        *("world_size", "trained_parameters", "update_rank", "layers_by_rule"),
         *("seconds_per_step", "peak_memory_bytes"),
     )
     cell = run.cell

@@ -98,6 +98,9 @@ MISTAKES = {
         "against", LoRA={"method": "LoRA", "times_rank": 3}
     ),
     "2 ranks need an engine": changed(gpus_per_run=2),
+    "setups None: give a list": changed("methods", "LoRA", setups=None),
+    "set train_batch_size in common": changed("methods", "LoRA", gradient_accumulation_steps=2),
+    "test_dataset_split is set, but": changed("setups", "task", test_dataset_split="test"),
 }
 
 
