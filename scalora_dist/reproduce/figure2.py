@@ -64,7 +64,9 @@ def table(data: dict[str, Any]) -> str:
     ]
     for run in data["runs"]:
         shares = run["shares"]
-        first, early, later = shares[:1], shares[1:10], shares[10:]
+        first = [one for one in shares if one["step"] == 0]
+        early = [one for one in shares if 0 < one["step"] < 10]
+        later = [one for one in shares if one["step"] >= 10]
         lines.append(
             f"| {run['rank']} | {run['batch']} | {_share(first, 'positive')} | "
             f"{_share(early, 'positive')} | {_share(later, 'positive')} | "

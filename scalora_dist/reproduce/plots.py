@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
@@ -108,11 +109,14 @@ def draw_figure2(data: dict[str, Any], path: Path) -> None:
         axis = shares[batches.index(run["batch"])]
         positive = [step["positive"] for step in run["shares"]]
         smooth = [mean(positive[max(0, t - SMOOTHED + 1) : t + 1]) for t in range(len(positive))]
-        axis.plot(smooth, color=f"C{ranks.index(run['rank'])}", lw=1, label=f"r = {run['rank']}")
+        steps = [step["step"] for step in run["shares"]]
+        style = {"color": f"C{ranks.index(run['rank'])}", "lw": 1}
+        axis.plot(steps, smooth, label=f"r = {run['rank']}", **style)
     for number, batch in enumerate(batches):
         runs = sorted((x for x in data["runs"] if x["batch"] == batch), key=lambda x: x["rank"])
         for key, line in (("positive", "o-"), ("bounded", "o--")):
-            values = [mean(step[key] for step in run["shares"][1:]) for run in runs]
+            later = ([one[key] for one in run["shares"] if one["step"]] for run in runs)
+            values = [mean(shown) if shown else math.nan for shown in later]
             means.plot([x["rank"] for x in runs], values, line, ms=2, lw=1, color=f"C{number}")
         _label(
             shares[number], f"(d) layers with z > 0, {SMOOTHED}-step mean, batch {batch}", "step"
