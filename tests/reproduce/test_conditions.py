@@ -18,7 +18,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.reproduce import plots
 from scalora_dist.reproduce.command import reproduce_command
 from scalora_dist.reproduce.conditions import ObservingTrainer
-from scalora_dist.reproduce.figure2 import table
+from scalora_dist.reproduce.figure2 import options_of, table
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
 from tests.support.reference import Array
@@ -120,3 +120,5 @@ def test_the_figure_and_its_table(tmp_path: Path) -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="say figure1 or figure2 first"):
         reproduce_command(["figure3"])
+    with pytest.raises(UserError, match="--rank=4: scalora reproduce sets --rank"):
+        options_of(["--dataset", "x.jsonl", "--rank=4"], Path(), rank=2, batch=8)
