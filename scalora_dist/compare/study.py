@@ -16,11 +16,12 @@ from scalora_dist.config.parser import option_words, parse_options, read_yaml
 from scalora_dist.engines.build import check_engine_choice
 from scalora_dist.errors import UserError
 
-# What the study sets for each run.
+# What the study sets for each run; and options whose results are deleted with the run's folder.
 SET_BY_THE_STUDY = frozenset(
     {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "local_rank"}
     | {"seed", "learning_rate", "rank", "config"}
     | {"eval_dataset", "eval_dataset_split", "eval_size"}
+    | {"adapter_rank", "profile", "profile_window", "peak_tflops"}
 )
 # Where the data is read from, before it is cut.
 SOURCE = frozenset({"dataset", "dataset_split", "dataset_size", "dataset_options"})
@@ -240,6 +241,8 @@ def _setup(name: str, common: dict[str, Any], given: Any) -> Setup:
         if not options.get(key):
             raise UserError(f"{where}: {key} is missing")
     test = options.pop("test_dataset", None)
+    if not isinstance(test, str | None):
+        raise UserError(f"{where}: test_dataset {test}: give a file, a folder or a name")
     split = options.pop("test_dataset_split", None)
     if test is None and split is not None:
         raise UserError(f"{where}: test_dataset_split is set, but test_dataset is not")
@@ -345,7 +348,8 @@ def _allowed(options: Mapping[str, Any], refused: frozenset[str], where: str) ->
     for name in options:
         if name in refused:
             shared = name in SHARED - SET_BY_THE_STUDY
-            why = "put it into common or a set-up" if shared else "the study sets it: leave it out"
+            sets = "the study sets it, or deletes what it writes: leave it out"
+            why = "put it into common or a set-up" if shared else sets
             raise UserError(f"{where}: {name} cannot be set here; {why}")
 
 

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from datasets import load_from_disk
 
+from scalora_dist.compare.command import compare_command
 from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.runs import Cell, Grid, Run
 from scalora_dist.compare.study import Study, read_study
 from scalora_dist.data.sources import load_examples
+from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import UserError
 from tests.support.refusals import one_sentence
 
@@ -109,6 +111,16 @@ def test_a_mistake_is_one_sentence(message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read(tmp_path, **MISTAKES[message]())
     assert message in one_sentence(error)
+
+
+def test_what_a_run_would_refuse_is_refused_before_any(tmp_path: Path) -> None:
+    batches = {"train_batch_size": 7, "per_device_train_batch_size": 2}
+    read(tmp_path, common=GOOD["common"] | batches)
+    words = [str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]
+    with StopSignals() as signals, pytest.raises(UserError) as error:
+        compare_command(words, signals)
+    assert "full, learning rate 0.0001, seed 1000: --train_batch_size 7" in one_sentence(error)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("own_test", [False, True])
