@@ -13,7 +13,7 @@ from torch import Tensor
 from scalora_dist.core.rank_sketch import numerical_rank
 from scalora_dist.distributed.world import World
 from scalora_dist.reproduce import plots
-from scalora_dist.reproduce.figure1 import METHODS, figure1, search, table
+from scalora_dist.reproduce.figure1 import METHODS, Trace, figure1, search, table, trace
 from scalora_dist.reproduce.regression import Layers, Method, Problem, descend
 from tests.support.ranks import Ranks
 
@@ -104,6 +104,26 @@ def test_at_its_best_step_scalora_beats_lora(ranks: Callable[[int], Ranks]) -> N
         assert all(x <= b * (1 + 1e-9) for x, b in zip(trace.loss, trace.bound, strict=True))
         best = min(loss for *_, loss in found["grid"] if loss is not None)
         assert trace.loss[-1] == pytest.approx(best, rel=1e-6)
+
+
+def arrived(world: World) -> Trace:
+    problem = Problem.gaussian(4, 2, seed=0)
+    return trace(
+        problem,
+        METHODS["full GD"],
+        world,
+        rank=2,
+        iterations=600,
+        step_size=1 / problem.curvature,
+        eta_lipschitz=1.0,
+    )
+
+
+def test_a_descent_may_arrive(ranks: Callable[[int], Ranks]) -> None:
+    """Its last steps change nothing at all."""
+    (found,) = ranks(1).run(arrived)
+    assert found.loss[-1] < 1e-25
+    assert found.cosine[0] == pytest.approx(1.0) and found.cosine[-1] == 0.0
 
 
 def written(world: World, folder: Path) -> str:
