@@ -106,7 +106,6 @@ def observed(rank: int, steps: Sequence[int]) -> dict[str, Any]:
 @pytest.mark.heavy
 def test_the_figure_and_its_table(tmp_path: Path) -> None:
     """A run with a rescale at each fifth step, and a run of one step."""
-    pytest.importorskip("matplotlib")
     data = {"model": "small", "runs": [observed(2, [0, 5, 10, 15, 20]), observed(4, [0])]}
     plots.draw_figure2(data, tmp_path / "figure2.png")
     assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")

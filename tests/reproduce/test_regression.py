@@ -134,7 +134,6 @@ def written(world: World, folder: Path) -> str:
 
 @pytest.mark.heavy
 def test_the_figure_and_its_table(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     (text,) = ranks(1).run(written, tmp_path)
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
     for name in METHODS:
