@@ -99,7 +99,10 @@ def compare_command(
         _Reporter(study, folder, records).write(study.setups)
         return
     workers = _workers(study, args.workers, context)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}: name another") from error
     with Records(folder / "runs.jsonl") as records:
         _check_same_options(study, folder, records)
         for setup in study.setups.values():
