@@ -97,13 +97,14 @@ def _setup_lines(setup: SetupResult) -> list[str]:
         if table.rank is not None:
             lines += [f"### Rank {table.rank}", ""]
         lines += _markdown(HEADER, [_row(table, row, by_pair) for row in table.rows])
-        lines += ["", f"![loss by rate]({picture('rate', setup.name, table.rank)})"]
-        lines += [f"![loss by step]({picture('step', setup.name, table.rank)})", ""]
+        # Names may have blanks and brackets, so links are in < >.
+        lines += ["", f"![loss by rate](<{picture('rate', setup.name, table.rank)}>)"]
+        lines += [f"![loss by step](<{picture('step', setup.name, table.rank)}>)", ""]
     if setup.against:
         rows = [_against_row(pair, by_pair.get(pair)) for pair in setup.against]
         lines += ["### At other ranks", "", *_markdown(AGAINST_HEADER, rows), ""]
     if len(setup.tables) > 1:
-        lines += [f"![loss by rank]({picture('rank', setup.name)})", ""]
+        lines += [f"![loss by rank](<{picture('rank', setup.name)}>)", ""]
     rows_of = {row.cell: row for table in setup.tables for row in table.rows}
     lines += ["### Learning rates", ""]
     lines += _markdown(

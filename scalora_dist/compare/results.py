@@ -137,7 +137,7 @@ class SetupResult:
 def picture(kind: str, setup: str, rank: int | None = None) -> str:
     """The file name of a picture: loss by "rate", "step" or "rank"."""
     end = "" if rank is None else f"-r{rank}"
-    return f"loss_by_{kind}-{setup}{end}.png".replace(" ", "_")
+    return f"loss_by_{kind}-{setup}{end}.png"
 
 
 def compute(
