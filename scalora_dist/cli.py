@@ -37,7 +37,7 @@ LIBRARIES = (
     "yaml",
 )
 # Those of the extra `compare`.
-COMPARE_LIBRARIES = ("matplotlib", "scipy")
+OF_EXTRAS = {"compare": ("matplotlib", "scipy"), "reproduce": ("matplotlib",)}
 COMMANDS = ("train", "plan", "doctor", "compare", "reproduce")
 USAGE = """usage: scalora COMMAND [--option value ...]
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with StopSignals() as signals, exit_with_one_sentence(signals.ignore):
         command, words = split(sys.argv[1:] if argv is None else argv)
         if command != "help":
-            check_libraries()
+            check_libraries(command)
         if command == "train":
             train(words, signals)
         elif command == "plan":
@@ -100,7 +100,7 @@ def split(words: Sequence[str]) -> tuple[str, list[str]]:
     return first[0], rest
 
 
-def check_libraries() -> None:
+def check_libraries(command: str) -> None:
     """Look for the libraries without importing them: in a clone without an install none is there.
 
     Raises:
@@ -111,6 +111,11 @@ def check_libraries() -> None:
         raise UserError(
             f"{', '.join(missing)}: not installed for {sys.executable}; run `make setup` and "
             "`. .venv/bin/activate`, or follow docs/install.md"
+        )
+    missing = [name for name in OF_EXTRAS.get(command, ()) if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"scalora {command} needs the extra `compare`: pip install {' '.join(missing)}"
         )
 
 
@@ -174,15 +179,7 @@ def compare(words: Sequence[str], signals: StopSignals) -> None:
     Args:
         words: the study's file and the options.
         signals: what handles requests to stop; already entered.
-
-    Raises:
-        UserError: a library that only this command needs is missing.
     """
-    missing = [name for name in COMPARE_LIBRARIES if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"scalora compare needs the extra `compare`: pip install {' '.join(missing)}"
-        )
     from scalora_dist.compare.command import compare_command
 
     compare_command(words, signals)

@@ -36,10 +36,11 @@ from scalora_dist.compare.schedule import CellPlan, plan
 from scalora_dist.compare.study import Study, read_study, words_of
 from scalora_dist.compare.workers import Workers
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.parser import Parser
+from scalora_dist.config.parser import Parser, parse_options
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import Preempted, UserError
+from scalora_dist.training.resolve import resolve_batch
 
 DESCRIPTION = """Compare methods: tune the learning rate of each, then train with fresh seeds.
 docs/compare.md explains study.yaml and the report."""
@@ -88,15 +89,20 @@ def compare_command(
     parser.add_argument("study", help="A YAML file: the study.")
     args, named = parser.parse_args_into_dataclasses(list(words))
     study = read_study(named.study)
+    _check_first_runs(study)
     folder = Path(args.output_dir)
     if args.report_only:
         records = Records(folder / "runs.jsonl")
         if not records.lines:
             raise UserError(f"--report_only: {folder} has no finished runs: leave it out")
+        _check_same_options(study, folder, records)
         _Reporter(study, folder, records).write(study.setups)
         return
     workers = _workers(study, args.workers, context)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}: name another") from error
     with Records(folder / "runs.jsonl") as records:
         _check_same_options(study, folder, records)
         for setup in study.setups.values():
@@ -178,7 +184,7 @@ class _Studying:
     def _record(self, run: Run, status: int, seconds: float) -> None:
         folder, options = self._folder(run), self.study.options(run)
         metrics = read_metrics(folder / OUTPUT)
-        most = options.get("max_skipped_steps", TrainArguments.max_skipped_steps)
+        most = int(options.get("max_skipped_steps", TrainArguments.max_skipped_steps))
         stopped_early = gave_up(metrics, most)
         if status and not stopped_early:
             raise UserError(f"{run}: failed with status {status}; see {folder / LOG}")
@@ -250,17 +256,34 @@ class _Reporter:
                 self.plots.draw(setup)
 
 
+def _check_first_runs(study: Study) -> None:
+    """
+    Raises:
+        UserError: options of a run contradict each other, or its ranks.
+    """
+    for cell in study.cells:
+        first = Run(cell, study.methods[cell.label].grid.rate(0), study.tuning_seeds[0], "tune")
+        try:
+            options = parse_options(words_of(study.options(first) | {"output_dir": "-"}))
+            resolve_batch(options.train, study.gpus_per_run)
+        except UserError as error:
+            raise UserError(f"{first}: {error}") from error
+
+
 def _check_same_options(study: Study, folder: Path, records: Records) -> None:
     """
     Raises:
-        UserError: a finished run had other options than the study now gives it.
+        UserError: a finished run had other options, or ranks, than the study now gives it.
     """
     cells = set(study.cells)
     for record in records.lines:
         run = run_of(record)
-        if run.cell in cells and record["options"] != study.options(run):
+        # A run that diverged has no summary, so its ranks are not known.
+        same_ranks = record.get("world_size") in (None, study.gpus_per_run)
+        if run.cell in cells and not (same_ranks and record["options"] == study.options(run)):
             raise UserError(
-                f"{folder} holds runs with other options ({run}): name another --output_dir"
+                f"{folder} holds runs with other options or gpus_per_run ({run}): name another "
+                "--output_dir"
             )
 
 

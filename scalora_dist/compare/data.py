@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,22 @@ from datasets import Dataset
 from scalora_dist.compare.runs import Run
 from scalora_dist.compare.study import Setup, Study
 from scalora_dist.data.prepare import check_data
+from scalora_dist.data.prompts import recognise
 from scalora_dist.data.sources import load_examples
 from scalora_dist.errors import UserError
 
 SEED = 0  # of the shuffle before the cut, and of generated tasks
 CUT = "cut.json"
+logger = logging.getLogger(__name__)
 
 
 def cut_data(study: Study, setup: Setup, folder: Path) -> None:
     """Write ``train``, ``validation`` and ``test`` (`Dataset.save_to_disk`) of a set-up.
 
-    They are cut from its shuffled training data; ``test`` from its test data, if it names some.
-    Nothing is done if an earlier start of the study has cut the same.
+    They are cut from its shuffled training data; ``test`` from its test data, if it names some. No
+    two of them share an example: one that is in ``test`` is left out of the others, and one that is
+    in ``validation`` is left out of ``train``. Nothing is done if an earlier start of the study has
+    cut the same.
 
     Args:
         folder: becomes the folder of the three, whole or not at all.
@@ -45,8 +51,11 @@ def cut_data(study: Study, setup: Setup, folder: Path) -> None:
                 f"{folder} holds data that was cut otherwise: name another --output_dir"
             )
         return
-    parts = _cut(study, setup)
-    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        parts = _cut(study, setup)
+    except UserError as error:
+        raise UserError(f"set-up {setup.name}: {error}") from error
+    partial = folder.with_name(f".{folder.name}.partial")  # no set-up's name begins with a dot
     shutil.rmtree(partial, ignore_errors=True)
     for name, part in parts.items():
         part.save_to_disk(str(partial / name))
@@ -72,26 +81,53 @@ def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
         sizes["test"] = study.test_size
     generated = setup.source.dataset_size + sum(sizes.values())
     examples = _shuffled(name, setup.source.dataset_split, generated, task_options, SEED)
-    if len(examples) <= sum(sizes.values()):
-        raise UserError(
-            f"set-up {setup.name}: {name} has {len(examples)} examples, too few to cut off "
-            f"{' and '.join(f'{size} for {part}' for part, size in sizes.items())}"
-        )
-    parts = {}
-    for part, size in sizes.items():
-        parts[part], examples = examples.take(size), examples.skip(size)
-    parts["train"] = examples
-    if setup.test_dataset is not None:
+    found = len(examples)
+    if setup.test_dataset is None:
+        test, examples = examples.take(study.test_size), examples.skip(study.test_size)
+    else:
         # A generated task draws its questions from `seed` on: these come after the others.
         after, split = SEED + generated, setup.test_dataset_split
         test = _shuffled(setup.test_dataset, split, study.test_size, {}, after)
         if len(test) < study.test_size:
             raise UserError(
-                f"set-up {setup.name}: {setup.test_dataset} has {len(test)} examples: set "
-                "test_size to at most that"
+                f"{setup.test_dataset} has {len(test)} examples: set test_size to at most that"
             )
-        parts["test"] = test.take(study.test_size)
-    return parts
+        test = test.take(study.test_size)
+    apart = _without(examples, test)
+    validation = apart.take(study.validation_size)
+    train = _without(apart.skip(study.validation_size), validation)
+    left_out = len(examples) - len(validation) - len(train)
+    if not len(train):
+        raise UserError(
+            f"{name} has {found} examples, too few to cut off "
+            f"{' and '.join(f'{size} for {part}' for part, size in sizes.items())}"
+            + (f": {left_out} repeat a held-out one" if left_out else "")
+        )
+    if left_out:
+        logger.warning(
+            "set-up %s: %d of %d examples repeat a held-out one: left out",
+            setup.name,
+            left_out,
+            found,
+        )
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _without(examples: Dataset, held_out: Dataset) -> Dataset:
+    """``examples`` but for those that a model reads as one of ``held_out``."""
+    known = set(_contents(held_out))
+    kept = [i for i, content in enumerate(_contents(examples)) if content not in known]
+    return examples.select(kept)
+
+
+def _contents(examples: Dataset) -> Iterator[int]:
+    """A hash of each example's prompt and target, whatever other columns it has.
+
+    Raises:
+        UserError: an example is malformed.
+    """
+    shape = recognise(examples.column_names)
+    return (hash(repr(shape.read(row))) for row in examples)
 
 
 def _shuffled(name: str, split: str, size: int, task_options: dict[str, Any], seed: int) -> Dataset:

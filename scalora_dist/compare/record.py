@@ -59,7 +59,7 @@ class Records:
     def __enter__(self) -> Records:
         """
         Raises:
-            UserError: another process adds records.
+            UserError: another process adds records, or the disk has no locks.
         """
         self._file = open(self.path, "ab")
         try:
@@ -67,6 +67,11 @@ class Records:
         except BlockingIOError as error:
             raise UserError(
                 f"{self.path.parent}: another scalora compare works there: wait for it"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be locked ({error.strerror}): name an --output_dir on a disk "
+                "with file locks"
             ) from error
         self._file.truncate(self._read())
         return self
@@ -159,7 +164,7 @@ def make_record(
         for name in ("eval_loss", "eval_exact_match")
     }
     named = (
-        *("trained_parameters", "update_rank", "layers_by_rule"),
+        *("world_size", "trained_parameters", "update_rank", "layers_by_rule"),
         *("seconds_per_step", "peak_memory_bytes"),
     )
     cell = run.cell

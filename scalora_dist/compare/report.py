@@ -83,8 +83,8 @@ def _how(study: Study) -> list[str]:
         f"examples, with up to {tuning} tuning seeds. Final runs have {finals} other seeds, and "
         f"are evaluated on {study.test_size} test examples.",
         f"Differences are to {study.baseline} at the same rank, paired by seed. Their intervals "
-        f"are by Student's t. All intervals of a set-up together hold with {LEVEL:.0%} "
-        "(Bonferroni).",
+        f"are by Student's t. Those of the loss in a set-up hold together with {LEVEL:.0%} "
+        "(Bonferroni), and so do those of the exact match.",
         f"Train loss is the mean of the last {WINDOW:.0%} of the steps. Times are those of the "
         "device that the runs had, with other runs beside them.",
     ]
@@ -97,13 +97,14 @@ def _setup_lines(setup: SetupResult) -> list[str]:
         if table.rank is not None:
             lines += [f"### Rank {table.rank}", ""]
         lines += _markdown(HEADER, [_row(table, row, by_pair) for row in table.rows])
-        lines += ["", f"![loss by rate]({picture('rate', setup.name, table.rank)})"]
-        lines += [f"![loss by step]({picture('step', setup.name, table.rank)})", ""]
+        # Names may have blanks and brackets, so links are in < >.
+        lines += ["", f"![loss by rate](<{picture('rate', setup.name, table.rank)}>)"]
+        lines += [f"![loss by step](<{picture('step', setup.name, table.rank)}>)", ""]
     if setup.against:
         rows = [_against_row(pair, by_pair.get(pair)) for pair in setup.against]
         lines += ["### At other ranks", "", *_markdown(AGAINST_HEADER, rows), ""]
     if len(setup.tables) > 1:
-        lines += [f"![loss by rank]({picture('rank', setup.name)})", ""]
+        lines += [f"![loss by rank](<{picture('rank', setup.name)}>)", ""]
     rows_of = {row.cell: row for table in setup.tables for row in table.rows}
     lines += ["### Learning rates", ""]
     lines += _markdown(
@@ -116,7 +117,7 @@ def _setup_lines(setup: SetupResult) -> list[str]:
         f"{setup.planned} comparisons share the level of this set-up's intervals.",
     ]
     for row in rows_of.values():
-        if row.limited:
+        if row.limited and row.best_rate is not None:
             lines += [
                 "",
                 f"**{row.cell}: the best rate is at the edge of the grid, which was widened "
@@ -204,6 +205,9 @@ def _difference(found: Difference, form: str) -> str:
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table. Short rows are filled up with empty cells."""
-    filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
+    filled = [
+        [*(cell.replace("|", "\\|") for cell in row), *[""] * (len(header) - len(row))]
+        for row in rows
+    ]
     lines = [header, ["---"] * len(header), *filled]
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -137,7 +137,7 @@ class SetupResult:
 def picture(kind: str, setup: str, rank: int | None = None) -> str:
     """The file name of a picture: loss by "rate", "step" or "rank"."""
     end = "" if rank is None else f"-r{rank}"
-    return f"loss_by_{kind}-{setup}{end}.png".replace(" ", "_")
+    return f"loss_by_{kind}-{setup}{end}.png"
 
 
 def compute(
@@ -156,10 +156,8 @@ def _setup_result(
 ) -> SetupResult:
     tables, pairs = [], []
     for rank in study.ranks(setup):
-        here = [(Cell(setup, label, rank), Cell(setup, label, None)) for label in study.methods]
-        rows = [cells[cell] for options in here for cell in options if cell in cells]
-        if rank is None:
-            rows = list(dict.fromkeys(rows))
+        here = [Cell(setup, label, x) for label in study.methods for x in {rank, None}]
+        rows = [cells[cell] for cell in here if cell in cells]
         baseline = next((x.cell for x in rows if x.cell.label == study.baseline), None)
         tables.append(Table(rank, rows, baseline))
         if baseline:

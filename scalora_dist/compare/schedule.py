@@ -13,12 +13,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from scalora_dist.compare.runs import Cell, Grid, Part, Run
 from scalora_dist.compare.study import Study
 from scalora_dist.core.arithmetic import ceil_div
 
+# The lower, the better; where the first numbers are equal, the second decides, which is the loss.
+# Infinity: the run diverged.
+Score: TypeAlias = tuple[float, float]
 # How often a grid may be widened on each side.
 MOST_WIDENINGS = 6
 
@@ -62,23 +65,24 @@ class CellPlan:
         return self.decided and not self.needed
 
 
-def tune(size: int, seeds: Sequence[int], score: Callable[[int, int], float | None]) -> Tuning:
+def tune(size: int, seeds: Sequence[int], score: Callable[[int, int], Score | None]) -> Tuning:
     """Decide how the search for a learning rate goes on.
 
     Args:
         size: number of rates of the grid before it is widened.
         seeds: tuning seeds.
-        score: the score of (position in the grid, seed), lower is better, inf if the run diverged;
-            None if it is not finished.
+        score: the score of (position in the grid, seed), as `score_of`; None if the run is not
+            finished.
     """
     low, high = 0, size - 1
     alive = list(range(size))
     best = 0
 
-    def mean(position: int, used: Sequence[int]) -> tuple[float, int]:
+    def mean(position: int, used: Sequence[int]) -> tuple[float, float, int]:
         # Called for finished runs only. Of equal scores the lower rate wins.
-        values = [score(position, seed) for seed in used]
-        return fmean(value for value in values if value is not None), position
+        scores = (score(position, seed) for seed in used)
+        chosen_by, loss = zip(*(each for each in scores if each is not None), strict=True)
+        return fmean(chosen_by), fmean(loss), position
 
     for count in range(1, len(seeds) + 1):
         used, before = seeds[:count], seeds[: count - 1]
@@ -119,7 +123,7 @@ def _plan_cell(study: Study, cell: Cell, finished: Mapping[Run, Mapping[str, Any
     def run(position: int, seed: int, part: Part) -> Run:
         return Run(cell, grid.rate(position), seed, part)
 
-    def score(position: int, seed: int) -> float | None:
+    def score(position: int, seed: int) -> Score | None:
         record = finished.get(run(position, seed, "tune"))
         return None if record is None else score_of(record, study.choose_by)
 
@@ -139,8 +143,9 @@ def _plan_cell(study: Study, cell: Cell, finished: Mapping[Run, Mapping[str, Any
     )
 
 
-def score_of(record: Mapping[str, Any], choose_by: str) -> float:
-    """What a learning rate is chosen by: the lower, the better. Infinity if the run diverged."""
+def score_of(record: Mapping[str, Any], choose_by: str) -> Score:
+    """What a learning rate is chosen by. Rates often have the same exact match, of 0 say."""
     if record["diverged"]:
-        return math.inf
-    return record["eval_loss"] if choose_by == "eval_loss" else -record["eval_exact_match"]
+        return math.inf, math.inf
+    loss = record["eval_loss"]
+    return (loss if choose_by == "eval_loss" else -record["eval_exact_match"]), loss

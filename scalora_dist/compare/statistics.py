@@ -13,7 +13,7 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 
-LEVEL = 0.95  # of all intervals of a set-up together
+LEVEL = 0.95  # of all intervals of one number (loss, exact match) in a set-up together
 TOLERANCE = 0.05  # rates whose loss is within this share of the best are good ones
 WINDOW = 0.05  # running means of losses are taken over this share of the steps
 NO_DIFFERENCE = "no difference that these seeds could show"

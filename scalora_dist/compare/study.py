@@ -16,11 +16,12 @@ from scalora_dist.config.parser import option_words, parse_options, read_yaml
 from scalora_dist.engines.build import check_engine_choice
 from scalora_dist.errors import UserError
 
-# What the study sets for each run.
+# What the study sets for each run; and options whose results are deleted with the run's folder.
 SET_BY_THE_STUDY = frozenset(
     {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "local_rank"}
     | {"seed", "learning_rate", "rank", "config"}
     | {"eval_dataset", "eval_dataset_split", "eval_size"}
+    | {"adapter_rank", "profile", "profile_window", "peak_tflops"}
 )
 # Where the data is read from, before it is cut.
 SOURCE = frozenset({"dataset", "dataset_split", "dataset_size", "dataset_options"})
@@ -30,6 +31,8 @@ SHARED = (
     | {"model_name_or_path", "adapter_name_or_path"}
     | {"max_steps", "num_train_epochs", "train_batch_size"}
 )
+# Without train_batch_size these decide how many examples a step has.
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Runs of a study keep no models and no checkpoints, unless `common` says so.
 DEFAULTS: dict[str, Any] = {"save_model": False, "save_steps": 0}
 KEYS: dict[str, Any] = {
@@ -238,14 +241,18 @@ def _setup(name: str, common: dict[str, Any], given: Any) -> Setup:
         if not options.get(key):
             raise UserError(f"{where}: {key} is missing")
     test = options.pop("test_dataset", None)
-    split = options.pop("test_dataset_split", "test")
+    if not isinstance(test, str | None):
+        raise UserError(f"{where}: test_dataset {test}: give a file, a folder or a name")
+    split = options.pop("test_dataset_split", None)
+    if test is None and split is not None:
+        raise UserError(f"{where}: test_dataset_split is set, but test_dataset is not")
     named = {key: value for key, value in options.items() if key in SOURCE and value is not None}
     try:
         source = parse_options(words_of(named | {"output_dir": "-"})).data
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     kept = {key: value for key, value in options.items() if key not in SOURCE}
-    return Setup(name, kept, source, test, str(split))
+    return Setup(name, kept, source, test, str(split or "test"))
 
 
 def _method(
@@ -258,10 +265,19 @@ def _method(
     _allowed(options, SET_BY_THE_STUDY | SHARED, where)
     if "method" not in options:
         raise UserError(f"{where}: method is missing")
-    chosen = [str(name) for name in own.get("setups", setups)]
+    names = own.get("setups", list(setups))
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{where}: setups {names}: give a list of set-ups")
+    chosen = list(dict.fromkeys(map(str, names)))
     for name in chosen:
         if name not in setups:
             raise UserError(f"{where}: there is no set-up {name}")
+        for option in BATCH:
+            if option in options and setups[name].options.get("train_batch_size") is None:
+                raise UserError(
+                    f"{where}: {option} changes the examples of a step: set train_batch_size in "
+                    "common"
+                )
     rates = own.get("learning_rates", values["learning_rates"])
     if not isinstance(rates, list):
         raise UserError(f"{where}: learning_rates is missing")
@@ -305,6 +321,8 @@ def _against(given: Any, methods: Mapping[str, StudyMethod]) -> dict[str, Agains
                 raise UserError(f"{where}: there is no method {one}")
         if not _is_count(times):
             raise UserError(f"{where}: times_rank {times}: give a number of at least 1")
+        if (label, 1) == (name, times):
+            raise UserError(f"{where}: this is {label} itself: name another method or times_rank")
         if not any(rank and rank * times in methods[name].ranks for rank in methods[label].ranks):
             raise UserError(f"{where}: {name} has no rank that is {times} times one of {label}'s")
         found[str(label)] = Against(name, times)
@@ -330,7 +348,8 @@ def _allowed(options: Mapping[str, Any], refused: frozenset[str], where: str) ->
     for name in options:
         if name in refused:
             shared = name in SHARED - SET_BY_THE_STUDY
-            why = "put it into common or a set-up" if shared else "the study sets it: leave it out"
+            sets = "the study sets it, or deletes what it writes: leave it out"
+            why = "put it into common or a set-up" if shared else sets
             raise UserError(f"{where}: {name} cannot be set here; {why}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing as mp
 import os
@@ -193,10 +194,15 @@ def _launch(words: list[str], environment: dict[str, str], log: Path, ranks: int
 
 
 def _settle(environment: dict[str, str], log: Path) -> None:
-    """Leave the terminal, whose Ctrl-C is for the study; set the environment; print to ``log``."""
+    """Leave the terminal, whose Ctrl-C is for the study; set the environment; print to ``log``.
+
+    Waits while processes of an earlier start of the run have the log open: they live on for a while
+    when the study is killed. Without that two processes would train in one folder.
+    """
     os.setsid()
     os.environ |= environment
     with open(log, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # held by all processes that print to it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 

@@ -53,7 +53,7 @@ def reproduce_command(words: Sequence[str]) -> None:
     """Compute one figure and write it.
 
     Raises:
-        UserError: a mistake in the options, or matplotlib is not installed.
+        UserError: a mistake in the options.
     """
     figures = {"figure1": reproduce_figure1, "figure2": reproduce_figure2}
     name, *options = words or ["?"]
@@ -62,7 +62,6 @@ def reproduce_command(words: Sequence[str]) -> None:
             "scalora reproduce: say figure1 or figure2 first; scalora reproduce figure1 --help "
             "lists the options"
         )
-    plots.check_matplotlib()
     figures[name](options)
 
 

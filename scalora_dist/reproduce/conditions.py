@@ -56,7 +56,7 @@ class ColumnShare:
     """For how many of the layers the column solution of one step holds.
 
     Attributes:
-        step: number of the step, from 0; skipped steps are left out.
+        step: number of the step, from 0; skipped steps do not count.
         positive: share of layers where all of z that is not free is positive (Theorem 5).
         bounded: share of layers where it is also within ``scale_bounds``.
     """
@@ -73,9 +73,11 @@ class ObservedRescaler(Transform):
 
     def __init__(self, rescaler: Rescaler) -> None:
         self.rescaler = rescaler
+        self.step = 0
         self.shares: list[ColumnShare] = []
 
     def due(self, steps_taken: int) -> bool:
+        self.step = steps_taken
         return self.rescaler.due(steps_taken)
 
     def refuse(self, layers: Sequence[LayerShards]) -> TransformReport:
@@ -87,7 +89,7 @@ class ObservedRescaler(Transform):
         if report.applied:
             self.shares.append(
                 ColumnShare(
-                    len(self.shares),
+                    self.step,
                     self._share(gram_a, gram_b, layers[0].scaling, None),
                     self._share(gram_a, gram_b, layers[0].scaling, self.rescaler.bounds),
                 )

@@ -41,7 +41,8 @@ class Trace:
     Attributes:
         loss: ℓ after each iteration.
         rank: numerical rank of W_t − W_0 after each iteration.
-        cosine: between the iteration's change of W and −∇ℓ before it.
+        cosine: between the iteration's change of W and −∇ℓ before it; this and the two last are 0
+            where the descent has arrived, so that W does not change.
         bound: the quadratic upper bound (6) of ``loss``, from the weight before the iteration.
         bound_share: how far that bound is below the loss before, divided by ‖∇ℓ‖²/2L, the most that
             any change of W can reach.
@@ -144,15 +145,17 @@ def trace(
     def watch(before: Tensor, gradient: Tensor, layers: Layers) -> None:
         after = layers.weights[0]
         moved, downhill = after - before[0], -gradient[0]
-        inner, length, slope = float((moved * downhill).sum()), moved.norm(), downhill.norm()
+        inner = float((moved * downhill).sum())
+        length, slope = float(moved.norm()), float(downhill.norm())
+        moves = bool(length and slope)  # else the descent has arrived
         below = inner - curvature / 2 * length**2
         both = step_size**2 * layers.grad_A[0] @ layers.grad_B[0].T  # 0 for full GD
         found.loss.append(float(problem.loss(after)))
         found.rank.append(numerical_rank(after))
-        found.cosine.append(inner / float(length * slope))
+        found.cosine.append(inner / (length * slope) if moves else 0.0)
         found.bound.append(float(problem.loss(before[0]) - below))
-        found.bound_share.append(float(below / (slope**2 / (2 * curvature))))
-        found.second_order.append(float(both.norm() / length))
+        found.bound_share.append(2 * curvature * below / slope**2 if moves else 0.0)
+        found.second_order.append(float(both.norm()) / length if moves else 0.0)
 
     descend(
         problem,

@@ -10,6 +10,7 @@ from typing import Any
 
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import parse_options
+from scalora_dist.errors import UserError
 
 MICRO_BATCH = 32  # examples of one forward, at most
 
@@ -18,7 +19,7 @@ def options_of(words: Sequence[str], folder: Path, rank: int, batch: int) -> Opt
     """The options of one run: the user's, with this rank and global batch, and nothing exported.
 
     Raises:
-        UserError: a mistake in the user's options.
+        UserError: a mistake in the user's options, or one of those that are set here.
     """
     ours = {
         "rank": rank,
@@ -29,6 +30,9 @@ def options_of(words: Sequence[str], folder: Path, rank: int, batch: int) -> Opt
         "save_model": False,
         "update_rank_layers": 0,
     }
+    for word in words:
+        if (name := word.partition("=")[0].removeprefix("--")) in ours:
+            raise UserError(f"{word}: scalora reproduce sets --{name}: give --ranks, --batch_sizes")
     return parse_options([*words, *(f"--{name}={value}" for name, value in ours.items())])
 
 
@@ -64,7 +68,9 @@ def table(data: dict[str, Any]) -> str:
     ]
     for run in data["runs"]:
         shares = run["shares"]
-        first, early, later = shares[:1], shares[1:10], shares[10:]
+        first = [one for one in shares if one["step"] == 0]
+        early = [one for one in shares if 0 < one["step"] < 10]
+        later = [one for one in shares if one["step"] >= 10]
         lines.append(
             f"| {run['rank']} | {run['batch']} | {_share(first, 'positive')} | "
             f"{_share(early, 'positive')} | {_share(later, 'positive')} | "

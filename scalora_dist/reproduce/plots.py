@@ -1,45 +1,24 @@
-"""Draws the figures. matplotlib is imported only here: no other command needs it."""
+"""Draws the figures."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import math
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from scalora_dist.errors import UserError
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 SMOOTHED = 10  # steps of the moving mean of figure 2(d)
 
 
-def check_matplotlib() -> None:
-    """
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise UserError("scalora reproduce draws with matplotlib: pip install matplotlib")
+def _axes(rows: int, columns: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _axes(rows: int, columns: int) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.9 * rows), layout="constrained", squeeze=False
-    )
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
-
-
-def _label(axis: Any, title: str, below: str) -> None:
+def _label(axis: Axes, title: str, below: str) -> None:
     axis.set_title(title, fontsize=8)
     axis.set_xlabel(below, fontsize=7)
     axis.tick_params(labelsize=7)
@@ -74,7 +53,7 @@ def draw_figure1(data: dict[str, Any], path: Path) -> None:
     _label(by_step, f"last loss at the best eta_lipschitz, r = {first}", "η·L / eta_lipschitz")
     _label(by_rank, "last loss", "r")
     _label(reached, "last rank of W_t − W_0", "r")
-    _save(figure, path)
+    figure.savefig(path, dpi=80)
 
 
 def _least(found: dict[str, Any], which: int) -> tuple[list[float], list[float]]:
@@ -108,11 +87,14 @@ def draw_figure2(data: dict[str, Any], path: Path) -> None:
         axis = shares[batches.index(run["batch"])]
         positive = [step["positive"] for step in run["shares"]]
         smooth = [mean(positive[max(0, t - SMOOTHED + 1) : t + 1]) for t in range(len(positive))]
-        axis.plot(smooth, color=f"C{ranks.index(run['rank'])}", lw=1, label=f"r = {run['rank']}")
+        steps = [step["step"] for step in run["shares"]]
+        style = {"color": f"C{ranks.index(run['rank'])}", "lw": 1}
+        axis.plot(steps, smooth, label=f"r = {run['rank']}", **style)
     for number, batch in enumerate(batches):
         runs = sorted((x for x in data["runs"] if x["batch"] == batch), key=lambda x: x["rank"])
         for key, line in (("positive", "o-"), ("bounded", "o--")):
-            values = [mean(step[key] for step in run["shares"][1:]) for run in runs]
+            later = ([one[key] for one in run["shares"] if one["step"]] for run in runs)
+            values = [mean(shown) if shown else math.nan for shown in later]
             means.plot([x["rank"] for x in runs], values, line, ms=2, lw=1, color=f"C{number}")
         _label(
             shares[number], f"(d) layers with z > 0, {SMOOTHED}-step mean, batch {batch}", "step"
@@ -125,4 +107,4 @@ def draw_figure2(data: dict[str, Any], path: Path) -> None:
     shares[0].legend(fontsize=7)
     _label(gradients, "(c) rank of ∇ℓ: median, least (dashed), 2r (dotted)", "step")
     _label(means, "(d) mean share; in scale_bounds dashed", "r")
-    _save(figure, path)
+    figure.savefig(path, dpi=80)

@@ -19,7 +19,11 @@ Loss = Callable[[Run], float]
 CELL = Cell("task", "A", 2)
 
 
-def study(tuning_seeds: int = 2, rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)) -> Study:
+def study(
+    tuning_seeds: int = 2,
+    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1),
+    choose_by: str = "eval_loss",
+) -> Study:
     method = StudyMethod("A", {}, Grid(rates), (2, 8), ("task",))
     return Study(
         setups={"task": Setup("task", {}, DataArguments(), None, "test")},
@@ -30,7 +34,7 @@ def study(tuning_seeds: int = 2, rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)) 
         test_size=1,
         tuning_seeds=tuple(range(tuning_seeds)),
         final_seeds=tuple(range(100, 105)),
-        choose_by="eval_loss",
+        choose_by=choose_by,
         gpus_per_run=1,
         smoke=False,
     )
@@ -42,7 +46,10 @@ def best_at(rate: float) -> Loss:
 
 
 def drive(
-    of: Study, loss: Loss, order: random.Random | None = None
+    of: Study,
+    loss: Loss,
+    order: random.Random | None = None,
+    match: Callable[[float], float] = lambda rate: 0.0,
 ) -> tuple[list[Run], list[CellPlan]]:
     """Finish needed runs, one at a time, until none is needed. Returns them, and the last plan."""
     finished: dict[Run, dict[str, Any]] = {}
@@ -50,7 +57,11 @@ def drive(
         assert not set(needed) & set(finished)
         run = order.choice(needed) if order else needed[0]
         value = loss(run)
-        finished[run] = {"diverged": math.isinf(value), "eval_loss": value}
+        finished[run] = {
+            "diverged": math.isinf(value),
+            "eval_loss": value,
+            "eval_exact_match": match(run.learning_rate),
+        }
         assert len(finished) < 200
     return list(finished), plan(of, finished)
 
@@ -112,6 +123,14 @@ def test_rates_that_diverge_are_not_chosen() -> None:
     runs, plans = drive(study(), lambda run: math.inf)
     assert plans[0].decided and plans[0].best_rate is None and plans[0].limited
     assert not [run for run in runs if run.part == "final"]
+
+
+def test_of_equal_exact_matches_the_lower_loss_decides() -> None:
+    by_match = study(choose_by="eval_exact_match")
+    _, plans = drive(by_match, best_at(1e-2))
+    assert plans[0].best_rate == 1e-2
+    _, plans = drive(by_match, best_at(1e-2), match=lambda rate: float(0.05 < rate < 0.5))
+    assert plans[0].best_rate == 1e-1
 
 
 def test_decisions_depend_on_the_finished_runs_alone() -> None:

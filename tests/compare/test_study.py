@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import load_from_disk
 
+from scalora_dist.compare.command import compare_command
 from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.runs import Cell, Grid, Run
 from scalora_dist.compare.study import Study, read_study
 from scalora_dist.data.sources import load_examples
+from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import UserError
 from tests.support.refusals import one_sentence
 
@@ -97,6 +100,9 @@ MISTAKES = {
         "against", LoRA={"method": "LoRA", "times_rank": 3}
     ),
     "2 ranks need an engine": changed(gpus_per_run=2),
+    "setups None: give a list": changed("methods", "LoRA", setups=None),
+    "set train_batch_size in common": changed("methods", "LoRA", gradient_accumulation_steps=2),
+    "test_dataset_split is set, but": changed("setups", "task", test_dataset_split="test"),
 }
 
 
@@ -105,6 +111,35 @@ def test_a_mistake_is_one_sentence(message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read(tmp_path, **MISTAKES[message]())
     assert message in one_sentence(error)
+
+
+def test_what_a_run_would_refuse_is_refused_before_any(tmp_path: Path) -> None:
+    batches = {"train_batch_size": 7, "per_device_train_batch_size": 2}
+    read(tmp_path, common=GOOD["common"] | batches)
+    words = [str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]
+    with StopSignals() as signals, pytest.raises(UserError) as error:
+        compare_command(words, signals)
+    assert "full, learning rate 0.0001, seed 1000: --train_batch_size 7" in one_sentence(error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("own_test", [False, True])
+def test_no_held_out_example_is_trained_on(own_test: bool, tmp_path: Path) -> None:
+    """Each text is there three times, and the test data repeats some of the training data."""
+    lines = [f'{{"text": "example {i % 10}", "number": {i}}}\n' for i in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "test.jsonl").write_text("".join(f'{{"text": "example {i}"}}\n' for i in range(4)))
+    setup = {"dataset": str(tmp_path / "train.jsonl")}
+    if own_test:
+        setup["test_dataset"] = str(tmp_path / "test.jsonl")
+    study = read(tmp_path, setups={"task": setup}, validation_size=3, test_size=4)
+    cut_data(study, study.setups["task"], tmp_path / "task")
+    train, validation, test = (
+        set(load_from_disk(str(tmp_path / "task" / part))["text"][:])
+        for part in ("train", "validation", "test")
+    )
+    assert train and validation and test
+    assert not train & validation and not test & (train | validation)
 
 
 def test_data_is_cut_once_and_in_parts_that_share_nothing(tmp_path: Path) -> None:

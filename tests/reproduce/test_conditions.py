@@ -15,8 +15,10 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
+from scalora_dist.reproduce import plots
 from scalora_dist.reproduce.command import reproduce_command
 from scalora_dist.reproduce.conditions import ObservingTrainer
+from scalora_dist.reproduce.figure2 import options_of, table
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
 from tests.support.reference import Array
@@ -83,6 +85,7 @@ def test_ranks_and_shares_are_those_of_dense_formulas(
     )
     ((shares, positive, gradients, dense),) = ranks(1).run(watched, case)
     assert [share.positive for share in shares] == positive
+    assert [share.step for share in shares] == [0, 1, 2, 3]
     assert len(positive) == 4 and 0 < positive[1] < 1  # some layers are positive, some not
     assert all(share.bounded <= share.positive for share in shares)
     assert [(one.step, one.layer) for one in gradients] == [(step, name) for step, name, _ in dense]
@@ -93,6 +96,28 @@ def test_ranks_and_shares_are_those_of_dense_formulas(
         assert one.stable_rank == pytest.approx(stable, rel=1e-3)
 
 
+def observed(rank: int, steps: Sequence[int]) -> dict[str, Any]:
+    """As `observe` returns: the share of step t is t %."""
+    gradient = {"step": 0, "layer": "q", "size": 8, "rank": 5, "stable_rank": 1.5}
+    shares = [{"step": t, "positive": t / 100, "bounded": t / 200} for t in steps]
+    return {"rank": rank, "batch": 4, "layers": 1, "gradients": [gradient], "shares": shares}
+
+
+@pytest.mark.heavy
+def test_the_figure_and_its_table(tmp_path: Path) -> None:
+    """A run with a rescale at each fifth step, and a run of one step."""
+    data = {"model": "small", "runs": [observed(2, [0, 5, 10, 15, 20]), observed(4, [0])]}
+    plots.draw_figure2(data, tmp_path / "figure2.png")
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
+    text = table(data)
+    assert "| 2 | 4 | 100.0% | 5 | 5 | 1.5 | 8 |" in text
+    assert "| 4 | 4 | 0.0% | 5 | 5 | 1.5 | 8 |" in text
+    assert "| 2 | 4 | 0% | 5% | 15% | 8% |" in text
+    assert "| 4 | 4 | 0% | — | — | — |" in text
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="say figure1 or figure2 first"):
         reproduce_command(["figure3"])
+    with pytest.raises(UserError, match="--rank=4: scalora reproduce sets --rank"):
+        options_of(["--dataset", "x.jsonl", "--rank=4"], Path(), rank=2, batch=8)

@@ -13,7 +13,7 @@ from torch import Tensor
 from scalora_dist.core.rank_sketch import numerical_rank
 from scalora_dist.distributed.world import World
 from scalora_dist.reproduce import plots
-from scalora_dist.reproduce.figure1 import METHODS, figure1, search, table
+from scalora_dist.reproduce.figure1 import METHODS, Trace, figure1, search, table, trace
 from scalora_dist.reproduce.regression import Layers, Method, Problem, descend
 from tests.support.ranks import Ranks
 
@@ -106,6 +106,26 @@ def test_at_its_best_step_scalora_beats_lora(ranks: Callable[[int], Ranks]) -> N
         assert trace.loss[-1] == pytest.approx(best, rel=1e-6)
 
 
+def arrived(world: World) -> Trace:
+    problem = Problem.gaussian(4, 2, seed=0)
+    return trace(
+        problem,
+        METHODS["full GD"],
+        world,
+        rank=2,
+        iterations=600,
+        step_size=1 / problem.curvature,
+        eta_lipschitz=1.0,
+    )
+
+
+def test_a_descent_may_arrive(ranks: Callable[[int], Ranks]) -> None:
+    """Its last steps change nothing at all."""
+    (found,) = ranks(1).run(arrived)
+    assert found.loss[-1] < 1e-25
+    assert found.cosine[0] == pytest.approx(1.0) and found.cosine[-1] == 0.0
+
+
 def written(world: World, folder: Path) -> str:
     data = figure1(world, ranks=[1, 2], features=8, samples=6, iterations=5, seed=0)
     plots.draw_figure1(data, folder / "figure1.png")
@@ -114,7 +134,6 @@ def written(world: World, folder: Path) -> str:
 
 @pytest.mark.heavy
 def test_the_figure_and_its_table(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     (text,) = ranks(1).run(written, tmp_path)
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
     for name in METHODS:
