@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scalora": {"method": "scalora"},
     "scalar": {"method": "scalora", "scaling_rule": "scalar"},
     "nnls": {"method": "scalora", "scaling_rule": "nnls", "scaling_interval": 2},
+    "adamw": {"method": "scalora", "scaling_rule": "adamw"},
     "auto": {"method": "scalora", "scaling_interval": "auto"},
     "carry": {"method": "scalora", "merge_target": "carry", "carry_rank": 6, "carry_room": 4},
     "4bit": {"load_in_4bit": "true", "carry_rank": 6, "carry_room": 4},

@@ -73,10 +73,11 @@ class MethodArguments(Group):
         resume="fixed",
         methods=ADAPTED,
     )
-    scaling_rule: Literal["paper", "scalar", "nnls"] = option(
+    scaling_rule: Literal["paper", "scalar", "nnls", "adamw"] = option(
         "paper",
         "paper: column scaling (Theorem 5) where its solution is within the bounds, else scalar "
-        "scaling (Theorem 3); scalar: always scalar scaling; nnls: the optimum within the bounds.",
+        "scaling (Theorem 3); scalar: always scalar scaling; nnls: the optimum within the bounds; "
+        "adamw: the optimum within the bounds for a step of AdamW.",
         resume="warned",
         methods=SCALORA,
     )

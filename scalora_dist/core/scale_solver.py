@@ -8,11 +8,16 @@ the minimum of
 This is a convex quadratic in 2r unknowns per layer. Everything is float64, batched over layers that
 do not depend on one another. No process group is needed.
 
-**Units.** λ_k / H_kk = 1/‖a_k‖². So an unknown that is solved alone gives its column the size
-s·√(ηL)·α_k‖a_k‖ = 1. The code solves for x_k = √H_kk z_k. In these unknowns, H becomes a matrix of
-correlations C (unit diagonal), λ becomes c_k = ‖∇b_k‖/‖a_k‖ (‖∇a_k‖/‖b_k‖ for β), and
-x_k / c_k = z_k‖a_k‖² is the squared size of the scaled column. So bounds on sizes are a box,
-c·lo² ≤ x ≤ c·hi². Only ratios of gradients matter: loss scaling and clipping change nothing.
+**AdamW.** A gradient step of A grows with β², since its gradient does with β. An AdamW step grows
+with β: its direction N = m̂/(√v̂ + ε) stays as it is. So rule "adamw" has z = √(ηL) s·[α; β], with
+N_A and N_B in place of ∇A and ∇B, and λ = [‖a_k‖‖n_bk‖²; ‖b_k‖‖n_ak‖²] (docs/method.md).
+
+**Units.** The code solves for x_k = √H_kk z_k. In these unknowns, H becomes a matrix of
+correlations C (unit diagonal), and λ becomes c_k = ‖∇b_k‖/‖a_k‖ (‖∇a_k‖/‖b_k‖ for β), for AdamW
+c_k = ‖n_bk‖ (‖n_ak‖). x_k / c_k = z_k‖a_k‖² is the square of the scaled column's size
+s·√(ηL)·α_k‖a_k‖, for AdamW x_k / c_k = z_k‖a_k‖ is the size itself. An unknown that is solved alone
+gives the size 1. Bounds on sizes are a box, c·lo² ≤ x ≤ c·hi². Only ratios of gradients matter:
+loss scaling and clipping change nothing.
 
 **Free unknowns.** α_k has no effect where column k of A or of B's gradient is zero (A and B swapped
 for β_k). Such a scale is 1, and the unknown is left out of the problem. A start at A = 0 gives
@@ -27,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCALING_RULES = ("paper", "scalar", "nnls")
+SCALING_RULES = ("paper", "scalar", "nnls", "adamw")
 
 # Squared norms below float32's smallest normal number, squared: from subnormals, which lost digits.
 _TINY = torch.finfo(torch.float32).tiny ** 2
@@ -91,11 +96,13 @@ def solve(
     Rule "paper" takes the column solution z = H⁺λ (Theorem 5) where it is positive and inside the
     bounds. Otherwise it takes the scalar solution (Theorem 3), clipped entry by entry. "scalar"
     always takes the latter. "nnls" solves the bounded problem exactly; where the solution of
-    Theorem 5 is already the optimum, it returns Rule.COLUMN.
+    Theorem 5 is already the optimum, it returns Rule.COLUMN. "adamw" does the same for the problem
+    of AdamW's step.
 
     Args:
-        gram_a: as for `quadratic`. A layer whose grams are not finite, or that has no gradient,
-            is SKIPPED with all scales 1. Other layers are not affected.
+        gram_a: as for `quadratic`, with N in place of ∇ for rule "adamw". A layer whose grams are
+            not finite, or that has no gradient, is SKIPPED with all scales 1. Other layers are not
+            affected.
         gram_b: as for `quadratic`.
         scaling: s of y = W x + s·A(Bᵀx).
         eta_lipschitz: the product ηL; only the product matters.
@@ -109,20 +116,21 @@ def solve(
     _check(scaling, eta_lipschitz, rule, bounds)
     low, high = (0.0, _NO_BOUNDS[1]) if bounds is None else bounds
     unit = scaling * eta_lipschitz**0.5
-    corr, c, norm, free = _equilibrate(gram_a, gram_b, unit)
+    power = 1 if rule == "adamw" else 2  # x / c is a column's size to this power
+    corr, c, norm, free = _equilibrate(gram_a, gram_b, unit, power)
     # A free unknown is uncorrelated and has c = 0, so x = 0; its box must only contain 0.
-    lower = (c * low**2).masked_fill(free, -1.0)
-    upper = (c * high**2).masked_fill(free, 1.0)
+    lower = (c * low**power).masked_fill(free, -1.0)
+    upper = (c * high**power).masked_fill(free, 1.0)
     problem = _BoxProblem(corr, c, lower, upper)
 
-    x = problem.clip(_scalar(corr, c, norm))
+    x = problem.clip(_scalar(corr, c, norm, power))
     found = torch.full(c.shape[:1], int(Rule.SCALAR), device=c.device)  # (layers,)
     if rule != "scalar":
         column = _pinv_apply(corr, c)
         # With bounds=None the only condition is the paper's: positive.
         inside = (column > 0) if bounds is None else (column >= lower) & (column <= upper)
         inside = (inside | free).all(-1)  # (layers,)
-        if rule == "nnls":
+        if rule in ("nnls", "adamw"):
             # If H is singular, roundoff can move λ out of its range: H⁺λ is then no minimum.
             inside &= problem.residual(column) <= _TOLERANCE
             clipped = problem.clip(column)
@@ -134,7 +142,7 @@ def solve(
         found[inside] = Rule.COLUMN
 
     low, high = bounds or _NO_BOUNDS
-    size = (x / c).clamp(low**2, high**2).sqrt()
+    size = (x / c).clamp(low**power, high**power) ** (1 / power)
     factor = torch.where(free, 1.0, size / (norm * unit))  # (layers, 2r)
     found[free.all(-1)] = Rule.SKIPPED
     alpha, beta = factor.chunk(2, dim=-1)
@@ -154,7 +162,7 @@ def _check(
 
 
 def _equilibrate(
-    gram_a: Tensor, gram_b: Tensor, unit: float
+    gram_a: Tensor, gram_b: Tensor, unit: float, power: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The quadratic in the unknowns x (see Units).
 
@@ -174,7 +182,7 @@ def _equilibrate(
     (norm_a, grad_a), (norm_b, grad_b) = (side.split(r, dim=-1) for side in norms)
     norm = torch.cat((norm_a, norm_b), dim=-1)
     gradient = torch.cat((grad_b, grad_a), dim=-1)  # crossed: ∇B = s·GᵀA belongs to α
-    c = torch.where(norm * unit > _ZERO_SIZE, gradient / norm, 0.0)
+    c = torch.where(norm * unit > _ZERO_SIZE, gradient / norm ** (power - 1), 0.0)
     c = c / c.amax(-1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)
     known = c > _ZERO_GRADIENT
 
@@ -185,10 +193,10 @@ def _equilibrate(
     return corr, torch.where(known, c, 0.0), norm, ~known
 
 
-def _scalar(corr: Tensor, c: Tensor, norm: Tensor) -> Tensor:
+def _scalar(corr: Tensor, c: Tensor, norm: Tensor, power: int) -> Tensor:
     """Theorem 3: the best x (layers, 2r) with one α and one β, from 2 × 2 block sums of H, λ."""
     r = c.shape[-1] // 2
-    side = (c * norm.square()).view(-1, 2, r)  # (layers, 2, r): x if all z are equal
+    side = (c * norm**power).view(-1, 2, r)  # (layers, 2, r): x if all z are equal
     side = side / side.amax(-1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)
     basis = (side[..., None] * torch.eye(2).to(side)[:, None]).flatten(1, 2)  # (layers, 2r, 2)
     sums, lam = basis.mT @ corr @ basis, _apply(basis.mT, c)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.options import Options
 from scalora_dist.engines.base import Engine
 from scalora_dist.layers.bypassed import ShapeOf
 from scalora_dist.layers.target_modules import own_shape
@@ -60,7 +61,7 @@ class Method:
 
     add: AddLayers
     initialize: Callable[[Initialization], None] | None = None
-    transform: Callable[[Engine, Merger | None, MethodArguments], Transform] | None = None
+    transform: Callable[[Engine, Merger | None, Options], Transform] | None = None
     restart: Callable[[Merger, MethodArguments, int], Restart] | None = None
     edits_weights: bool = False
     merges: bool = False

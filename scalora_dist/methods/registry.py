@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scalora_dist.config.method import MethodArguments, MethodName
+from scalora_dist.config.options import Options
 from scalora_dist.engines.base import Engine
 from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear, SquareLinear
 from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.layers.lora_init import lora_init
 from scalora_dist.layers.peft_layers import Kind, add_peft_layers
 from scalora_dist.layers.target_modules import inject, reached_by_text
+from scalora_dist.methods.adamw_direction import adamw_directions
 from scalora_dist.methods.init.cores import init_lora_sb, init_lora_xs
 from scalora_dist.methods.init.factors import init_lora_ga, init_pissa
 from scalora_dist.methods.lora_pro import LoraPro
@@ -118,8 +121,13 @@ def lora_plus_rate(name: str, args: MethodArguments) -> float:
 # --- work during training ------------------------------------------------------------------------
 
 
-def _rescaler(engine: Engine, merger: Merger | None, args: MethodArguments) -> Rescaler:
+def _rescaler(engine: Engine, merger: Merger | None, options: Options) -> Rescaler:
     assert merger is not None
+    args = options.method
+    directions = None
+    if args.scaling_rule == "adamw":
+        norm = options.train.max_grad_norm
+        directions = partial(adamw_directions, engine, max_grad_norm=norm)
     return Rescaler(
         merger,
         rule=args.scaling_rule,
@@ -128,6 +136,7 @@ def _rescaler(engine: Engine, merger: Merger | None, args: MethodArguments) -> R
         interval=args.interval or 1,
         threshold=0.0 if args.interval else args.auto_threshold,
         fp16=engine.gradient_dtype == torch.float16,
+        directions=directions,
     )
 
 
@@ -149,7 +158,7 @@ METHODS: dict[MethodName, Method] = {
     "lora-alpha": Method(_low_rank(lora_alpha_scaling)),
     "lora-plus": Method(_low_rank(lora_scaling), rate=lora_plus_rate),
     "lora-pro": Method(
-        _low_rank(lora_scaling), transform=lambda engine, merger, args: LoraPro(engine)
+        _low_rank(lora_scaling), transform=lambda engine, merger, options: LoraPro(engine)
     ),
     "relora": Method(
         _low_rank(lora_scaling),

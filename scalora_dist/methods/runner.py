@@ -81,7 +81,7 @@ class MethodRunner:
             self.merger = Merger(layers, engine.world, merge_target(engine, layers, args))
         self.low_halves: Mapping[str, Tensor] = self.merger.target.low_halves if self.merger else {}
         self.edits_weights = method.edits_weights and args.merge_target != "carry"
-        self.transform = method.transform and method.transform(engine, self.merger, args)
+        self.transform = method.transform and method.transform(engine, self.merger, options)
         self.restart = None
         if method.restart:
             assert self.merger is not None

@@ -12,12 +12,13 @@ It runs between the last backward and the optimizer's step (arXiv 2510.23818, Al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from scalora_dist.core.arithmetic import ceil_div
+from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.scale_solver import Rule, Scales, solve
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
 from scalora_dist.methods.merger import Merger
@@ -40,17 +41,19 @@ class Rescaler(Transform):
         interval: int = 1,
         threshold: float = 0.0,
         fp16: bool = False,
+        directions: Callable[[Sequence[LayerShards]], list[FlatShard]] | None = None,
     ) -> None:
         """
         Args:
             merger: merges A and B into the frozen part.
-            rule: "paper", "scalar" or "nnls", as for ``solve``.
+            rule: "paper", "scalar", "nnls" or "adamw", as for ``solve``.
             eta_lipschitz: the product ηL.
             bounds: (lo, hi), bounds on the sizes of scaled columns, or None, as for ``solve``.
             interval: I: rescale before steps 0, I, 2I … (ScaLoRA-I).
             threshold: rescale a layer only if |ln α| or |ln β| of a column is larger than this.
                 Otherwise the layer stays unchanged. 0: always rescale.
             fp16: whether gradients are float16 and may overflow when they are scaled.
+            directions: for rule "adamw": finds N_A and N_B, as ``adamw_directions``.
         """
         self.merger = merger
         self.world = merger.world
@@ -60,6 +63,7 @@ class Rescaler(Transform):
         self.interval = interval
         self.threshold = threshold
         self.fp16 = fp16
+        self.directions = directions
 
     def due(self, steps_taken: int) -> bool:
         return steps_taken % self.interval == 0
@@ -73,7 +77,8 @@ class Rescaler(Transform):
             return self.refuse(layers)
         scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
         # Squared norms of gradient columns, (layers, r). A's gradient scales by β and B's by α.
-        norms_a, norms_b = (_gradient_diagonal(gram) for gram in (gram_a, gram_b))
+        rank = layers[0].A.shape[1]
+        norms_a, norms_b = (_gradient_diagonal(gram, rank) for gram in (gram_a, gram_b))
         scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
         if not self.fits(layers, scales):
             return self.refuse(layers)
@@ -108,9 +113,13 @@ class Rescaler(Transform):
     def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
         """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: each (layers, 2r, 2r) float64 on the CPU.
 
-        Summed over ranks by one all-reduce for all layers.
+        For rule "adamw" those of ``[A,N_A,∇A]`` and ``[B,N_B,∇B]``, (layers, 3r, 3r). Summed over
+        ranks by one all-reduce for all layers.
         """
-        stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
+        columns = [factor_shards(layers), gradient_shards(layers)]
+        if self.directions is not None:
+            columns.insert(1, self.directions(layers))
+        stacks = list(zip(*columns, strict=True))
         grams = torch.stack(self.merger.layout.grams(stacks)).cpu()
         return grams[0::2], grams[1::2]
 
@@ -118,16 +127,20 @@ class Rescaler(Transform):
         """α and β of every layer. Each rank solves its share, then one all-gather.
 
         So the scales are bit for bit the same on all ranks.
+
+        Args:
+            gram_a: as from ``grams``.
+            gram_b: as from ``grams``.
         """
         (scaling,) = {layer.scaling for layer in layers}  # all layers share one s
         share = ceil_div(len(layers), self.world.size)
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        rank = gram_a.shape[-1] // 2
+        rank = layers[0].A.shape[1]
         rows = torch.zeros(share, 2 * rank + 1, dtype=torch.float64)
         if len(layers[mine]):
             scales = solve(
-                gram_a[mine],
-                gram_b[mine],
+                gram_a[mine, : 2 * rank, : 2 * rank],
+                gram_b[mine, : 2 * rank, : 2 * rank],
                 scaling=scaling,
                 eta_lipschitz=self.eta_lipschitz,
                 rule=self.rule,
@@ -179,9 +192,9 @@ def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
             moment.scale_columns_(scale)
 
 
-def _gradient_diagonal(gram: Tensor) -> Tensor:
-    """diag(∇Mᵀ∇M), (layers, r), from the gram [M,∇M]ᵀ[M,∇M], (layers, 2r, 2r)."""
-    return gram.diagonal(dim1=-2, dim2=-1)[:, gram.shape[-1] // 2 :]
+def _gradient_diagonal(gram: Tensor, rank: int) -> Tensor:
+    """diag(∇Mᵀ∇M), (layers, r), from a gram as in ``Rescaler.grams``: its last r columns."""
+    return gram.diagonal(dim1=-2, dim2=-1)[:, -rank:]
 
 
 def _count(rules: Tensor) -> dict[str, int]:

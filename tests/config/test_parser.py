@@ -158,7 +158,7 @@ def test_a_stray_word_is_a_mistake(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
-        ("scaling_rule", ["paper", "scalar", "nnls"]),
+        ("scaling_rule", ["paper", "scalar", "nnls", "adamw"]),
         ("merge_rounding", ["split", "nearest"]),
         ("merge_target", ["weight", "carry"]),
         ("sb_eta", ["paper", "code"]),

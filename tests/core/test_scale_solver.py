@@ -109,6 +109,33 @@ def test_nothing_beats_the_solution() -> None:
             assert (distance(a, b, grad, alpha, beta) >= least - 1e-12).all()
 
 
+def test_nothing_beats_the_solution_for_adamw() -> None:
+    """The same for AdamW's step, whose directions N are any matrices."""
+    draw = randn(20)
+    a, b, n_a, n_b = draw(40, 17, 4), draw(40, 13, 4), draw(40, 17, 4), draw(40, 13, 4)
+    n_a, n_b = n_a - a, n_b - b + 2 * n_b[..., :1]  # correlated with each other and with A and B
+    gram_a, gram_b = (x.mT @ x for x in (torch.cat((a, n_a), -1), torch.cat((b, n_b), -1)))
+    unit = SCALING * ETA_L**0.5
+
+    def distance(alpha: Tensor, beta: Tensor) -> Tensor:
+        """‖D‖² − 2⟨N_W, D⟩, by hand, for the step D and N_W b = ‖b‖ n_a, N_Wᵀ a = ‖a‖ n_b."""
+        step = unit * (n_a * beta[:, None] @ b.mT + a * alpha[:, None] @ n_b.mT)
+        along = alpha * a.norm(dim=1) * n_b.square().sum(1)
+        along += beta * b.norm(dim=1) * n_a.square().sum(1)
+        return step.square().sum((1, 2)) - 2 * unit * along.sum(-1)
+
+    for bounds in (BOUNDS, (0.5, 1.5)):
+        found = run(gram_a, gram_b, "adamw", bounds)
+        assert (found.rule == Rule.COLUMN).any() and (found.rule == Rule.NNLS).any()
+        least = distance(found.alpha, found.beta)
+        size = sizes(found, a, b)
+        norm = size / torch.cat((found.alpha, found.beta), -1)
+        for k in range(60):
+            moves = 10.0 ** -(k % 6) * draw(*size.shape) * (torch.rand_like(size) < 0.4)
+            alpha, beta = ((size + moves).clamp(*bounds) / norm).chunk(2, -1)
+            assert (distance(alpha, beta) >= least - 1e-11 * least.abs()).all()
+
+
 def test_paper_takes_theorem_5_where_it_holds() -> None:
     a, b, grad = factors(60, 4, seed=2)
     gram_a, gram_b = grams(a, b, grad)

@@ -12,6 +12,7 @@ from tests.support import toy
 from tests.support.reference import (
     State,
     adamw,
+    adamw_scales,
     factor_gradients,
     relative_error,
     scales,
@@ -165,6 +166,34 @@ def test_other_rules_preserve_the_function(ranks: Any, rule: str, engine: str) -
             expected = transform(record["before"][name], alpha, beta, toy.SCALING)
             assert expected.largest_error(record["after"][name]) < TOLERANCE
             assert record["rules"][index].name.lower() in (rule, "column")
+
+
+ADAMW = [
+    *[(engine, "fp32", False) for engine in ENGINES],
+    *itertools.product(["zero2", "zero3", "fsdp"], ["bf16"], [True]),
+    ("zero1", "fp16", False),
+    ("zero3", "fp16", False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("engine", "dtype", "offload"), ADAMW)
+def test_rule_adamw_equals_reference(ranks: Any, engine: str, dtype: str, offload: bool) -> None:
+    """Scales solved for AdamW's next step, with gradients clipped as the engine clips them."""
+    case = {"engine": engine, "dtype": dtype, "offload": offload, "rule": "adamw"}
+    tolerance = 1e-4 if dtype == "fp32" else 1e-3
+    for step, record in enumerate(ranks(ranks_of(engine)).run(toy.steps, 5, **case)[0]):
+        unscale = 1 / record["loss_scale"]
+        clip = unscale * min(1.0, 1.0 / (unscale * record["report"].grad_norm_before + 1e-6))
+        for index, name in enumerate(toy.SHAPES):
+            before: State = record["before"][name]
+            alpha, beta = adamw_scales(
+                before, toy.SCALING, toy.ETA_LIPSCHITZ, toy.BOUNDS, step=step + 1, clip=clip
+            )
+            assert relative_error(record["scales"][0][index], alpha) < tolerance
+            assert relative_error(record["scales"][1][index], beta) < tolerance
+            expected = transform(before, alpha, beta, toy.SCALING)
+            assert expected.largest_error(record["after"][name], KEPT) < tolerance
 
 
 @pytest.mark.gpu

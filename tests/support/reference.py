@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import lsq_linear
 
 Array = NDArray[np.float64]
 
@@ -77,6 +78,41 @@ def scales(
     factor = np.ones(2 * r)
     factor[used] = np.sqrt(z / eta_lipschitz) / s
     return factor[:r], factor[r:], rule
+
+
+def adamw_scales(
+    state: State,
+    s: float,
+    eta_lipschitz: float,
+    bounds: tuple[float, float],
+    *,
+    step: int,
+    clip: float,
+) -> tuple[Array, Array]:
+    """α (r,) and β (r,) of the rule "adamw", from the dense m × n terms of AdamW's step ``step``.
+
+    Minimises ‖Σ_k x_k T_k‖² − 2 Σ_k λ_k x_k over x = s·√(ηL)·[α; β], where T_k are a_k n_bkᵀ and
+    n_ak b_kᵀ, and λ_k = ‖a_k‖‖n_bk‖² and ‖b_k‖‖n_ak‖².
+    """
+    zero = np.zeros_like
+    A, B = state.A, state.B
+    N_A = -adamw(zero(A), state.grad_A, state.m_A, state.v_A, step=step, lr=1.0, clip=clip)
+    N_B = -adamw(zero(B), state.grad_B, state.m_B, state.v_B, step=step, lr=1.0, clip=clip)
+    r = A.shape[1]
+    terms = [np.outer(A[:, k], N_B[:, k]) for k in range(r)]
+    terms += [np.outer(N_A[:, k], B[:, k]) for k in range(r)]
+    T = np.stack([term.ravel() for term in terms], axis=1)
+    norms = np.concatenate([np.linalg.norm(A, axis=0), np.linalg.norm(B, axis=0)])
+    steps = np.concatenate([np.linalg.norm(N_B, axis=0), np.linalg.norm(N_A, axis=0)])
+    used = norms * steps > 0
+    # ‖R x‖² − 2λᵀx = ‖R x − R⁻ᵀλ‖² + constant, with TᵀT = RᵀR.
+    R = np.linalg.qr(T[:, used], mode="r")
+    right = np.linalg.solve(R.T, (norms * steps**2)[used])
+    box = tuple(bound / norms[used] for bound in bounds)
+    factor = np.ones(2 * r)
+    x = lsq_linear(R, right, box, method="bvls", tol=1e-15).x
+    factor[used] = x / (s * np.sqrt(eta_lipschitz))
+    return factor[:r], factor[r:]
 
 
 def transform(state: State, alpha: Array, beta: Array, s: float) -> State:

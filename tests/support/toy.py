@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.lora_init import lora_init
+from scalora_dist.methods.adamw_direction import adamw_directions
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.methods.transform import TransformReport
@@ -191,6 +193,9 @@ class Run:
             bounds=BOUNDS,
             threshold=threshold,
             fp16=self.engine.gradient_dtype == torch.float16,
+            directions=partial(adamw_directions, self.engine, max_grad_norm=1.0)
+            if rule == "adamw"
+            else None,
         )
         solve = self.rescaler.solve
 
