@@ -53,8 +53,9 @@ class Rescaler(Transform):
             threshold: rescale a layer only if |ln α| or |ln β| of a column is larger than this.
                 Otherwise the layer stays unchanged. 0: always rescale.
             fp16: whether gradients are float16 and may overflow when they are scaled.
-            directions: for rule "adamw": finds N_A and N_B, as ``adamw_directions``.
+            directions: finds N_A and N_B, as ``adamw_directions``. For rule "adamw" only.
         """
+        assert (directions is not None) == (rule == "adamw")
         self.merger = merger
         self.world = merger.world
         self.rule = rule

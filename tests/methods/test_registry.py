@@ -135,7 +135,7 @@ def test_lora_pro_refuses_fp16() -> None:
     transform = METHODS["lora-pro"].transform
     assert transform is not None
     with pytest.raises(UserError) as error:
-        transform(engine, None, arguments("--method", "lora-pro"))
+        transform(engine, None, parse_options(["--method", "lora-pro", "--output_dir", "-"]))
     sentence = one_sentence(error)
     assert (
         "--method lora-pro" in sentence

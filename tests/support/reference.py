@@ -106,7 +106,7 @@ def adamw_scales(
     steps = np.concatenate([np.linalg.norm(N_B, axis=0), np.linalg.norm(N_A, axis=0)])
     used = norms * steps > 0
     # ‖R x‖² − 2λᵀx = ‖R x − R⁻ᵀλ‖² + constant, with TᵀT = RᵀR.
-    R = np.linalg.qr(T[:, used], mode="r")
+    _, R = np.linalg.qr(T[:, used])
     right = np.linalg.solve(R.T, (norms * steps**2)[used])
     box = tuple(bound / norms[used] for bound in bounds)
     factor = np.ones(2 * r)
