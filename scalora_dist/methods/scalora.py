@@ -114,12 +114,12 @@ class Rescaler(Transform):
     def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
         """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: each (layers, 2r, 2r) float64 on the CPU.
 
-        For rule "adamw" those of ``[A,N_A,∇A]`` and ``[B,N_B,∇B]``, (layers, 3r, 3r). Summed over
+        For rule "adamw" those of ``[A,∇A,N_A]`` and ``[B,∇B,N_B]``, (layers, 3r, 3r). Summed over
         ranks by one all-reduce for all layers.
         """
         columns = [factor_shards(layers), gradient_shards(layers)]
         if self.directions is not None:
-            columns.insert(1, self.directions(layers))
+            columns.append(self.directions(layers))
         stacks = list(zip(*columns, strict=True))
         grams = torch.stack(self.merger.layout.grams(stacks)).cpu()
         return grams[0::2], grams[1::2]
@@ -137,11 +137,14 @@ class Rescaler(Transform):
         share = ceil_div(len(layers), self.world.size)
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         rank = layers[0].A.shape[1]
+        # Of the factor and of its step's direction, which is the last of the columns.
+        own = torch.arange(2 * rank)
+        own[rank:] += gram_a.shape[-1] - 2 * rank
         rows = torch.zeros(share, 2 * rank + 1, dtype=torch.float64)
         if len(layers[mine]):
             scales = solve(
-                gram_a[mine, : 2 * rank, : 2 * rank],
-                gram_b[mine, : 2 * rank, : 2 * rank],
+                gram_a[mine][:, own[:, None], own],
+                gram_b[mine][:, own[:, None], own],
                 scaling=scaling,
                 eta_lipschitz=self.eta_lipschitz,
                 rule=self.rule,
@@ -194,8 +197,8 @@ def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
 
 
 def _gradient_diagonal(gram: Tensor, rank: int) -> Tensor:
-    """diag(∇Mᵀ∇M), (layers, r), from a gram as in ``Rescaler.grams``: its last r columns."""
-    return gram.diagonal(dim1=-2, dim2=-1)[:, -rank:]
+    """diag(∇Mᵀ∇M), (layers, r), from a gram as in ``Rescaler.grams``."""
+    return gram.diagonal(dim1=-2, dim2=-1)[:, rank : 2 * rank]
 
 
 def _count(rules: Tensor) -> dict[str, int]:

@@ -123,8 +123,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
     matrices = sum(weight.nbytes for weight in weights if len(weight.shape) > 1)
     passes = 3 if options.train.gradient_checkpointing else 2
-    rank = options.method.rank
-    grams = 2 * traced.layers * (2 * rank) ** 2 * 8
+    stacked = 3 if options.method.scaling_rule == "adamw" else 2  # as in Rescaler.grams
+    grams = 2 * traced.layers * (stacked * options.method.rank) ** 2 * 8
     share = others(residency.ranks)
     rescale = [
         Message("grams", 2 * share * grams, residency.ranks),

@@ -76,13 +76,14 @@ def watched(world: World, case: dict[str, Any]) -> tuple[Any, ...]:
     return trainer.observed.shares, trainer.positive, trainer.gradients, trainer.dense
 
 
+@pytest.mark.parametrize("rule", ["paper", "adamw"])
 def test_ranks_and_shares_are_those_of_dense_formulas(
-    ranks: Callable[[int], Ranks], tmp_path: Path
+    ranks: Callable[[int], Ranks], tmp_path: Path, rule: str
 ) -> None:
+    """Theorem 5's condition, whatever the run's own rule solves."""
     task = tiny_models.save_task(tmp_path / "task")
-    case = tiny_runs.options(
-        task, tmp_path / "out", "local", max_steps=4, lora_dropout=0.0, learning_rate=1e-2
-    )
+    options = {"max_steps": 4, "lora_dropout": 0.0, "learning_rate": 1e-2, "scaling_rule": rule}
+    case = tiny_runs.options(task, tmp_path / "out", "local", **options)
     ((shares, positive, gradients, dense),) = ranks(1).run(watched, case)
     assert [share.positive for share in shares] == positive
     assert [share.step for share in shares] == [0, 1, 2, 3]
