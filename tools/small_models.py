@@ -18,13 +18,14 @@ import string
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from reasoning_gym import create_dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scalora_dist.config.parser import parse_options
+from scalora_dist.data.generated import generate_examples
 from scalora_dist.engines.build import join
 from scalora_dist.training.trainer import Trainer
 
@@ -126,7 +127,7 @@ STRINGS: dict[str, Task] = {
 }
 
 # Tasks of reasoning_gym: its name, its options, and what is left of a question: what differs.
-REASONING: dict[str, tuple[str, dict[str, object], str]] = {
+REASONING: dict[str, tuple[str, dict[str, Any], str]] = {
     "sum": (
         "chain_sum",
         {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
@@ -140,14 +141,12 @@ REASONING: dict[str, tuple[str, dict[str, object], str]] = {
 }
 
 
-def reasoning(name: str) -> Iterator[Example]:
+def reasoning(name: str, size: int = TRAIN + TEST) -> Iterator[Example]:
     """Different examples of a task of reasoning_gym."""
     task, options, kept = REASONING[name]
-    examples: dict[str, str] = {}
-    for entry in create_dataset(task, seed=2, size=2 * (TRAIN + TEST), **options):
-        question = entry["question"].rpartition("Now, convert")[2]
-        examples.setdefault(" ".join(re.findall(kept, question)), entry["answer"])
-    return iter(examples.items())
+    for entry in generate_examples(task, seed=2, size=size, options=options):
+        question = entry["query"].rpartition("Now, convert")[2]
+        yield " ".join(re.findall(kept, question)), entry["response"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

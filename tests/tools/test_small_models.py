@@ -39,7 +39,7 @@ def right(task: str, question: str, answer: str) -> bool:
 @pytest.mark.parametrize("task", [*STRINGS, *REASONING])
 def test_answers_are_right(task: str) -> None:
     examples = list(
-        islice(reasoning(task) if task in REASONING else drawn(STRINGS[task], seed=3), COUNT)
+        islice(reasoning(task, COUNT) if task in REASONING else drawn(STRINGS[task], seed=3), COUNT)
     )
     assert len({question for question, _ in examples}) == COUNT
     if task == "pairs":  # one letter for each pair of letters
