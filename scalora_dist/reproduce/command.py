@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,7 @@ from scalora_dist.config.parser import Parser
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.reproduce import figure1, plots
+from scalora_dist.training.run_log import write_json
 
 REGRESSION = "Figure 1: the linear regression of section 4.1, by full GD, LoRA and ScaLoRA."
 CONDITIONS = """Figures 2(c) and 2(d): the rank of the gradient, and how often the column solution
@@ -115,7 +115,7 @@ def _parser(group: type[Group], description: str) -> Parser:
 def write(folder: Path, name: str, data: dict[str, Any], table: str) -> Path:
     """Write the JSON and the table, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(data))
+    write_json(folder / f"{name}.json", data)
     (folder / f"{name}.md").write_text(table)
     print(table)
     return folder

@@ -40,8 +40,8 @@ def table(data: dict[str, Any]) -> str:
     """Markdown: the assumptions of the theorems beside what was measured."""
     lines = [
         "The paper says: the assumption rank(∇ℓ) ≥ 2r “can be readily satisfied in practice” "
-        "(figure 2(c)); the column solution is positive for a share of the layers that our copy "
-        "of its text has lost (figure 2(d)).",
+        "(figure 2(c)); the column solution is positive for a share of the layers (figure 2(d); "
+        "the extracted text used here lacks the number).",
         "",
         f"{data['model']}, ranks of ∇ℓ over layers and measured steps:",
         "",
