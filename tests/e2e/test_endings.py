@@ -51,7 +51,6 @@ def test_a_signal_ends_one_process_with_75(ranks: GetRanks, task: Path, tmp_path
 @pytest.mark.parametrize(
     ("engine", "number", "whom", "status"),
     [
-        ("fsdp", signal.SIGTERM, "launcher", 1),
         ("fsdp", signal.SIGUSR1, "one rank", 1),
         ("zero3", signal.SIGTERM, "launcher", 1),
     ],

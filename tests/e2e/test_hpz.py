@@ -29,9 +29,6 @@ TASK = {
     "train_batch_size": 8,  # two micro-batches a step
     "learning_rate": 1e-2,
 }
-FULL = dict.fromkeys(("rank", "lora_alpha", "lora_dropout", "scaling_interval")) | {
-    "method": "full"
-}
 FOUR_BITS = {"load_in_4bit": True, "carry_rank": 8, "carry_room": 4}
 
 
@@ -72,9 +69,7 @@ def train(world: World, case: dict[str, Any]) -> list[set[int]]:
         ),
         pytest.param({}, {"stage3_max_reuse_distance": 0}, marks=HEAVY, id="freed at once"),
         pytest.param({}, {"offload_param": {"device": "cpu"}}, marks=HEAVY, id="offloaded"),
-        pytest.param({"gradient_checkpointing": None}, {}, marks=HEAVY, id="no recomputation"),
         pytest.param({"bf16": True}, {}, marks=HEAVY, id="bf16"),
-        pytest.param(FULL, {}, marks=HEAVY, id="full"),
         pytest.param(FOUR_BITS, {}, marks=HEAVY, id="4-bit"),
     ],
 )

@@ -28,7 +28,6 @@ def pair(tmp_path: Path) -> Iterator[list[Node]]:
 @pytest.mark.parametrize(
     ("engine", "dead", "how"),
     [
-        ("fsdp", 0, "die"),
         ("fsdp", 1, "pull_the_cable"),
         ("zero3", 1, "die"),
         ("zero3", 0, "pull_the_cable"),
