@@ -95,9 +95,10 @@ class MethodArguments(Group):
         methods=SCALORA,
         above=0,
     )
-    eta_lipschitz: float = option(
-        0.5,
-        "The product ηL: smaller means larger columns, and steps as lr/√ηL.",
+    eta_lipschitz: Optional[float] = option(
+        None,
+        "The product ηL: smaller means larger columns, and steps as lr/√ηL; by default "
+        "2.4 / (s·√r·scaling_interval).",
         resume="warned",
         methods=SCALORA,
         above=0,
@@ -235,6 +236,16 @@ class MethodArguments(Group):
                 f"--scaling_interval {self.scaling_interval}: set a number of steps, or auto"
             )
         return int(self.scaling_interval)
+
+    @property
+    def eta_l(self) -> float:
+        """The product ηL: ``eta_lipschitz``, or by default 2.4 / (s·√r·I), with I = 1 for auto.
+
+        docs/method.md says why.
+        """
+        if self.eta_lipschitz is not None:
+            return self.eta_lipschitz
+        return 2.4 * self.rank**0.5 / (self.lora_alpha * (self.interval or 1))
 
     @property
     def bounds(self) -> tuple[float, float] | None:

@@ -30,19 +30,32 @@ def adamw_directions(
         all-reduce of a number, for the norm.
     """
     (group,) = engine.optimizer.param_groups  # A and B share a learning rate
-    (beta1, beta2), epsilon = group["betas"], group["eps"]
-    step = engine.state()["optimizer_steps"] + 1
-    gradients = gradient_shards(layers)
     scale = 1 / engine.loss_scale
     if max_grad_norm:
-        norm = scale * global_norm(gradients, engine.world.device)
+        norm = scale * global_norm(gradient_shards(layers), engine.world.device)
         scale *= min(1.0, max_grad_norm / (norm + 1e-6))
+    step = engine.state()["optimizer_steps"] + 1
+    return directions(
+        layers, betas=group["betas"], epsilon=group["eps"], step=step, gradient_scale=scale
+    )
+
+
+def directions(
+    layers: Sequence[LayerShards],
+    *,
+    betas: tuple[float, float],
+    epsilon: float,
+    step: int,
+    gradient_scale: float,
+) -> list[FlatShard]:
+    """As ``adamw_directions``, of gradients times ``gradient_scale`` in step ``step`` (1, 2, …)."""
+    beta1, beta2 = betas
     moments = [pair for layer in layers for pair in (layer.moments_A, layer.moments_B)]
-    directions = []
-    for gradient, pair in zip(gradients, moments, strict=True):
-        g = gradient.local.float() * scale
+    found = []
+    for gradient, pair in zip(gradient_shards(layers), moments, strict=True):
+        g = gradient.local.float() * gradient_scale
         m, v = (moment.local for moment in pair) if pair else (torch.zeros_like(g),) * 2
         m = torch.lerp(m, g, 1 - beta1) / (1 - beta1**step)
         v = torch.lerp(v, g.square(), 1 - beta2) / (1 - beta2**step)
-        directions.append(gradient.like(m / (v.sqrt() + epsilon)))
-    return directions
+        found.append(gradient.like(m / (v.sqrt() + epsilon)))
+    return found

@@ -131,7 +131,7 @@ def _rescaler(engine: Engine, merger: Merger | None, options: Options) -> Rescal
     return Rescaler(
         merger,
         rule=args.scaling_rule,
-        eta_lipschitz=args.eta_lipschitz,
+        eta_lipschitz=args.eta_l,
         bounds=args.bounds,
         interval=args.interval or 1,
         threshold=0.0 if args.interval else args.auto_threshold,

@@ -132,7 +132,7 @@ def two_nodes(folder: Path) -> Iterator[list[Node]]:
                 node.process.wait(60)
 
 
-def until(condition: Callable[[], object], nodes: list[Node], seconds: float = 120) -> None:
+def until(condition: Callable[[], object], nodes: list[Node], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         alive = all(node.process and node.process.poll() is None for node in nodes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.distributed.world import World
+from scalora_dist.methods.adamw_direction import directions
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock, Stopwatch, now
@@ -42,12 +44,15 @@ def time_rescales(world: World, weights: list[Tensor], rank: int) -> dict[str, A
     """Seconds of a rescale, and of its parts. A part ends when the device is idle."""
     generator = torch.Generator(world.device).manual_seed(0)
     layers = list(random_layers(weights, rank, generator))
-    method = MethodArguments()
+    method = MethodArguments(rank=rank)
     rescaler = Rescaler(
         Merger(layers, world, IntoWeights(layers, "split")),
         rule=method.scaling_rule,
-        eta_lipschitz=method.eta_lipschitz,
+        eta_lipschitz=method.eta_l,
         bounds=method.bounds,
+        directions=partial(directions, betas=(0.9, 0.999), epsilon=1e-8, step=2, gradient_scale=1.0)
+        if method.scaling_rule == "adamw"
+        else None,
     )
     rescaler(layers, Clock())
     whole, parts = [], []
