@@ -54,9 +54,9 @@ COMMON: dict[str, Any] = {
 # Options of a method or a precision, by a short name.
 OPTIONS: dict[str, dict[str, Any]] = {
     "scalora": {"method": "scalora"},
+    "paper": {"method": "scalora", "scaling_rule": "paper"},
     "scalar": {"method": "scalora", "scaling_rule": "scalar"},
     "nnls": {"method": "scalora", "scaling_rule": "nnls", "scaling_interval": 2},
-    "adamw": {"method": "scalora", "scaling_rule": "adamw"},
     "auto": {"method": "scalora", "scaling_interval": "auto"},
     "carry": {"method": "scalora", "merge_target": "carry", "carry_rank": 6, "carry_room": 4},
     "4bit": {"load_in_4bit": "true", "carry_rank": 6, "carry_room": 4},
@@ -142,15 +142,16 @@ class SetUp:
 def set_ups() -> list[SetUp]:
     """All of them. A set-up that another one resumes from comes before it."""
     rows = {
-        "local": "scalora scalar nnls auto carry 4bit relora lora-pro lora lora-sb lora-xs dora "
-        "full mora hira pissa lora-ga scalora+bf16 nearest+bf16 carry+bf16 gemma3 saves",
+        "local": "scalora paper scalar nnls auto carry 4bit relora lora-pro lora lora-sb lora-xs "
+        "dora full mora hira pissa lora-ga scalora+bf16 nearest+bf16 carry+bf16 gemma3 saves",
         "zero0": "scalora+bf16",
         "zero1": "scalora scalora+bf16 scalora+fp16 lora lora-pro",
         "zero2": "nnls scalora+fp16 relora+bf16 monitor carry",
-        "zero3": "scalora scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb lora-xs "
-        "dora full mora lora-ga scalora+bf16 scalora+fp16 4bit+bf16 gemma3 checkpointing saves",
-        "fsdp": "scalora scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb lora-xs "
-        "dora full pissa scalora+bf16 4bit+bf16 gemma3 checkpointing saves",
+        "zero3": "scalora paper scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb "
+        "lora-xs dora full mora lora-ga scalora+bf16 scalora+fp16 4bit+bf16 gemma3 checkpointing "
+        "saves",
+        "fsdp": "scalora paper scalar nnls auto carry 4bit monitor relora lora-pro lora lora-sb "
+        "lora-xs dora full pissa scalora+bf16 4bit+bf16 gemma3 checkpointing saves",
     }
     found = [
         SetUp(engine, tuple(row.split("+")))

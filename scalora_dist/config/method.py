@@ -73,11 +73,11 @@ class MethodArguments(Group):
         resume="fixed",
         methods=ADAPTED,
     )
-    scaling_rule: Literal["paper", "scalar", "nnls", "adamw"] = option(
-        "paper",
+    scaling_rule: Literal["adamw", "paper", "scalar", "nnls"] = option(
+        "adamw",
+        "adamw: the optimum within the bounds for a step of AdamW; for one of gradient descent, "
         "paper: column scaling (Theorem 5) where its solution is within the bounds, else scalar "
-        "scaling (Theorem 3); scalar: always scalar scaling; nnls: the optimum within the bounds; "
-        "adamw: the optimum within the bounds for a step of AdamW.",
+        "scaling (Theorem 3); scalar: always scalar scaling; nnls: the optimum within the bounds.",
         resume="warned",
         methods=SCALORA,
     )
@@ -98,7 +98,7 @@ class MethodArguments(Group):
     eta_lipschitz: Optional[float] = option(
         None,
         "The product ηL: smaller means larger columns, and steps as lr/√ηL; by default "
-        "2.4 / (s·√r·scaling_interval).",
+        "2.4 / (s·√r).",
         resume="warned",
         methods=SCALORA,
         above=0,
@@ -239,13 +239,10 @@ class MethodArguments(Group):
 
     @property
     def eta_l(self) -> float:
-        """The product ηL: ``eta_lipschitz``, or by default 2.4 / (s·√r·I), with I = 1 for auto.
-
-        docs/method.md says why.
-        """
+        """The product ηL: ``eta_lipschitz``, or by default 2.4 / (s·√r) (see docs/method.md)."""
         if self.eta_lipschitz is not None:
             return self.eta_lipschitz
-        return 2.4 * self.rank**0.5 / (self.lora_alpha * (self.interval or 1))
+        return 2.4 * self.rank**0.5 / self.lora_alpha
 
     @property
     def bounds(self) -> tuple[float, float] | None:

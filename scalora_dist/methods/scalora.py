@@ -2,7 +2,8 @@
 
 It runs between the last backward and the optimizer's step (arXiv 2510.23818, Algorithm 1):
 
-    grams    one all-reduce of small float64 blocks for all layers together
+    grams    one all-reduce of small float64 blocks for all layers together; before it, for the rule
+             adamw, one of the gradients' norm
     solve    α and β of this rank's share of the layers, then one all-gather
     gather   full A and B by one all-gather per bucket (W is never sent)
     merge    W += s·A diag(1 − α∘β) Bᵀ on the ranges of W that this rank owns

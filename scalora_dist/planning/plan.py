@@ -126,10 +126,9 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     stacked = 3 if options.method.scaling_rule == "adamw" else 2  # as in Rescaler.grams
     grams = 2 * traced.layers * (stacked * options.method.rank) ** 2 * 8
     share = others(residency.ranks)
-    rescale = [
-        Message("grams", 2 * share * grams, residency.ranks),
-        Message("A and B whole", share * factors, residency.ranks),
-    ]
+    rescale = [Message("A and B whole", share * factors, residency.ranks)]
+    if options.method.reads("scaling_rule"):
+        rescale.insert(0, Message("grams", 2 * share * grams, residency.ranks))
     return Plan(
         options=options,
         world=residency.world,

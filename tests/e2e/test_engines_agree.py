@@ -32,6 +32,7 @@ TASK = {
     "max_grad_norm": 0.1,  # so that clipping takes part
     "rank": 4,
     "lora_alpha": 8,
+    "scaling_rule": "paper",  # rounding may decide between its two
     "eta_lipschitz": 0.5,
     "scaling_interval": 1,
     "save_model": False,

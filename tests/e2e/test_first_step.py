@@ -53,6 +53,7 @@ OPTIONS: dict[str, Any] = {
     "alpha_variant": "II",
     "alpha_multiplier": 1,
     "lr_ratio": 3,
+    "scaling_rule": "adamw",
     "eta_lipschitz": 0.5,
     "scale_bounds": "0.05 5",
     "relora_interval": 1,
@@ -210,6 +211,15 @@ def test_start_and_steps_are_those_of_the_formulas(
     options = given(method)
     found = run(ranks, folder, tmp_path, engine, method=method, **options)
     check(method, model, found, options)
+
+
+@pytest.mark.parametrize("engine", ["local", "zero3"])
+def test_steps_by_the_papers_rule_are_those_of_the_formulas(
+    ranks: GetRanks, folder: Path, model: PreTrainedModel, tmp_path: Path, engine: str
+) -> None:
+    options = given("scalora", scaling_rule="paper")
+    found = run(ranks, folder, tmp_path, engine, method="scalora", **options)
+    check("scalora", model, found, options)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -53,7 +53,8 @@ class Reference:
         start: (name, W, the run's own tensors at its start, ∇W of the samples, options) → (W, own).
         trained: names in ``own`` that are trained.
         count: (m, n, r) → number of trained elements of a layer; None: every parameter is trained.
-        change: (layer, G, gradients, options): edit in place between backward and step.
+        change: (layer, G, gradients, options and the step's number from 1 as "step"): edit in place
+            between backward and step.
         after: (layer, options, steps taken): edit in place after the step.
         rate: (name, options, steps taken) → factor of the learning rate.
     """
@@ -109,7 +110,7 @@ def train(
         losses.append(loss)
         grads = [factor_gradients(method, layer, G[layer.name], options) for layer in layers]
         for layer, own in zip(layers, grads, strict=True):
-            method.change(layer, G[layer.name], own, options)
+            method.change(layer, G[layer.name], own, {**options, "step": taken + 1})
         norm = float(sum(g.square().sum() for own in grads for g in own.values()) ** 0.5)
         limit = options["max_grad_norm"]
         clip = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
@@ -289,8 +290,13 @@ def rescale(layer: Layer, G: Tensor, grads: Own, o: Options) -> None:
     )
     moments = [of.get(name, 0 * layer.own[name]) for name in "AB" for of in (layer.m, layer.v)]
     low, high = (float(bound) for bound in o["scale_bounds"].split())
-    alpha, beta, _ = scalora.scales(whole, A, B, s, o["eta_lipschitz"], (low, high))
     state = scalora.State(W, A, B, gA, gB, *(moment.numpy() for moment in moments))
+    if o["scaling_rule"] == "paper":
+        alpha, beta, _ = scalora.scales(whole, A, B, s, o["eta_lipschitz"], (low, high))
+    else:
+        assert o["scaling_rule"] == "adamw" and not o["max_grad_norm"]
+        how: dict[str, Any] = {"step": o["step"], "clip": 1.0, "epsilon": o["adam_epsilon"]}
+        alpha, beta = scalora.adamw_scales(state, s, o["eta_lipschitz"], (low, high), **how)
     state = scalora.transform(state, alpha, beta, s)
     layer.W = torch.from_numpy(state.W)
     layer.own = {"A": torch.from_numpy(state.A), "B": torch.from_numpy(state.B)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,7 @@ def adamw_scales(
     *,
     step: int,
     clip: float,
+    epsilon: float = 1e-8,
 ) -> tuple[Array, Array]:
     """α (r,) and β (r,) of the rule "adamw", from the dense m × n terms of AdamW's step ``step``.
 
@@ -96,8 +98,9 @@ def adamw_scales(
     """
     zero = np.zeros_like
     A, B = state.A, state.B
-    N_A = -adamw(zero(A), state.grad_A, state.m_A, state.v_A, step=step, lr=1.0, clip=clip)
-    N_B = -adamw(zero(B), state.grad_B, state.m_B, state.v_B, step=step, lr=1.0, clip=clip)
+    how: dict[str, Any] = {"step": step, "lr": 1.0, "clip": clip, "epsilon": epsilon}
+    N_A = -adamw(zero(A), state.grad_A, state.m_A, state.v_A, **how)
+    N_B = -adamw(zero(B), state.grad_B, state.m_B, state.v_B, **how)
     r = A.shape[1]
     terms = [np.outer(A[:, k], N_B[:, k]) for k in range(r)]
     terms += [np.outer(N_A[:, k], B[:, k]) for k in range(r)]
@@ -132,9 +135,17 @@ def transform(state: State, alpha: Array, beta: Array, s: float) -> State:
 
 
 def adamw(
-    p: Array, g: Array, m: Array, v: Array, *, step: int, lr: float, clip: float = 1.0
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    step: int,
+    lr: float,
+    clip: float = 1.0,
+    epsilon: float = 1e-8,
 ) -> Array:
     """The parameter after AdamW's step ``step`` (from 1) with gradient ``clip · g``, no decay."""
     m = 0.9 * m + 0.1 * clip * g
     v = 0.999 * v + 0.001 * (clip * g) ** 2
-    return p - lr * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    return p - lr * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + epsilon)

@@ -72,11 +72,12 @@ def test_shares_are_shares(found: dict[str, Any]) -> None:
     assert 0 < found["shares"]["interval_10"] < found["shares"]["interval_1"] < 1
 
 
-def test_a_rescale_is_three_collectives_of_known_size(found: dict[str, Any]) -> None:
-    """Grams: one all-reduce; α, β and the rules: one all-gather; A and B: one (a single bucket)."""
-    assert found["collectives"]["rescale"] == {"allreduce": 1, "allgather_base": 2}
+def test_a_rescale_is_four_collectives_of_known_size(found: dict[str, Any]) -> None:
+    """The gradients' norm and the grams: all-reduces; α, β and the rules: one all-gather; A and B:
+    one (a single bucket)."""
+    assert found["collectives"]["rescale"] == {"allreduce": 2, "allgather_base": 2}
     layers = LAYERS * len(SHAPES)
-    grams = layers * 2 * (2 * RANK) ** 2 * 8  # rows are not split here
+    grams = 8 + layers * 2 * (3 * RANK) ** 2 * 8  # rows are not split here
     solved = layers * (2 * RANK + 1) * 8
     factors = LAYERS * sum(m + n for m, n in SHAPES) * RANK * 4
     sent = grams + solved // 2 + factors // 2
