@@ -71,7 +71,7 @@ class Checkpoints:
         self.output_dir = output_dir
         self.world = world
         self.keep = keep
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoints")
         self.shared = True
         self._writing: Future[Any] | None = None
         self._target = output_dir

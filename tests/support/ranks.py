@@ -14,6 +14,7 @@ from multiprocessing.context import BaseContext, ForkServerContext
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 
 # With `pytest --gpus N`: N. Each rank then has a GPU of its own; without one, the CPU.
 GPUS: int | None = None
@@ -99,6 +100,13 @@ class Ranks:
             process.kill()
 
 
+def _leave_groups() -> None:
+    """Leave what groups checkpoints have open: their threads wake 100 times a second."""
+    for group in list(c10d._world.pg_map):
+        if group.group_desc == "checkpoints":
+            c10d.destroy_process_group(group)
+
+
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -119,6 +127,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
             pipe.send((True, function(world, *args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        _leave_groups()
         if first:  # objects loaded by now stay: exclude them from later garbage collections
             gc.collect()
             gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.run_state import find_checkpoint
@@ -93,6 +94,12 @@ def find(world: World, folder: Path, wanted: str) -> tuple[str, list[str]]:
     return found.name if found else "", heard
 
 
+@functools.cache
+def hybrid_mesh(size: int) -> DeviceMesh:
+    """Made once, since its groups' threads wake 100 times a second."""
+    return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("a", "b"))
+
+
 def shares(world: World, rows: int, cols: int, layout: str) -> list[list[tuple[int, list[float]]]]:
     """Every rank's share of a sharded matrix to write: (offset, values, elements of the matrix).
 
@@ -106,8 +113,7 @@ def shares(world: World, rows: int, cols: int, layout: str) -> list[list[tuple[i
     else:
         group = dist.group.WORLD
         if layout == "mesh":
-            mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("a", "b"))
-            group = mesh.get_group(1)
+            group = hybrid_mesh(world.size).get_group(1)
         share = -(-rows // dist.get_world_size(group)) * cols
         first = min(dist.get_rank(group) * share, tensor.numel())
         end = min(first + share, tensor.numel())
