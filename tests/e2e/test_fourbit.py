@@ -75,6 +75,11 @@ def test_a_method_learns_goes_on_and_leaves_its_model(
     assert tiny_runs.left(folder) == expected
 
 
+def with_small_steps(task: Path, folder: Path, engine: str, **others: Any) -> dict[str, Any]:
+    """Larger steps amplify rounding: where a gradient is only rounding, AdamW moves by lr too."""
+    return work.options(task, folder, engine, learning_rate=1e-3, **others)
+
+
 @pytest.fixture(scope="module")
 def in_one_process(
     ranks: GetRanks, task: Path, tmp_path_factory: pytest.TempPathFactory
@@ -83,7 +88,7 @@ def in_one_process(
     folders = {}
     for bf16 in (False, True):
         folders[bf16] = tmp_path_factory.mktemp("alone") / "run"
-        ranks(1).run(tiny_runs.train, work.options(task, folders[bf16], "local", bf16=bf16))
+        ranks(1).run(tiny_runs.train, with_small_steps(task, folders[bf16], "local", bf16=bf16))
     return folders
 
 
@@ -111,7 +116,7 @@ def test_engines_agree(
     size: int,
 ) -> None:
     """And so the checkpoint of one goes on in another."""
-    case = work.options(task, tmp_path / "run", engine, per_device_train_batch_size=1)
+    case = with_small_steps(task, tmp_path / "run", engine, per_device_train_batch_size=1)
     ranks(size).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
@@ -119,7 +124,7 @@ def test_engines_agree(
     assert len(kept) >= 3 and set(kept) == {work.CARRY["carry_rank"]}
 
     checkpoint = tmp_path / "run" / f"checkpoint-{work.SAVED}"
-    there = work.options(task, tmp_path / "there", "local", resume_from_checkpoint=checkpoint)
+    there = with_small_steps(task, tmp_path / "there", "local", resume_from_checkpoint=checkpoint)
     assert ranks(1).run(tiny_runs.train, there)[0][0] == work.SAVED
     assert runs.losses(tmp_path / "there") == pytest.approx(alone, rel=1e-5)
 
@@ -130,7 +135,9 @@ def test_engines_agree(
 def test_in_bf16(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
 ) -> None:
-    case = work.options(task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1)
+    case = with_small_steps(
+        task, tmp_path / "run", engine, bf16=True, per_device_train_batch_size=1
+    )
     ranks(2).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[True])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
@@ -142,7 +149,7 @@ def test_where_fsdp_computes_in_another_dtype(
 ) -> None:
     config = runs.REPOSITORY / "launch/fsdp/mixed.yaml"
     others: dict[str, Any] = {"fsdp_config": config, "gradient_checkpointing": True}
-    case = work.options(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
+    case = with_small_steps(task, tmp_path / "run", "fsdp", per_device_train_batch_size=1, **others)
     ranks(2).run(tiny_runs.train, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
@@ -154,7 +161,7 @@ def test_in_fp16(
     ranks: GetRanks, task: Path, in_one_process: dict[bool, Path], tmp_path: Path, engine: str
 ) -> None:
     fp16 = tiny_runs.fp16_options(engine, tmp_path, initial_scale_power=5)
-    case = work.options(task, tmp_path / "run", engine, per_device_train_batch_size=1, **fp16)
+    case = with_small_steps(task, tmp_path / "run", engine, per_device_train_batch_size=1, **fp16)
     ranks(2).run(tiny_runs.train_fp16, case)
     alone = runs.losses(in_one_process[False])
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
