@@ -93,11 +93,12 @@ EVERY_DAY += [
     for architecture, size in (("gemma3", 2), ("llama", 3))
     for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp")
 ]
-# One rank and four, and the other architecture where weights are cut up.
+# One rank and four (ZeRO-0 and 1 keep weights as ZeRO-2 does), and the other architecture where
+# weights are cut up.
 HEAVY = [("gemma3", 1, "local"), ("llama", 4, "hybrid")]
-HEAVY += [("llama", size, x) for size in (1, 4) for x in ("zero0", "zero1", "zero2")]
+HEAVY += [("llama", size, "zero2") for size in (1, 4)]
 HEAVY += [("llama", size, x) for size in (1, 2, 4) for x in ("zero3", "fsdp")]
-HEAVY += [("gemma3", size, x) for size in (3, 4) for x in ("zero3", "fsdp")]
+HEAVY += [("gemma3", 3, x) for x in ("zero3", "fsdp")]
 # With a constant learning rate, a shorter run is the beginning of a longer one.
 CASES = [pytest.param(*case, STEPS) for case in EVERY_DAY]
 CASES += [pytest.param(*case, STEPS // 2, marks=pytest.mark.heavy) for case in HEAVY]

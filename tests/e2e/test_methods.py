@@ -92,6 +92,7 @@ EVERY_DAY = {
     [
         pytest.param(method, engine, marks=[] if engine in EVERY_DAY[method] else HEAVY)
         for method, engine in itertools.product(METHODS, ("zero3", "fsdp"))
+        if method not in tiny_runs.LIKE_OTHERS or engine == "zero3"
     ],
 )
 def test_a_method_learns_goes_on_and_leaves_its_model(
