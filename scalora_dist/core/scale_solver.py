@@ -16,8 +16,8 @@ N_A and N_B in place of ∇A and ∇B, and λ = [‖a_k‖‖n_bk‖²; ‖b_k�
 correlations C (unit diagonal), and λ becomes c_k = ‖∇b_k‖/‖a_k‖ (‖∇a_k‖/‖b_k‖ for β), for AdamW
 c_k = ‖n_bk‖ (‖n_ak‖). x_k / c_k = z_k‖a_k‖² is the square of the scaled column's size
 s·√(ηL)·α_k‖a_k‖, for AdamW x_k / c_k = z_k‖a_k‖ is the size itself. An unknown that is solved alone
-gives the size 1. Bounds on sizes are a box, c·lo² ≤ x ≤ c·hi². Only ratios of gradients matter:
-loss scaling and clipping change nothing.
+gives the size 1. Bounds on sizes are a box, c·lo² ≤ x ≤ c·hi² (for AdamW c·lo ≤ x ≤ c·hi). Only
+ratios of gradients matter, so a factor that all have changes nothing.
 
 **Free unknowns.** α_k has no effect where column k of A or of B's gradient is zero (A and B swapped
 for β_k). Such a scale is 1, and the unknown is left out of the problem. A start at A = 0 gives

@@ -18,7 +18,8 @@ def adamw_directions(
     """N = m̂ / (√v̂ + ε) of A and B of each layer in turn, with this step's gradient in m̂ and v̂.
 
     The next step moves a factor by −lr·N, if the factors are not scaled before. Scaling a column of
-    the other factor scales its gradient, m̂ and √v̂ alike (Lemma 4), so N stays, but for ε.
+    the other factor scales its gradient, m̂ and √v̂ alike (Lemma 4), so N stays, but for ε and for
+    clipping, which the engine does by the norm of the scaled gradients.
 
     Args:
         engine: its optimizer has β₁, β₂, ε and the number of steps taken.

@@ -14,7 +14,7 @@ from scalora_dist.modeling.load import BaseModelSpec
 
 
 def resolve(options: Options, ranks: int, base: BaseModelSpec) -> Options:
-    """Decide the global batch and its accumulation, where merges go, and the size of a carry.
+    """Decide the global batch and its accumulation, ηL, where merges go, and a carry's size.
 
     Also checks these options against each other, the engine and the ranks.
 
@@ -31,6 +31,8 @@ def resolve(options: Options, ranks: int, base: BaseModelSpec) -> Options:
     """
     check_engine_choice(options, ranks)
     method = resolve_merges(options.method, quantized=base.fourbit is not None)
+    if method.reads("eta_lipschitz"):
+        method = replace(method, eta_lipschitz=method.eta_l)
     return replace(options, train=resolve_batch(options.train, ranks), method=method)
 
 

@@ -222,14 +222,26 @@ def test_steps_by_the_papers_rule_are_those_of_the_formulas(
     check("scalora", model, found, options)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [
+        *(("lora-plus", engine) for engine in ENGINES),
+        ("scalora", "zero3"),
+        *(pytest.param("scalora", x, marks=HEAVY) for x in ENGINES if x != "zero3"),
+    ],
+)
 def test_clipped_steps_are_those_of_the_formulas(
-    ranks: GetRanks, folder: Path, model: PreTrainedModel, tmp_path: Path, engine: str
+    ranks: GetRanks,
+    folder: Path,
+    model: PreTrainedModel,
+    tmp_path: Path,
+    method: MethodName,
+    engine: str,
 ) -> None:
-    """LoRA+ has two groups of parameters: one norm is taken over both."""
-    options = given("lora-plus", max_grad_norm=0.05)
-    found = run(ranks, folder, tmp_path, engine, method="lora-plus", **options)
-    check("lora-plus", model, found, options)
+    """LoRA+ has two groups of parameters: one norm is taken over both. ScaLoRA's N is clipped."""
+    options = given(method, max_grad_norm=0.05)
+    found = run(ranks, folder, tmp_path, engine, method=method, **options)
+    check(method, model, found, options)
 
 
 @pytest.mark.parametrize(

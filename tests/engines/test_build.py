@@ -139,6 +139,24 @@ def test_a_global_batch_that_ranks_cannot_share(
     assert says in message and str(given["train_batch_size"]) in message
 
 
+@pytest.mark.parametrize(
+    ("given", "eta_lipschitz"),
+    [
+        ({}, 0.15 * 8**0.5),  # at the defaults, r = 8 and lora_alpha = 16
+        ({"rank": 4, "lora_alpha": 4}, 1.2),
+        ({"rank": 4, "eta_lipschitz": 0.3}, 0.3),
+        ({"method": "lora"}, None),
+    ],
+)
+def test_eta_l_is_decided_once(given: dict[str, Any], eta_lipschitz: float | None) -> None:
+    """So a resume compares numbers, whatever the default is then."""
+    resolved = options(**given)
+    for _ in range(2):
+        resolved = resolve(resolved, 1, BaseModelSpec(576, None, False))
+        found = resolved.method.eta_lipschitz
+        assert found is None if eta_lipschitz is None else found == pytest.approx(eta_lipschitz)
+
+
 @pytest.mark.parametrize("size", ["0", "-12", "1.5"])
 def test_a_global_batch_is_a_positive_whole_number(size: str) -> None:
     with pytest.raises(UserError) as error:

@@ -109,11 +109,10 @@ def train(
         loss, G = gradients(model, seen[-1], batch)
         losses.append(loss)
         grads = [factor_gradients(method, layer, G[layer.name], options) for layer in layers]
+        now = {**options, "step": taken + 1, "clip": clipping(grads, options["max_grad_norm"])}
         for layer, own in zip(layers, grads, strict=True):
-            method.change(layer, G[layer.name], own, {**options, "step": taken + 1})
-        norm = float(sum(g.square().sum() for own in grads for g in own.values()) ** 0.5)
-        limit = options["max_grad_norm"]
-        clip = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+            method.change(layer, G[layer.name], own, now)
+        clip = clipping(grads, options["max_grad_norm"])
         for layer, own in zip(layers, grads, strict=True):
             for name, gradient in own.items():
                 lr = options["learning_rate"] * method.rate(name, options, taken)
@@ -121,6 +120,12 @@ def train(
             method.after(layer, options, taken + 1)
         seen.append(weights())
     return losses, seen
+
+
+def clipping(grads: Sequence[Own], limit: float) -> float:
+    """What clipping multiplies these gradients by; no limit: 0."""
+    norm = float(sum(g.square().sum() for own in grads for g in own.values()) ** 0.5)
+    return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
 
 def factor_gradients(method: Reference, layer: Layer, G: Tensor, options: Options) -> Own:
@@ -294,8 +299,8 @@ def rescale(layer: Layer, G: Tensor, grads: Own, o: Options) -> None:
     if o["scaling_rule"] == "paper":
         alpha, beta, _ = scalora.scales(whole, A, B, s, o["eta_lipschitz"], (low, high))
     else:
-        assert o["scaling_rule"] == "adamw" and not o["max_grad_norm"]
-        how: dict[str, Any] = {"step": o["step"], "clip": 1.0, "epsilon": o["adam_epsilon"]}
+        assert o["scaling_rule"] == "adamw"
+        how: dict[str, Any] = {"step": o["step"], "clip": o["clip"], "epsilon": o["adam_epsilon"]}
         alpha, beta = scalora.adamw_scales(state, s, o["eta_lipschitz"], (low, high), **how)
     state = scalora.transform(state, alpha, beta, s)
     layer.W = torch.from_numpy(state.W)
