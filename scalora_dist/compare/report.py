@@ -113,7 +113,8 @@ def _setup_lines(setup: SetupResult) -> list[str]:
     )
     lines += [
         "",
-        f"Good rates have a loss within {TOLERANCE:.0%} of the best, with the first tuning seed. "
+        f"Good rates have a loss at most {TOLERANCE:.0%} above that of the best, with the first "
+        "tuning seed. "
         f"{setup.planned} comparisons share the level of this set-up's intervals.",
     ]
     for row in rows_of.values():

@@ -52,7 +52,7 @@ class CellResult:
         decided: whether the search for the learning rate is over.
         best_rate: the learning rate of the final runs. None: not decided, or all rates diverged.
         limited: whether the best rate is at the edge of a grid that may not be widened more.
-        good_rates: as `statistics.good_rates`, by the first tuning seed. None: not decided.
+        good_rates: as `statistics.good_rates`, by the first tuning seed. None: no best rate.
         complete: whether all final runs are finished.
         diverged: number of final runs that diverged.
         train_loss: mean and sd over seeds of the training loss at the end (running mean).
@@ -221,7 +221,7 @@ def _cell_result(
         decided=plan.decided,
         best_rate=plan.best_rate,
         limited=plan.limited,
-        good_rates=good_rates(first) if plan.decided else None,
+        good_rates=None if plan.best_rate is None else good_rates(first, plan.best_rate),
         complete=complete,
         diverged=len(records) - len(sound),
         **known,

@@ -60,19 +60,17 @@ def paired_difference(
     return Difference(mean, low, high, verdict)
 
 
-def good_rates(losses: Mapping[float, float]) -> tuple[float, float] | None:
-    """The lowest and the highest learning rate whose loss is within ``TOLERANCE`` of the best.
+def good_rates(losses: Mapping[float, float], chosen: float) -> tuple[float, float]:
+    """The lowest and the highest learning rate that are as good as the chosen one.
+
+    That is, whose loss is at most ``TOLERANCE`` higher.
 
     Args:
-        losses: {learning rate: loss, inf if the run diverged}.
-
-    Returns:
-        None if all diverged.
+        losses: {learning rate: loss, inf if the run diverged}, of one seed.
+        chosen: one of the rates. More seeds may have decided for it, so another may be lower here.
     """
-    best = min(losses.values(), default=np.inf)
-    if np.isinf(best):
-        return None
-    good = [rate for rate, loss in losses.items() if loss <= best + TOLERANCE * abs(best)]
+    limit = losses[chosen] + TOLERANCE * abs(losses[chosen])
+    good = [rate for rate, loss in losses.items() if loss <= limit]
     return min(good), max(good)
 
 

@@ -67,5 +67,6 @@ def test_a_running_mean_is_that_of_a_loop() -> None:
 
 def test_good_rates() -> None:
     losses = {1e-4: 1.06, 1e-3: 1.04, 1e-2: 1.0, 1e-1: 1.049, 1.0: math.inf}
-    assert statistics.good_rates(losses) == (1e-3, 1e-1)
-    assert statistics.good_rates({1e-3: math.inf}) is None
+    assert statistics.good_rates(losses, 1e-2) == (1e-3, 1e-1)
+    # A rate that more seeds decided against may be lower with this one.
+    assert statistics.good_rates({1e-3: 1.0, 2e-3: 0.5, 4e-3: 3.0}, 1e-3) == (1e-3, 2e-3)
