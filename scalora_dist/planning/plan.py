@@ -116,26 +116,25 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         parts |= {"logits": logits, "activations": event.most - logits}
         phases.append(Moment("backward" if backward else "forward", parts))
     factors = 4 * traced.factors
-    adamw = options.method.reads("scaling_rule") and options.method.scaling_rule == "adamw"
+    solves = options.method.reads("scaling_rule")
+    adamw = options.method.scaling_rule == "adamw"
     # As in Rescaler.grams: two matrices of a layer, in float64, from factors, gradients and N.
     grams = 2 * traced.layers * ((3 if adamw else 2) * options.method.rank) ** 2 * 8
-    own = []  # what the rescale needs for itself, first for the scales, then to merge
-    if options.method.reads("scaling_rule"):
-        directions = held.device.get("moments", 0) / 2 if adamw else 0  # N in fp32
-        own.append({"N, grams": directions + 2 * grams})
     if options.method.merge_target:
         scratch = 3 * 4 * min(SCRATCH_ELEMENTS, max(w.numel for w in weights if w.part == "base"))
         gathered = 3 * min(factors, GATHER_BUCKET_BYTES) if residency.world > 1 else 0
-        own.append({"factors, scratch": gathered + scratch})
-    if own:
-        most = max(own, key=lambda parts: sum(parts.values()))
+        most: dict[str, float] = {"factors, scratch": gathered + scratch}
+        if solves:
+            directions = held.device.get("moments", 0) / 2 if adamw else 0  # N in fp32
+            before = {"N, grams": directions + 2 * grams}  # freed before the merge
+            most = max(most, before, key=lambda parts: sum(parts.values()))
         phases.append(Moment("rescale", held.device | most))
     phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
     matrices = sum(weight.nbytes for weight in weights if len(weight.shape) > 1)
     passes = 3 if options.train.gradient_checkpointing else 2
     share = others(residency.ranks)
     rescale = [Message("A and B whole", share * factors, residency.ranks)]
-    if options.method.reads("scaling_rule"):
+    if solves:
         rescale.insert(0, Message("grams", 2 * share * grams, residency.ranks))
     return Plan(
         options=options,
