@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -31,9 +31,9 @@ from scalora_dist.compare.record import (
 )
 from scalora_dist.compare.report import write_report
 from scalora_dist.compare.results import compute
-from scalora_dist.compare.runs import Run
+from scalora_dist.compare.runs import Cell, Run
 from scalora_dist.compare.schedule import CellPlan, plan
-from scalora_dist.compare.study import Study, read_study, words_of
+from scalora_dist.compare.study import Study, method_options, read_study, words_of
 from scalora_dist.compare.workers import Workers
 from scalora_dist.config.option import Group, tool_option
 from scalora_dist.config.parser import Parser, parse_options
@@ -276,15 +276,30 @@ def _check_same_options(study: Study, folder: Path, records: Records) -> None:
         UserError: a finished run had other options, or ranks, than the study now gives it.
     """
     cells = set(study.cells)
+    read: dict[Cell, dict[str, Any]] = {}  # no option of a method depends on rate or seed
     for record in records.lines:
         run = run_of(record)
+        if run.cell not in cells:
+            continue
+        options = study.options(run)
+        if run.cell not in read:
+            read[run.cell] = method_options(options)
+        # Records of version 0.2 have no method_options.
+        other = _differing(record["options"], options)
+        other |= _differing(record.get("method_options", read[run.cell]), read[run.cell])
         # A run that diverged has no summary, so its ranks are not known.
-        same_ranks = record.get("world_size") in (None, study.gpus_per_run)
-        if run.cell in cells and not (same_ranks and record["options"] == study.options(run)):
+        if record.get("world_size") not in (None, study.gpus_per_run):
+            other.add("gpus_per_run")
+        if other:
             raise UserError(
-                f"{folder} holds runs with other options or gpus_per_run ({run}): name another "
-                "--output_dir"
+                f"{folder} holds runs with other options ({run}: {', '.join(sorted(other))}): name "
+                "another --output_dir"
             )
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """The options that differ, however their values are written."""
+    return {name for name in {*one, *other} if str(one.get(name)) != str(other.get(name))}
 
 
 def _workers(study: Study, wanted: int | None, context: ForkServerContext | None) -> Workers:

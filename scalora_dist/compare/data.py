@@ -36,7 +36,7 @@ def cut_data(study: Study, setup: Setup, folder: Path) -> None:
         folder: becomes the folder of the three, whole or not at all.
 
     Raises:
-        UserError: the data cannot be read, is too small, or other data is in ``folder``.
+        UserError: the data cannot be read, is too small, or something else is in ``folder``.
     """
     wanted = {
         "source": asdict(setup.source),
@@ -51,6 +51,8 @@ def cut_data(study: Study, setup: Setup, folder: Path) -> None:
                 f"{folder} holds data that was cut otherwise: name another --output_dir"
             )
         return
+    if folder.exists():
+        raise UserError(f"{folder} holds other things than cut data: name another --output_dir")
     try:
         parts = _cut(study, setup)
     except UserError as error:
@@ -87,7 +89,8 @@ def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
     else:
         # A generated task draws its questions from `seed` on: these come after the others.
         after, split = SEED + generated, setup.test_dataset_split
-        test = _shuffled(setup.test_dataset, split, study.test_size, {}, after)
+        own = task_options if setup.test_dataset == setup.source.dataset else {}
+        test = _shuffled(setup.test_dataset, split, study.test_size, own, after)
         if len(test) < study.test_size:
             raise UserError(
                 f"{setup.test_dataset} has {len(test)} examples: set test_size to at most that"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scalora_dist.compare.runs import Cell, Run
+from scalora_dist.compare.study import method_options
 from scalora_dist.errors import UserError
 from scalora_dist.profiling.versions import installed_versions
 
@@ -176,6 +177,7 @@ def make_record(
         "seed": run.seed,
         "part": run.part,
         "options": options,
+        "method_options": method_options(options),
         "diverged": has_diverged,
         "steps": len(losses),
         "losses": condense(losses),

@@ -17,7 +17,8 @@ from scalora_dist.compare.results import (
 from scalora_dist.compare.runs import Cell
 from scalora_dist.compare.schedule import MOST_WIDENINGS
 from scalora_dist.compare.statistics import LEVEL, TOLERANCE, WINDOW, Difference
-from scalora_dist.compare.study import Study
+from scalora_dist.compare.study import Setup, Study
+from scalora_dist.config.data import DataArguments
 from scalora_dist.training.run_log import write_json
 
 SMOKE = "**A smoke run is no study: too few seeds, or too short.**"
@@ -58,11 +59,22 @@ def render(
         lines += ["", f"## {setup.name}", ""]
         lines += _setup_lines(setup)
     lines += ["", "## What was run", ""]
-    rows = [(name, _options(setup.options)) for name, setup in study.setups.items()]
+    rows = [(name, _options(_data(setup) | setup.options)) for name, setup in study.setups.items()]
     rows += [(label, _options(method.options)) for label, method in study.methods.items()]
     lines += _markdown(("set-up or method", "options"), rows)
     lines += ["", f"On {', '.join(sorted({_machine(record) for record in records}))}."]
     return "\n".join(lines) + "\n"
+
+
+def _data(setup: Setup) -> dict[str, Any]:
+    """The options that say what data a set-up has; of generated tasks ``dataset_options`` too."""
+    source = setup.source
+    said = {"dataset": source.dataset, "dataset_split": source.dataset_split}
+    if source.dataset_options != DataArguments.dataset_options:
+        said["dataset_options"] = source.dataset_options
+    if setup.test_dataset:
+        said |= {"test_dataset": setup.test_dataset, "test_dataset_split": setup.test_dataset_split}
+    return said
 
 
 def _options(options: Mapping[str, Any]) -> str:

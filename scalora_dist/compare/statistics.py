@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -61,17 +62,25 @@ def paired_difference(
 
 
 def good_rates(losses: Mapping[float, float], chosen: float) -> tuple[float, float]:
-    """The lowest and the highest learning rate that are as good as the chosen one.
+    """The lowest and the highest learning rate of those that are as good as the chosen one.
 
-    That is, whose loss is at most ``TOLERANCE`` higher.
+    That is, whose loss is at most ``TOLERANCE`` higher, as are those of all rates between.
 
     Args:
         losses: {learning rate: loss, inf if the run diverged}, of one seed.
         chosen: one of the rates. More seeds may have decided for it, so another may be lower here.
     """
     limit = losses[chosen] + TOLERANCE * abs(losses[chosen])
-    good = [rate for rate, loss in losses.items() if loss <= limit]
-    return min(good), max(good)
+    good = [chosen, chosen]
+    for side, rates in enumerate(
+        (
+            sorted((rate for rate in losses if rate < chosen), reverse=True),
+            sorted(rate for rate in losses if rate > chosen),
+        )
+    ):
+        for rate in takewhile(lambda rate: losses[rate] <= limit, rates):
+            good[side] = rate
+    return good[0], good[1]
 
 
 def running_mean(losses: Array) -> Array:

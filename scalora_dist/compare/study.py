@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from scalora_dist.compare.runs import Cell, Grid, Run
 from scalora_dist.config.data import DataArguments
+from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.option import declarations
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import option_words, parse_options, read_yaml
@@ -167,6 +169,20 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in option_words(name, value)]
 
 
+def method_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method of a run reads, as JSON holds it: its options with their defaults, and ηL.
+
+    Args:
+        options: as from `Study.options`.
+    """
+    method = parse_options(words_of({**options, "output_dir": "-"})).method
+    names = [each.name for each, _ in declarations(MethodArguments) if method.reads(each.name)]
+    read = {name: getattr(method, name) for name in names}
+    if "eta_lipschitz" in read:
+        read["eta_lipschitz"] = method.eta_l
+    return dict(json.loads(json.dumps(read)))
+
+
 def read_study(path: str) -> Study:
     """Read a study.
 
@@ -188,13 +204,14 @@ def _study(given: dict[str, Any]) -> Study:
     values = KEYS | given
     common = _mapping(values["common"], "common")
     _allowed(common, SET_BY_THE_STUDY, "common")
-    setups = {
-        str(name): _setup(str(name), common, options)
-        for name, options in _mapping(values["setups"], "setups").items()
-    }
+    setups: dict[str, Setup] = {}
+    for key, options in _mapping(values["setups"], "setups").items():
+        name = _name(key, "setups")
+        setups[name] = _setup(name, common, options)
     methods: dict[str, StudyMethod] = {}
-    for name, options in _mapping(values["methods"], "methods").items():
-        methods[str(name)] = _method(str(name), options, values, setups)
+    for key, options in _mapping(values["methods"], "methods").items():
+        name = _name(key, "methods")
+        methods[name] = _method(name, options, values, setups)
     baseline = str(values["baseline"])
     if baseline not in methods:
         raise UserError(f"baseline {baseline}: name one of the methods ({', '.join(methods)})")
@@ -233,7 +250,6 @@ def _study(given: dict[str, Any]) -> Study:
 
 def _setup(name: str, common: dict[str, Any], given: Any) -> Setup:
     where = f"setups, {name}"
-    _check_name(name, where)
     own = _mapping(given, where)
     _allowed(own, SET_BY_THE_STUDY, where)
     options = common | own
@@ -259,11 +275,10 @@ def _method(
     label: str, given: Any, values: dict[str, Any], setups: Mapping[str, Setup]
 ) -> StudyMethod:
     where = f"methods, {label}"
-    _check_name(label, where)
     options = dict(_mapping(given, where))
     own = {key: options.pop(key) for key in ("learning_rates", "ranks", "setups") if key in options}
     _allowed(options, SET_BY_THE_STUDY | SHARED, where)
-    if "method" not in options:
+    if options.get("method") is None:
         raise UserError(f"{where}: method is missing")
     names = own.get("setups", list(setups))
     if not isinstance(names, list) or not names:
@@ -279,12 +294,14 @@ def _method(
                     "common"
                 )
     rates = own.get("learning_rates", values["learning_rates"])
-    if not isinstance(rates, list):
+    if rates is None:
         raise UserError(f"{where}: learning_rates is missing")
+    if not isinstance(rates, list) or any(isinstance(rate, bool) for rate in rates):
+        raise UserError(f"{where}: learning_rates {rates}: give a list of numbers")
     try:
         grid = Grid(tuple(float(rate) for rate in rates))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: learning_rates {rates}: give numbers") from error
+        raise UserError(f"{where}: learning_rates {rates}: give a list of numbers") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     ranks = own.get("ranks", values["ranks"])
@@ -311,7 +328,8 @@ def _parse(where: str, setup: Setup, options: dict[str, Any], values: dict[str, 
 
 def _against(given: Any, methods: Mapping[str, StudyMethod]) -> dict[str, Against]:
     found = {}
-    for label, other in _mapping(given, "against").items():
+    for key, other in _mapping(given, "against").items():
+        label = str(key)
         where = f"against, {label}"
         fields = _mapping(other, where)
         _known(fields, ("method", "times_rank"), where)
@@ -323,9 +341,11 @@ def _against(given: Any, methods: Mapping[str, StudyMethod]) -> dict[str, Agains
             raise UserError(f"{where}: times_rank {times}: give a number of at least 1")
         if (label, 1) == (name, times):
             raise UserError(f"{where}: this is {label} itself: name another method or times_rank")
+        if None in methods[label].ranks + methods[name].ranks:
+            raise UserError(f"{where}: only methods with a rank are compared at other ranks")
         if not any(rank and rank * times in methods[name].ranks for rank in methods[label].ranks):
             raise UserError(f"{where}: {name} has no rank that is {times} times one of {label}'s")
-        found[str(label)] = Against(name, times)
+        found[label] = Against(name, times)
     return found
 
 
@@ -353,9 +373,19 @@ def _allowed(options: Mapping[str, Any], refused: frozenset[str], where: str) ->
             raise UserError(f"{where}: {name} cannot be set here; {why}")
 
 
-def _check_name(name: str, where: str) -> None:
+def _name(key: Any, where: str) -> str:
+    """A name as text: YAML reads some, such as no and null, as other values.
+
+    Raises:
+        UserError: it is no text or number, or has other characters than file names have.
+    """
+    where = f"{where}, {key}"
+    if key is None or isinstance(key, bool):
+        raise UserError(f"{where}: YAML reads this name as a value: write it in quotes")
+    name = str(key)
     if not NAME.fullmatch(name):
         raise UserError(f"{where}: use letters, digits, blanks and . , + = - ( ) in names")
+    return name
 
 
 def _is_count(value: Any) -> bool:

@@ -18,6 +18,19 @@ from scalora_dist.config.shipped import find, names
 from scalora_dist.errors import UserError
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """Refuses a key that a mapping has twice; YAML's own loader keeps the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and (key.tag, key.value) in seen:
+                problem = f"{key.value} is there twice: remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is taken as Any
     """Raises a UserError instead of printing the usage and exiting."""
 
@@ -32,6 +45,31 @@ class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is taken a
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.source}{message}; --help lists the options")
+
+    def parse_args_into_dataclasses(
+        self, args: Sequence[str] | None = None, return_remaining_strings: bool = False
+    ) -> tuple[Any, ...]:
+        """As HfArgumentParser's, for the words of a command line alone.
+
+        Raises:
+            UserError: a word belongs to no option, and is not asked for.
+        """
+        *parsed, left = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if return_remaining_strings:
+            return (*parsed, left)
+        if left:
+            self.refuse(left[0])
+        return tuple(parsed)
+
+    def refuse(self, word: str) -> NoReturn:
+        """
+        Raises:
+            UserError: always; it says why a word is no option.
+        """
+        if not word.startswith("-"):
+            raise UserError(f"{word!r} belongs to no option: write --option value")
+        known = [each.name for group in self.dataclass_types for each, _ in declarations(group)]
+        raise UserError(_unknown_option(word.lstrip("-").partition("=")[0], sorted(known)))
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -57,11 +95,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     named, left = parser.parse_known_args(argv)
     recipe = find("recipes", named.config)
     if left:
-        raise UserError(
-            _unknown_option(left[0].lstrip("-").partition("=")[0], known)
-            if left[0].startswith("-")
-            else f"{left[0]!r} belongs to no option: write --option value"
-        )
+        parser.refuse(left[0])
     words = []
     for name, value in _read_recipe(recipe).items() if recipe else ():
         if name not in known:
@@ -93,10 +127,10 @@ def read_yaml(path: str, what: str, instead: str = "") -> dict[str, Any]:
         instead: what a message that the file cannot be opened ends with.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or is no mapping.
+        UserError: it cannot be read, is no YAML, is no mapping, or names a key twice.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}{instead}") from error
     except UnicodeDecodeError as error:

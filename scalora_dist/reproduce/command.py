@@ -77,7 +77,9 @@ def reproduce_figure1(words: Sequence[str]) -> None:
         iterations=args.iterations,
         seed=args.seed,
     )
-    folder = write(Path(args.output_dir), "figure1", data, figure1.table(data))
+    folder = Path(args.output_dir)
+    write(folder, "figure1", data, figure1.table(data))
+    print(figure1.table(data))
     plots.draw_figure1(data, folder / "figure1.png")
     world.leave()
 
@@ -98,11 +100,12 @@ def reproduce_figure2(words: Sequence[str]) -> None:
     ]
     world = join(runs[0])
     every, count = args.gradient_every, args.gradient_layers
-    data = {
-        "model": Path(str(runs[0].model.model_name_or_path)).name,
-        "runs": [observe(options, world, every=every, count=count) for options in runs],
-    }
-    write(folder, "figure2", data, figure2.table(data))
+    model = Path(str(runs[0].model.model_name_or_path)).name
+    data: dict[str, Any] = {"model": model, "runs": []}
+    for options in runs:
+        data["runs"].append(observe(options, world, every=every, count=count))
+        write(folder, "figure2", data, figure2.table(data))  # now: a later run may fail
+    print(figure2.table(data))
     plots.draw_figure2(data, folder / "figure2.png")
     world.leave()
 
@@ -112,10 +115,8 @@ def _parser(group: type[Group], description: str) -> Parser:
     return Parser([group], allow_abbrev=False, prog=name, description=description)
 
 
-def write(folder: Path, name: str, data: dict[str, Any], table: str) -> Path:
-    """Write the JSON and the table, and print the table."""
+def write(folder: Path, name: str, data: dict[str, Any], table: str) -> None:
+    """Write the JSON and the table."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", data)
     (folder / f"{name}.md").write_text(table)
-    print(table)
-    return folder

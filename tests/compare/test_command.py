@@ -100,6 +100,18 @@ def test_a_study_is_stopped_resumed_and_reported(task: Path, tmp_path: Path) -> 
     assert [record["learning_rate"] for record in lost] == [RATES[2]] * 2
     check_results(folder, after)
     check_what_is_left(folder)
+    check_other_defaults_are_refused(folder, words)
+
+
+def check_other_defaults_are_refused(folder: Path, words: list[str]) -> None:
+    """Runs of a version whose default of an option was another are not mixed with today's."""
+    text = (folder / "runs.jsonl").read_text()
+    (folder / "runs.jsonl").write_text(
+        text.replace('"scaling_rule": "adamw"', '"scaling_rule": "x"')
+    )
+    with StopSignals() as signals, pytest.raises(UserError) as error:
+        compare_command([*words, "--report_only"], signals)
+    assert "ScaLoRA" in one_sentence(error) and "scaling_rule" in one_sentence(error)
 
 
 def check_results(folder: Path, records: list[dict[str, Any]]) -> None:

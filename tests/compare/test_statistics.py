@@ -70,3 +70,5 @@ def test_good_rates() -> None:
     assert statistics.good_rates(losses, 1e-2) == (1e-3, 1e-1)
     # A rate that more seeds decided against may be lower with this one.
     assert statistics.good_rates({1e-3: 1.0, 2e-3: 0.5, 4e-3: 3.0}, 1e-3) == (1e-3, 2e-3)
+    # A good rate beyond a bad one is not in the range.
+    assert statistics.good_rates({1e-3: 1.0, 3e-3: 5.0, 1e-2: 1.02}, 1e-3) == (1e-3, 1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,8 @@ from datasets import load_from_disk
 from scalora_dist.compare.command import compare_command
 from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.runs import Cell, Grid, Run
-from scalora_dist.compare.study import Study, read_study
+from scalora_dist.compare.study import Study, method_options, read_study
+from scalora_dist.config.method import MethodArguments
 from scalora_dist.data.sources import load_examples
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import UserError
@@ -102,6 +104,11 @@ MISTAKES = {
     "2 ranks need an engine": changed(gpus_per_run=2),
     "setups None: give a list": changed("methods", "LoRA", setups=None),
     "set train_batch_size in common": changed("methods", "LoRA", gradient_accumulation_steps=2),
+    "learning_rates 1e-3: give a list of numbers": changed(learning_rates="1e-3"),
+    "learning_rates [True, 2]: give a list of numbers": changed(learning_rates=[True, 2]),
+    "methods, LoRA: method is missing": changed("methods", "LoRA", method=None),
+    "methods, False: YAML reads this name as a value": changed(methods={False: {}}),
+    "only methods with a rank are compared": changed("against", LoRA={"method": "full"}),
     "test_dataset_split is set, but": changed("setups", "task", test_dataset_split="test"),
 }
 
@@ -140,6 +147,38 @@ def test_no_held_out_example_is_trained_on(own_test: bool, tmp_path: Path) -> No
     )
     assert train and validation and test
     assert not train & validation and not test & (train | validation)
+
+
+def test_a_generated_test_part_has_the_options_of_the_training_part(tmp_path: Path) -> None:
+    task = {
+        **{"dataset": "reasoning_gym:chain_sum", "dataset_size": 20},
+        **{"dataset_options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}},
+    }
+    setup = task | {"test_dataset": "reasoning_gym:chain_sum"}
+    study = read(tmp_path, setups={"task": setup}, validation_size=3, test_size=4)
+    cut_data(study, study.setups["task"], tmp_path / "task")
+    questions = load_from_disk(str(tmp_path / "task" / "test"))["query"][:]
+    assert all(len(re.findall(r"\d+", question)) == 2 for question in questions)
+
+
+def test_other_things_in_the_place_of_cut_data_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.txt").write_text("")
+    study = read(tmp_path)
+    with pytest.raises(UserError) as error:
+        cut_data(study, study.setups["task"], tmp_path / "task")
+    assert "holds other things" in one_sentence(error)
+
+
+def test_what_a_method_reads_is_kept_with_its_defaults(tmp_path: Path) -> None:
+    methods = {"ScaLoRA": {"method": "scalora"}, "LoRA": {"method": "lora"}}
+    study = read(tmp_path, methods=methods)
+    runs = {cell.label: Run(cell, 1e-3, 1000, "tune") for cell in study.cells}
+    ours, theirs = (method_options(study.options(runs[label])) for label in ("ScaLoRA", "LoRA"))
+    assert ours["scaling_rule"] == MethodArguments.scaling_rule
+    assert ours["eta_lipschitz"] == pytest.approx(2.4 / (8 / ours["rank"] * ours["rank"] ** 0.5))
+    assert theirs == {"method": "lora", "rank": 2, "lora_alpha": 8.0} | theirs
+    assert "scaling_rule" not in theirs
 
 
 def test_data_is_cut_once_and_in_parts_that_share_nothing(tmp_path: Path) -> None:

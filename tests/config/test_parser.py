@@ -187,6 +187,11 @@ def test_malformed_yaml_tells_its_line(recipe: Any, text: str, line: int) -> Non
     assert f"{words[1]} line {line}: " in refused(*words)
 
 
+def test_a_field_that_is_there_twice(recipe: Any) -> None:
+    words = recipe("rank: 4\nlora_alpha: 8\nrank: 8\n")
+    assert f"{words[1]} line 3: rank is there twice: remove one" in refused(*words)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- rank\n", "rank\n", "8\n"])
 def test_a_recipe_without_fields(recipe: Any, text: str) -> None:
     assert "`option: value`" in refused(*recipe(text))
