@@ -2,7 +2,7 @@
 
     python tools/small_models.py FOLDER [--sizes small medium]
 
-It pre-trains Llamas of 0.9 and 4.8 million parameters on four tasks: copy a word, sort it, count a
+It pre-trains Llamas of 0.9 and 5.0 million parameters on four tasks: copy a word, sort it, count a
 letter in it, add two numbers. A letter is a token. It then writes tasks that these models do not
 know, each as train.jsonl and test.jsonl. What is in FOLDER already is kept.
 """
