@@ -284,9 +284,11 @@ def _check_same_options(study: Study, folder: Path, records: Records) -> None:
         options = study.options(run)
         if run.cell not in read:
             read[run.cell] = method_options(options)
-        # Records of version 0.2 have no method_options.
         other = _differing(record["options"], options)
-        other |= _differing(record.get("method_options", read[run.cell]), read[run.cell])
+        # Another version may have had other defaults, or not all of today's options.
+        known = record.get("method_options", {})
+        today = {name: value for name, value in read[run.cell].items() if name in known}
+        other |= _differing({name: known[name] for name in today}, today)
         # A run that diverged has no summary, so its ranks are not known.
         if record.get("world_size") not in (None, study.gpus_per_run):
             other.add("gpus_per_run")

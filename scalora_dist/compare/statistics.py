@@ -71,16 +71,15 @@ def good_rates(losses: Mapping[float, float], chosen: float) -> tuple[float, flo
         chosen: one of the rates. More seeds may have decided for it, so another may be lower here.
     """
     limit = losses[chosen] + TOLERANCE * abs(losses[chosen])
-    good = [chosen, chosen]
-    for side, rates in enumerate(
-        (
-            sorted((rate for rate in losses if rate < chosen), reverse=True),
-            sorted(rate for rate in losses if rate > chosen),
-        )
-    ):
-        for rate in takewhile(lambda rate: losses[rate] <= limit, rates):
-            good[side] = rate
-    return good[0], good[1]
+    rates = sorted(losses)
+    position = rates.index(chosen)
+
+    def is_good(rate: float) -> bool:
+        return losses[rate] <= limit
+
+    lower = takewhile(is_good, reversed(rates[:position]))
+    higher = takewhile(is_good, rates[position + 1 :])
+    return min((chosen, *lower)), max((chosen, *higher))
 
 
 def running_mean(losses: Array) -> Array:
