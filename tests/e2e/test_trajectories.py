@@ -25,7 +25,8 @@ TRAJECTORIES = Path(__file__).parents[1] / "assets" / "trajectories"
 TOLERANCE = {"fp32": 1e-4, "16 bits": 0.03}
 NUMBERS = ("loss", "grad_norm", "grad_norm_before", "learning_rate", "eval_loss")
 RULES = ("skipped", "column", "scalar", "nnls", "kept")
-LAYERS_ASTRAY = 1  # layers of a step that may take another rule: rounding decides a close case
+# Layers of a step that may take another rule: rounding decides a close case.
+LAYERS_ASTRAY = {"fp32": 1, "16 bits": 3}
 # One set-up of each class, and every kind of method once. The others are heavy.
 EVERY_DAY = {
     *("local-scalora", "local-nnls", "local-lora", "local-lora-sb", "local-dora", "local-full"),
@@ -60,18 +61,19 @@ def test_the_numbers_are_those_recorded(train: Callable[[SetUp], Path], name: st
     set_up = SET_UPS[name]
     recorded = json.loads((TRAJECTORIES / f"{set_up.engine}.json").read_text())[name]["lines"]
     lines = loss_compare.read_results(train(set_up))["lines"]
-    tolerance = TOLERANCE["16 bits" if {"bf16", "fp16"} & set(set_up.words) else "fp32"]
+    dtype = "16 bits" if {"bf16", "fp16"} & set(set_up.words) else "fp32"
     assert [line["step"] for line in lines] == [line["step"] for line in recorded]
     for line, before in zip(lines, recorded, strict=True):
         assert line.keys() == before.keys()
         assert line.get("tokens") == before.get("tokens")
         for key in line.keys() & set(NUMBERS):
-            # A skipped step has no norm: null.
-            same = before[key] if before[key] is None else pytest.approx(before[key], rel=tolerance)
+            same = before[key]
+            if same is not None:  # a skipped step has no norm
+                same = pytest.approx(same, rel=TOLERANCE[dtype])
             assert line[key] == same, (line, before)
         rules, then = (x.get("rescale", {}) for x in (line, before))
         astray = sum(abs(rules.get(rule, 0) - then.get(rule, 0)) for rule in RULES) // 2
-        assert astray <= LAYERS_ASTRAY, (line, before)
+        assert astray <= LAYERS_ASTRAY[dtype], (line, before)
 
 
 def test_every_set_up_has_a_trajectory() -> None:
