@@ -61,6 +61,13 @@ class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is taken a
             self.refuse(left[0])
         return tuple(parsed)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all options."""
+        return sorted(
+            each.name for group in self.dataclass_types for each, _ in declarations(group)
+        )
+
     def refuse(self, word: str) -> NoReturn:
         """
         Raises:
@@ -68,8 +75,7 @@ class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is taken a
         """
         if not word.startswith("-"):
             raise UserError(f"{word!r} belongs to no option: write --option value")
-        known = [each.name for group in self.dataclass_types for each, _ in declarations(group)]
-        raise UserError(_unknown_option(word.lstrip("-").partition("=")[0], sorted(known)))
+        raise UserError(_unknown_option(word.lstrip("-").partition("=")[0], self.names))
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -91,15 +97,14 @@ def parse_options(argv: Sequence[str]) -> Options:
         "torchrun --nproc_per_node N launch/train.py --fsdp ...",
         description="Fine-tune with ScaLoRA on shards. docs/options.md has more of each option.",
     )
-    known = sorted(each.name for group in GROUPS for each, _ in declarations(group))
     named, left = parser.parse_known_args(argv)
     recipe = find("recipes", named.config)
     if left:
         parser.refuse(left[0])
     words = []
     for name, value in _read_recipe(recipe).items() if recipe else ():
-        if name not in known:
-            raise UserError(f"{recipe}: {_unknown_option(str(name), known)}")
+        if name not in parser.names:
+            raise UserError(f"{recipe}: {_unknown_option(str(name), parser.names)}")
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "
