@@ -26,7 +26,7 @@ TOLERANCE = {"fp32": 1e-4, "16 bits": 0.03}
 NUMBERS = ("loss", "grad_norm", "grad_norm_before", "learning_rate", "eval_loss")
 RULES = ("skipped", "column", "scalar", "nnls", "kept")
 # Layers of a step that may take another rule: rounding decides a close case.
-LAYERS_ASTRAY = {"fp32": 1, "16 bits": 3}
+LAYERS_ASTRAY = {"fp32": 1, "16 bits": 2}
 # One set-up of each class, and every kind of method once. The others are heavy.
 EVERY_DAY = {
     *("local-scalora", "local-nnls", "local-lora", "local-lora-sb", "local-dora", "local-full"),
