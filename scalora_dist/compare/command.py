@@ -33,10 +33,10 @@ from scalora_dist.compare.report import write_report
 from scalora_dist.compare.results import compute
 from scalora_dist.compare.runs import Cell, Run
 from scalora_dist.compare.schedule import CellPlan, plan
-from scalora_dist.compare.study import Study, method_options, read_study, words_of
+from scalora_dist.compare.study import Study, method_options, parse_folderless, read_study, words_of
 from scalora_dist.compare.workers import Workers
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.parser import Parser, parse_options
+from scalora_dist.config.parser import Parser
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import Preempted, UserError
@@ -264,7 +264,7 @@ def _check_first_runs(study: Study) -> None:
     for cell in study.cells:
         first = Run(cell, study.methods[cell.label].grid.rate(0), study.tuning_seeds[0], "tune")
         try:
-            options = parse_options(words_of(study.options(first) | {"output_dir": "-"}))
+            options = parse_folderless(study.options(first))
             resolve_batch(options.train, study.gpus_per_run)
         except UserError as error:
             raise UserError(f"{first}: {error}") from error
@@ -286,9 +286,8 @@ def _check_same_options(study: Study, folder: Path, records: Records) -> None:
             read[run.cell] = method_options(options)
         other = _differing(record["options"], options)
         # Another version may have had other defaults, or not all of today's options.
-        known = record.get("method_options", {})
-        today = {name: value for name, value in read[run.cell].items() if name in known}
-        other |= _differing({name: known[name] for name in today}, today)
+        then, now = record.get("method_options", {}), read[run.cell]
+        other |= _differing(then, now) & then.keys() & now.keys()
         # A run that diverged has no summary, so its ranks are not known.
         if record.get("world_size") not in (None, study.gpus_per_run):
             other.add("gpus_per_run")

@@ -169,13 +169,18 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in option_words(name, value)]
 
 
+def parse_folderless(options: Mapping[str, Any]) -> Options:
+    """Parse the options of a run that has no folder yet. Raises as `parse_options` does."""
+    return parse_options(words_of({**options, "output_dir": "-"}))
+
+
 def method_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the method of a run reads, as JSON holds it: its options with their defaults, and ηL.
 
     Args:
         options: as from `Study.options`.
     """
-    method = parse_options(words_of({**options, "output_dir": "-"})).method
+    method = parse_folderless(options).method
     names = [each.name for each, _ in declarations(MethodArguments) if method.reads(each.name)]
     read = {name: getattr(method, name) for name in names}
     if "eta_lipschitz" in read:
@@ -264,7 +269,7 @@ def _setup(name: str, common: dict[str, Any], given: Any) -> Setup:
         raise UserError(f"{where}: test_dataset_split is set, but test_dataset is not")
     named = {key: value for key, value in options.items() if key in SOURCE and value is not None}
     try:
-        source = parse_options(words_of(named | {"output_dir": "-"})).data
+        source = parse_folderless(named).data
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     kept = {key: value for key, value in options.items() if key not in SOURCE}
@@ -319,7 +324,7 @@ def _parse(where: str, setup: Setup, options: dict[str, Any], values: dict[str, 
     """Parse the options of a method in a set-up, as a run will."""
     given = {name: x for name, x in (setup.options | options).items() if x is not None}
     try:
-        parsed = parse_options(words_of(given | {"output_dir": "-"}))
+        parsed = parse_folderless(given)
         check_engine_choice(parsed, _count(values, "gpus_per_run"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

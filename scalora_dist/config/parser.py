@@ -101,10 +101,10 @@ def parse_options(argv: Sequence[str]) -> Options:
     recipe = find("recipes", named.config)
     if left:
         parser.refuse(left[0])
-    words = []
+    known, words = parser.names, []
     for name, value in _read_recipe(recipe).items() if recipe else ():
-        if name not in parser.names:
-            raise UserError(f"{recipe}: {_unknown_option(str(name), parser.names)}")
+        if name not in known:
+            raise UserError(f"{recipe}: {_unknown_option(str(name), known)}")
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "

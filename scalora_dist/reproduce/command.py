@@ -78,8 +78,9 @@ def reproduce_figure1(words: Sequence[str]) -> None:
         seed=args.seed,
     )
     folder = Path(args.output_dir)
-    write(folder, "figure1", data, figure1.table(data))
-    print(figure1.table(data))
+    table = figure1.table(data)
+    write(folder, "figure1", data, table)
+    print(table)
     plots.draw_figure1(data, folder / "figure1.png")
     world.leave()
 

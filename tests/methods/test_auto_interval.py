@@ -108,7 +108,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(ranks: Any, task: Path, folder: Path, engine: str, **others: Any) -> list[dict[str, Any]]:
     """Six steps without dropout; the records of the steps."""
-    given = {"learning_rate": 1e-3, "lora_dropout": 0.0, "per_device_train_batch_size": 6}
+    given = {"lora_dropout": 0.0, "per_device_train_batch_size": 6}
     case = tiny_runs.options(task, folder, engine, max_steps=STEPS, save_steps=0, **given, **others)
     ranks(1 if engine == "local" else 2).run(tiny_runs.train, case)
     return [line for line in tiny_runs.lines(folder) if "loss" in line]
