@@ -6,8 +6,11 @@ A resume compares the data by content (``check_same_data``), so data files may h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Optional, TypeAlias
 
 from scalora_dist.config.option import Group, option
+
+ChatTurns: TypeAlias = Literal["all", "last", "each"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,14 @@ class DataArguments(Group):
 
     dataset: str | None = option(
         None,
-        "Training data: a JSON, JSONL, CSV or Parquet file, a folder of such files or one written "
-        "by datasets.save_to_disk, reasoning_gym:<task>, or a name on the hub.",
+        "Training data: a JSON, JSONL, CSV, TSV, text or Parquet file, a folder of such files or "
+        "one written by datasets.save_to_disk, reasoning_gym:<task>, or a name on the hub.",
+        resume="warned",
+    )
+    dataset_config_name: str | None = option(
+        None,
+        "Subset of `dataset`, where it has several (a hub data set, or a folder with its "
+        "README.md).",
         resume="warned",
     )
     dataset_split: str = option(
@@ -40,6 +49,11 @@ class DataArguments(Group):
         "Evaluation data, named like `dataset`; without it, --eval_size holds out examples.",
         resume="warned",
     )
+    eval_dataset_config_name: str | None = option(
+        None,
+        "Subset of `eval_dataset`; by default that of `dataset` where both are the same data set.",
+        resume="warned",
+    )
     eval_dataset_split: str = option(
         "test", "Split of `eval_dataset` to evaluate on.", resume="warned"
     )
@@ -48,6 +62,33 @@ class DataArguments(Group):
         "Examples to hold out of a shuffled `dataset`, or to take of `eval_dataset` "
         "(0: hold out none, or take all).",
         resume="warned",
+        at_least=0,
+    )
+    column_names: list[str] = option(
+        [],
+        "Names of the columns of CSV and TSV files that have no header line.",
+        resume="warned",
+    )
+    prompt_template: str | None = option(
+        None,
+        "Text of the prompt, with {column} for a column's text, {{ and }} for braces, and \\n for "
+        "a line break; goes with `completion_template`.",
+        resume="warned",
+    )
+    completion_template: str | None = option(
+        None, "Text of the completion, written like `prompt_template`.", resume="warned"
+    )
+    chat_turns: Optional[ChatTurns] = option(
+        None,
+        "Turns of a chat to train on; all: every assistant turn, in one example; last: the last "
+        "one; each: every one, each in an example of its own; by default all where the chat "
+        "template allows it, else each.",
+        resume="warned",
+    )
+    show_examples: int = option(
+        0,
+        "Training examples to print before training, with their targets marked.",
+        resume="free",
         at_least=0,
     )
     max_length: int = option(
