@@ -14,8 +14,9 @@ from datasets import Dataset
 
 from scalora_dist.compare.runs import Run
 from scalora_dist.compare.study import Setup, Study
+from scalora_dist.config.data import DataArguments
+from scalora_dist.data.examples import Examples
 from scalora_dist.data.prepare import check_data
-from scalora_dist.data.prompts import recognise
 from scalora_dist.data.sources import load_examples
 from scalora_dist.errors import UserError
 
@@ -39,14 +40,15 @@ def cut_data(study: Study, setup: Setup, folder: Path) -> None:
         UserError: the data cannot be read, is too small, or something else is in ``folder``.
     """
     wanted = {
-        "source": asdict(setup.source),
+        "source": _set(asdict(setup.source)),
         "test_dataset": setup.test_dataset,
         "test_dataset_split": setup.test_dataset_split,
         "validation_size": study.validation_size,
         "test_size": study.test_size,
     }
     if (folder / CUT).exists():
-        if json.loads((folder / CUT).read_text()) != wanted:
+        cut = json.loads((folder / CUT).read_text())
+        if cut | {"source": _set(cut["source"])} != wanted:
             raise UserError(
                 f"{folder} holds data that was cut otherwise: name another --output_dir"
             )
@@ -76,29 +78,36 @@ def data_options(run: Run, folder: Path) -> dict[str, Any]:
     return {"dataset": str(own / "train"), "eval_dataset": str(own / held_out)}
 
 
+def _set(source: dict[str, Any]) -> dict[str, Any]:
+    """The options that are set. Folders that older versions cut do not know the others."""
+    default = asdict(DataArguments())
+    return {name: value for name, value in source.items() if value != default.get(name)}
+
+
 def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
-    name, task_options = check_data(setup.source)
+    source = setup.source
+    name, task_options = check_data(source)
     sizes = {"validation": study.validation_size}
     if setup.test_dataset is None:
         sizes["test"] = study.test_size
-    generated = setup.source.dataset_size + sum(sizes.values())
-    examples = _shuffled(name, setup.source.dataset_split, generated, task_options, SEED)
+    generated = source.dataset_size + sum(sizes.values())
+    examples = _shuffled(source, name, source.dataset_split, generated, task_options, seed=SEED)
     found = len(examples)
     if setup.test_dataset is None:
         test, examples = examples.take(study.test_size), examples.skip(study.test_size)
     else:
         # A generated task draws its questions from `seed` on: these come after the others.
         after, split = SEED + generated, setup.test_dataset_split
-        own = task_options if setup.test_dataset == setup.source.dataset else {}
-        test = _shuffled(setup.test_dataset, split, study.test_size, own, after)
+        own = task_options if setup.test_dataset == name else {}
+        test = _shuffled(source, setup.test_dataset, split, study.test_size, own, seed=after)
         if len(test) < study.test_size:
             raise UserError(
                 f"{setup.test_dataset} has {len(test)} examples: set test_size to at most that"
             )
         test = test.take(study.test_size)
-    apart = _without(examples, test)
+    apart = _without(examples, test, source)
     validation = apart.take(study.validation_size)
-    train = _without(apart.skip(study.validation_size), validation)
+    train = _without(apart.skip(study.validation_size), validation, source)
     left_out = len(examples) - len(validation) - len(train)
     if not len(train):
         raise UserError(
@@ -116,23 +125,39 @@ def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def _without(examples: Dataset, held_out: Dataset) -> Dataset:
+def _without(examples: Dataset, held_out: Dataset, args: DataArguments) -> Dataset:
     """``examples`` but for those that a model reads as one of ``held_out``."""
-    known = set(_contents(held_out))
-    kept = [i for i, content in enumerate(_contents(examples)) if content not in known]
+    known = set(_contents(held_out, args))
+    kept = [i for i, content in enumerate(_contents(examples, args)) if content not in known]
     return examples.select(kept)
 
 
-def _contents(examples: Dataset) -> Iterator[int]:
+def _contents(examples: Dataset, args: DataArguments) -> Iterator[int]:
     """A hash of each example's prompt and target, whatever other columns it has.
 
     Raises:
         UserError: an example is malformed.
     """
-    shape = recognise(examples.column_names)
-    return (hash(repr(shape.read(row))) for row in examples)
+    reader = Examples(examples, args)
+    return (hash(repr(reader.read(row, k)[1])) for k, row in enumerate(examples))
 
 
-def _shuffled(name: str, split: str, size: int, task_options: dict[str, Any], seed: int) -> Dataset:
-    examples = load_examples(name, split=split, seed=seed, size=size, task_options=task_options)
+def _shuffled(
+    source: DataArguments,
+    name: str,
+    split: str,
+    size: int,
+    task_options: dict[str, Any],
+    *,
+    seed: int,
+) -> Dataset:
+    examples = load_examples(
+        name,
+        split=split,
+        config_name=source.dataset_config_name if name == source.dataset else None,
+        column_names=source.column_names,
+        seed=seed,
+        size=size,
+        task_options=task_options,
+    )
     return examples.shuffle(seed=SEED)

@@ -70,6 +70,8 @@ def _data(setup: Setup) -> dict[str, Any]:
     """The options that say what data a set-up has; of generated tasks ``dataset_options`` too."""
     source = setup.source
     said = {"dataset": source.dataset, "dataset_split": source.dataset_split}
+    if source.dataset_config_name is not None:
+        said["dataset_config_name"] = source.dataset_config_name
     if source.dataset_options != DataArguments.dataset_options:
         said["dataset_options"] = source.dataset_options
     if setup.test_dataset:

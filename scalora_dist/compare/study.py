@@ -22,11 +22,16 @@ from scalora_dist.errors import UserError
 SET_BY_THE_STUDY = frozenset(
     {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "local_rank"}
     | {"seed", "learning_rate", "rank", "config"}
-    | {"eval_dataset", "eval_dataset_split", "eval_size"}
+    | {"eval_dataset", "eval_dataset_config_name", "eval_dataset_split", "eval_size"}
     | {"adapter_rank", "profile", "profile_window", "peak_tflops"}
 )
 # Where the data is read from, before it is cut.
-SOURCE = frozenset({"dataset", "dataset_split", "dataset_size", "dataset_options"})
+SOURCE = frozenset(
+    {"dataset", "dataset_config_name", "dataset_split", "dataset_size", "dataset_options"}
+    | {"column_names"}
+)
+# How it is read, then and by the runs.
+READ = frozenset({"prompt_template", "completion_template"})
 # What must be equal for all methods.
 SHARED = (
     frozenset(each.name for each, _ in declarations(DataArguments))
@@ -67,7 +72,7 @@ class Setup:
     Attributes:
         name: its name in the study.
         options: options of ``scalora train`` for all its runs, but for the data's source.
-        source: the options that name the training data.
+        source: the options that name the training data and say how to read it.
         test_dataset: where the test data is read from; None: cut from the training data.
         test_dataset_split: split of ``test_dataset``.
     """
@@ -267,7 +272,9 @@ def _setup(name: str, common: dict[str, Any], given: Any) -> Setup:
     split = options.pop("test_dataset_split", None)
     if test is None and split is not None:
         raise UserError(f"{where}: test_dataset_split is set, but test_dataset is not")
-    named = {key: value for key, value in options.items() if key in SOURCE and value is not None}
+    named = {
+        key: value for key, value in options.items() if key in SOURCE | READ and value is not None
+    }
     try:
         source = parse_folderless(named).data
     except UserError as error:

@@ -1,6 +1,7 @@
 """Turns the name of a data set into the token batches of each rank.
 
-An arrow means "imports": ``prepare -> tokenize -> prompts``,
-``prepare -> sources -> generated, malformed``, ``prepare -> identity``. ``batches``, ``collate``
-and ``identity`` only use token columns.
+An arrow means "imports": ``prepare -> tokenize -> examples, chats -> prompts -> messages``,
+``chats -> encode``, ``examples -> rows``, ``prepare -> sources -> folders, files, generated``,
+``files -> rows``, ``prepare -> identity``. ``batches``, ``collate`` and ``identity`` only use token
+columns.
 """

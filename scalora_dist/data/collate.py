@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 
 
 class Collator:

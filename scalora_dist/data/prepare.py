@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ class Prepared:
         evaluation: evaluation examples, or None.
         truncated: number of truncated examples of both parts.
         dropped: number of examples of both parts that were left out because they have no target.
+        turns: {"all", "last" or "each": number of examples of both parts that train on these turns
+            of a chat}.
+        ignored: names of columns, and of keys of messages, that hold something and were not used.
         repeated: number of evaluation examples whose token ids are also a training example's.
         checksum: 32 hexadecimal digits, the same where both parts have the same ids and labels.
     """
@@ -38,6 +42,8 @@ class Prepared:
     evaluation: Dataset | None
     truncated: int
     dropped: int
+    turns: dict[str, int]
+    ignored: list[str]
     repeated: int
     checksum: str
 
@@ -53,23 +59,34 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     """
     name, options = check_data(args)
 
-    def tokens(name: str, split: str, size: int, task_options: dict[str, Any]) -> Tokenized:
-        examples = load_examples(name, split=split, seed=seed, size=size, task_options=task_options)
-        return tokenize_examples(
-            examples, tokenizer, max_length=args.max_length, train_on_prompt=args.train_on_prompt
+    def tokens(
+        name: str, subset: str | None, split: str, size: int, task_options: dict[str, Any]
+    ) -> Tokenized:
+        examples = load_examples(
+            name,
+            split=split,
+            config_name=subset,
+            column_names=args.column_names,
+            seed=seed,
+            size=size,
+            task_options=task_options,
         )
+        return tokenize_examples(examples, tokenizer, args)
 
+    size = args.dataset_size + (0 if args.eval_dataset else args.eval_size)
+    data = tokens(name, args.dataset_config_name, args.dataset_split, size, options)
+    parts = [data]
     if args.eval_dataset is None:
-        data = tokens(name, args.dataset_split, args.dataset_size + args.eval_size, options)
         train, evaluation = _hold_out(data.dataset, args.eval_size, seed)
-        truncated, dropped = data.truncated, data.dropped
     else:
-        data = tokens(name, args.dataset_split, args.dataset_size, options)
-        other = tokens(args.eval_dataset, args.eval_dataset_split, args.eval_size, {})
+        subset = args.eval_dataset_config_name
+        if subset is None and args.eval_dataset == name:
+            subset = args.dataset_config_name
+        other = tokens(args.eval_dataset, subset, args.eval_dataset_split, args.eval_size, {})
         train, evaluation = data.dataset, other.dataset
         if args.eval_size:
-            evaluation = evaluation.take(min(args.eval_size, len(evaluation)))
-        truncated, dropped = data.truncated + other.truncated, data.dropped + other.dropped
+            evaluation = _of_rows(evaluation, np.unique(evaluation["row"][:])[: args.eval_size])
+        parts.append(other)
 
     rows = row_hashes(train)
     held_out = row_hashes(evaluation) if evaluation is not None else rows[:0]
@@ -80,7 +97,14 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
             "out and let --eval_size hold some out."
         )
     return Prepared(
-        train, evaluation, truncated, dropped, repeated, checksum=checksum(rows, held_out)
+        train,
+        evaluation,
+        truncated=sum(part.truncated for part in parts),
+        dropped=sum(part.dropped for part in parts),
+        turns=dict(sum((Counter(part.turns) for part in parts), Counter())),
+        ignored=sorted(set().union(*(part.ignored for part in parts))),
+        repeated=repeated,
+        checksum=checksum(rows, held_out),
     )
 
 
@@ -91,19 +115,27 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Split off the end of a shuffled data set.
+    """Split off the end of a shuffled data set: `size` rows, with all examples made of them.
 
     Generated data is shuffled too, because some tasks put their harder questions last. All its
     questions are different (see `generated`), so no held-out question occurs in training.
     """
     if size == 0:
         return dataset, None
-    if size >= len(dataset):
+    rows = np.unique(dataset["row"][:])
+    if size >= len(rows):
         raise UserError(
-            f"eval_size = {size} leaves nothing to train on: there are {len(dataset)} examples."
+            f"eval_size = {size} leaves nothing to train on: there are {len(rows)} examples."
         )
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.select(order[:-size]), dataset.select(order[-size:])
+    order = rows[np.random.default_rng(seed).permutation(len(rows))]
+    return _of_rows(dataset, order[:-size]), _of_rows(dataset, order[-size:])
+
+
+def _of_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
+    """The examples made of some rows, in the order of ``rows``."""
+    place = {row: k for k, row in enumerate(rows.tolist())}
+    found = [(place[row], k) for k, row in enumerate(dataset["row"][:]) if row in place]
+    return dataset.select([k for _, k in sorted(found)])
 
 
 def check_data(args: DataArguments) -> tuple[str, dict[str, Any]]:

@@ -30,14 +30,14 @@ def read_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def place(row: dict[str, Any], index: int) -> str:
-    """Where an example stands, for messages: "d.csv, row 2 (line 3)" or "row 2 of the data set".
+    """Where an example stands, for messages: "d.csv, row 2 (line 3)" or "Row 2 of the data set".
 
     Args:
         row: the example, as its data set holds it.
         index: its index in the data set, counted from 0.
     """
     if "raw_json" not in row:
-        return f"row {index + 1} of the data set"
+        return f"Row {index + 1} of the data set"
     line = f" (line {row['line']})" if row["line"] not in (0, row["row"]) else ""
     return f"{row['file']}, row {row['row']}{line}"
 

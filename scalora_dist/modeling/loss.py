@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 
 logger = logging.getLogger(__name__)
 

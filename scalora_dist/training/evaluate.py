@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from scalora_dist.data.batches import eval_batches
 from scalora_dist.data.collate import Collator, PaddedExamples
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import TargetLoss, Targets
 

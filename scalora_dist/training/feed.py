@@ -15,11 +15,13 @@ from scalora_dist.config.options import Options
 from scalora_dist.data.batches import GlobalBatches, RankBatches
 from scalora_dist.data.collate import Collator
 from scalora_dist.data.prepare import prepare_data
+from scalora_dist.data.show import show_examples
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.methods.init.samples import SamplePass
 from scalora_dist.modeling.load import load_tokenizer
 from scalora_dist.modeling.loss import TargetLoss
+from scalora_dist.training.summary import CHAT_TURNS
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class DataFeed:
         self.tokenizer = load_tokenizer(options.model)
         self.data = world.node_first(lambda: prepare_data(options.data, self.tokenizer, train.seed))
         self._check()
+        if options.data.show_examples and world.is_main:
+            print(show_examples(self.data.train, self.tokenizer, options.data.show_examples))
         assert train.train_batch_size is not None  # resolved
         self.batches = GlobalBatches(
             self.data.train["target_tokens"], train.train_batch_size, train.seed
@@ -97,6 +101,10 @@ class DataFeed:
         # 13 hexadecimal digits are 52 bits, which float64 holds exactly.
         if not self.world.agree(int(data.checksum[:13], 16)):
             raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
+        for turns, examples in data.turns.items():
+            logger.info("chats: %d example(s) train on %s", examples, CHAT_TURNS[turns])
+        if data.ignored:
+            logger.warning("not used of the data: %s", ", ".join(data.ignored))
         if data.truncated:
             length = self.options.data.max_length
             logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, length)

@@ -108,12 +108,14 @@ class Results:
         tokenizer: PreTrainedTokenizerBase,
         tally: Tally,
         before: Evaluation | None,
+        chat_turns: dict[str, int],
     ) -> dict[str, Any]:
         """Write what an earlier process of this run has not written. Called on every rank.
 
         Args:
             tally: sums over all steps.
             before: the evaluation before the first step. None without held-out data.
+            chat_turns: as `Prepared.turns`.
 
         Returns:
             the contents of summary.json, which is written last.
@@ -133,7 +135,7 @@ class Results:
                 with disk_errors_told(folder):
                     export_model(folder, engine, model, tokenizer, low_halves)
             self.phases.finish("model", folder.glob("*") if self.options.train.save_model else ())
-        summary = self._summary(tally, before)
+        summary = self._summary(tally, before, chat_turns)
         if not self.phases.done("summary"):
             file = self.folder / "summary.json"
 
@@ -146,13 +148,16 @@ class Results:
             self.phases.finish("summary", [file])
         return summary
 
-    def _summary(self, tally: Tally, before: Evaluation | None) -> dict[str, Any]:
+    def _summary(
+        self, tally: Tally, before: Evaluation | None, chat_turns: dict[str, int]
+    ) -> dict[str, Any]:
         runner, options, found = self.runner, self.options, self.phases.found
         return summarize(
             options,
             tally,
             before,
             Evaluation.restored(found["after"]),
+            chat_turns=chat_turns,
             world_size=runner.engine.world.size,
             rank=options.method.rank if options.method.reads("rank") else None,
             parameters=runner.parameters,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scalora_dist.config.options import Options
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 from scalora_dist.errors import UserError
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.runner import MethodRunner

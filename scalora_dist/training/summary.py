@@ -10,6 +10,12 @@ from typing import Any
 from scalora_dist.config.options import Options
 from scalora_dist.training.evaluate import Evaluation
 
+CHAT_TURNS = {
+    "all": "all assistant turns",
+    "last": "the last assistant turn",
+    "each": "one assistant turn each",
+}
+
 
 @dataclass
 class Tally:
@@ -68,6 +74,7 @@ def summarize(
     before: Evaluation | None,
     after: Evaluation | None,
     *,
+    chat_turns: dict[str, int],
     world_size: int,
     rank: int | None,
     parameters: int,
@@ -82,6 +89,7 @@ def summarize(
         tally: sums over all steps.
         before: the evaluation before the first step, or None.
         after: the evaluation after the last step, or None.
+        chat_turns: {turns of a chat that an example trains on: number of such examples}.
         world_size: number of ranks.
         rank: r of the factors that the method adds, or None if it has no rank.
         parameters: number of trained parameters of the full model.
@@ -95,6 +103,7 @@ def summarize(
         "rank": rank,
         "trained_parameters": parameters,
         "world_size": world_size,
+        "chat_turns": chat_turns,
         "steps": tally.steps,
         "skipped_steps": tally.skipped,
         "loss_first": tally.loss_first,
@@ -138,6 +147,9 @@ def render(summary: dict[str, Any]) -> str:
         least, mean, most = carry["columns"]
         columns = f"{least} to {most}, mean {mean:.0f} columns"
         rows.append(("carry", f"{columns}; lost at most {carry['lost_max']:.1e} of an update"))
+    if turns := summary["chat_turns"]:
+        examples = ", ".join(f"{n:,} train on {CHAT_TURNS[name]}" for name, n in turns.items())
+        rows.append(("examples made of chats", examples))
     rows.append(("trained parameters", f"{summary['trained_parameters']:,}"))
     own = summary["method_share"]
     share = f", {summary['method']}'s own work {own:.1%} of it" if own else ""

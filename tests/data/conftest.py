@@ -16,10 +16,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(chat_template: str | None = None, bos: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    chat_template: str | None = None, bos: bool = False, blank: bool = False
+) -> PreTrainedTokenizerFast:
+    """Args: blank: whether it puts a blank before a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
     if bos:

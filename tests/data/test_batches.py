@@ -9,9 +9,11 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from scalora_dist.config.data import DataArguments
 from scalora_dist.data.batches import GlobalBatches, RankBatches, eval_batches
 from scalora_dist.data.collate import Collator, PaddedExamples
-from scalora_dist.data.tokenize import IGNORE, tokenize_examples
+from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.tokenize import tokenize_examples
 
 LAYOUTS = [
     (12, 1, 1),
@@ -26,9 +28,7 @@ LAYOUTS = [
 @pytest.fixture
 def data(tokenizer: PreTrainedTokenizerBase) -> Dataset:
     rows = [{"prompt": "p" * (i % 5), "completion": "c" * (i + 1)} for i in range(17)]
-    return tokenize_examples(
-        Dataset.from_list(rows), tokenizer, max_length=100, train_on_prompt=False
-    ).dataset
+    return tokenize_examples(Dataset.from_list(rows), tokenizer, DataArguments()).dataset
 
 
 def ones(num_examples: int) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from scalora_dist.config.data import DataArguments
 from scalora_dist.data.identity import checksum, count_repeated, row_hashes
 from scalora_dist.data.tokenize import tokenize_examples
 
@@ -19,13 +20,10 @@ CHAT = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 def hashes(
     rows: Sequence[str | dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 99,
-    train_on_prompt: bool = False,
+    **options: Any,
 ) -> np.ndarray:
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    found = tokenize_examples(
-        Dataset.from_list(rows), tokenizer, max_length=max_length, train_on_prompt=train_on_prompt
-    )
+    found = tokenize_examples(Dataset.from_list(rows), tokenizer, DataArguments(**options))
     return row_hashes(found.dataset)
 
 
@@ -77,10 +75,7 @@ def test_selected_rows_have_the_hashes_of_their_tokens(tokenizer: PreTrainedToke
     """As held out: a permutation of the cached rows."""
     rows = hashes(TEXTS, tokenizer)
     data = tokenize_examples(
-        Dataset.from_list([{"text": text} for text in TEXTS]),
-        tokenizer,
-        max_length=99,
-        train_on_prompt=False,
+        Dataset.from_list([{"text": text} for text in TEXTS]), tokenizer, DataArguments()
     ).dataset
     assert (row_hashes(data.select([2, 0])) == rows[[2, 0]]).all()
     assert len({int(number) for number in rows.flat}) == len(TEXTS)  # all tokens are targets

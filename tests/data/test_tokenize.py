@@ -11,20 +11,18 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.data import prompts
-from scalora_dist.data.tokenize import IGNORE, Tokenized, tokenize_examples
+from scalora_dist.config.data import DataArguments
+from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.tokenize import Tokenized, tokenize_examples
 from scalora_dist.errors import UserError
 
 
 def tokenize(
     rows: list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 4096,
-    train_on_prompt: bool = False,
+    **options: Any,
 ) -> Tokenized:
-    return tokenize_examples(
-        Dataset.from_list(rows), tokenizer, max_length=max_length, train_on_prompt=train_on_prompt
-    )
+    return tokenize_examples(Dataset.from_list(rows), tokenizer, DataArguments(**options))
 
 
 def split(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -39,6 +37,14 @@ def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
 USER, BOT, SYSTEM = "user", "assistant", "system"
 TALK = messages((SYSTEM, "S"), (USER, "one"), (BOT, "uno"), (USER, "two"), (BOT, "dos"))
 RENDERED = "<|system|>S</s><|user|>one</s><|assistant|>uno</s><|user|>two</s><|assistant|>dos</s>"
@@ -52,15 +58,20 @@ RENDERED = "<|system|>S</s><|user|>one</s><|assistant|>uno</s><|user|>two</s><|a
         ({"text": "all of it"}, "", "all of it"),
         (
             {"instruction": "I", "input": "X", "output": "O"},
-            prompts.ALPACA_WITH_INPUT.format(instruction="I", input="X"),
+            ALPACA_WITH_INPUT + "\n\n### Instruction:\nI\n\n### Input:\nX\n\n### Response:\n",
             "O",
         ),
         (
             {"instruction": "I", "input": "", "output": "O"},
-            prompts.ALPACA.format(instruction="I"),
+            ALPACA + "\n\n### Instruction:\nI\n\n### Response:\n",
             "O",
         ),
-        ({"instruction": "I", "output": "O"}, prompts.ALPACA.format(instruction="I"), "O"),
+        (
+            {"instruction": "I", "output": "O"},
+            ALPACA + "\n\n### Instruction:\nI\n\n### Response:\n",
+            "O",
+        ),
+        ({"question": "Q?", "answer": "A"}, "Q?\n", "A"),
     ],
 )
 @pytest.mark.parametrize("bos", [False, True])
@@ -99,40 +110,11 @@ def test_conversational_prompt_completion_trains_the_completion_only(
     assert split(row, chat_tokenizer) == (RENDERED, "dos</s>")
 
 
-@pytest.mark.floors
-def test_generation_marks_of_the_template_are_used(
-    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
-) -> None:
-    marked = (
-        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer = make_tokenizer(marked)
-    (row,) = tokenize([{"messages": TALK}], tokenizer).dataset
-    assert split(row, tokenizer) == (RENDERED, "unodos")
-    (row,) = tokenize([{"prompt": TALK[:4], "completion": TALK[4:]}], tokenizer).dataset
-    assert split(row, tokenizer) == (RENDERED, "dos")
-
-
 def refused(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
     with pytest.raises(UserError) as caught:
         tokenize(rows, tokenizer, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_unusable_templates_are_refused(
-    tokenizer: PreTrainedTokenizerBase,
-    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
-    chat_template: str,
-) -> None:
-    chat = [{"messages": TALK}]
-    assert "no chat template" in refused(chat, tokenizer)
-    forgetful = "{{ messages | length }}" + chat_template
-    assert "{% generation %}" in refused(chat, make_tokenizer(forgetful))
-    strict = "{{ raise_exception('roles must alternate') }}" + chat_template
-    assert "roles must alternate" in refused(chat, make_tokenizer(strict))
 
 
 def test_bad_rows_are_named_by_number(
@@ -177,12 +159,7 @@ def test_text_that_is_not_utf8_is_refused(
     # pyarrow reads such bytes without a word, and only their use fails
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff\xfe"}\n')
     with pytest.raises(UserError, match="not UTF-8"):
-        tokenize_examples(
-            Dataset.from_json(str(tmp_path / "d.jsonl")),
-            tokenizer,
-            max_length=9,
-            train_on_prompt=False,
-        )
+        tokenize_examples(Dataset.from_json(str(tmp_path / "d.jsonl")), tokenizer, DataArguments())
 
 
 PREPARE = """

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import loss
 from scalora_dist.modeling.loss import LossHead, TargetLoss, Targets, target_losses

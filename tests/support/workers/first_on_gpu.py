@@ -14,7 +14,7 @@ from scalora_dist.checkpoint.parts import FlatPart, Stager
 from scalora_dist.config.method import MergeRounding
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.core.split_precision import join_halves
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear

@@ -1,0 +1,31 @@
+"""Shows examples as text, so that a user sees what a run trains on."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from scalora_dist.data.prompts import IGNORE
+
+
+def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+    """The text of the first ``count`` tokenized examples, with the targets in ``[[ ]]``.
+
+    Special tokens are written out.
+    """
+    count = min(count, len(dataset))
+    shown = []
+    for number, example in enumerate(dataset.select(range(count)), start=1):
+        tokens = list(zip(example["input_ids"], example["labels"], strict=True))
+        pieces = []
+        for hit, run in groupby(tokens, key=lambda token: token[1] != IGNORE):
+            text = tokenizer.decode([i for i, _ in run], skip_special_tokens=False)
+            pieces.append(f"[[{text}]]" if hit else text)
+        cut = ", cut" if example["truncated"] else ""
+        shown.append(
+            f"--- example {number} of {len(dataset)}: {len(tokens)} tokens{cut}, "
+            f"{example['target_tokens']} of them targets, in [[ ]]\n{''.join(pieces)}"
+        )
+    return "\n".join(shown)

@@ -1,0 +1,229 @@
+"""What of a chat is a target; see test_stock_templates for the templates of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from scalora_dist.config.data import DataArguments
+from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.tokenize import Tokenized, tokenize_examples
+from scalora_dist.errors import UserError
+
+MakeTokenizer = Callable[..., PreTrainedTokenizerBase]
+
+
+def tokenize(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Tokenized:
+    return tokenize_examples(Dataset.from_list(rows), tokenizer, DataArguments(**options))
+
+
+def shown(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> list[str]:
+    """The text of each example, with each run of targets in [[ ]]."""
+    texts = []
+    for row in tokenize(rows, tokenizer, **options).dataset:
+        text, was_target = "", False
+        for i, label in zip(row["input_ids"], row["labels"], strict=True):
+            hit = label != IGNORE
+            text += ("]]", "[[")[hit] * (hit != was_target) + tokenizer.decode([i])
+            was_target = hit
+        texts.append(text + "]]" * was_target)
+    return texts
+
+
+def chat(*turns: str, **columns: Any) -> dict[str, Any]:
+    """The user and the assistant speak in turn."""
+    roles = ["user", "assistant"] * len(turns)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return {"messages": messages} | columns
+
+
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
+# Writes how many messages there are, so that no rendering is a prefix of a longer one.
+COUNTS = "{{ messages | length }}" + PLAIN
+TALK = chat("one", "uno", "two", "dos")
+WHOLE = "<user>one</s>\n<assistant>[[uno</s>]]\n<user>two</s>\n<assistant>[[dos</s>]]\n"
+
+
+def test_a_turn_ends_with_its_end_token(make_tokenizer: MakeTokenizer) -> None:
+    assert shown([TALK], make_tokenizer(PLAIN + PROMPT)) == [WHOLE]
+
+
+BLANK = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n"
+    "{% else %}A: BEGIN{{ m.content }}</s>END{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+def test_a_prompt_that_ends_in_a_blank_loses_no_token(
+    demo_model: str, marks: tuple[str, str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer.chat_template = (
+        BLANK.replace("BEGIN", marks[0]).replace("END", marks[1]).replace("</s>", "<|im_end|>")
+    )
+    expected = ["Q: Is it?\nA: [[yes<|im_end|>]]\n"]
+    row = chat("Is it?", "yes")
+    assert shown([row], tokenizer) == expected
+    pair = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+    assert shown([pair], tokenizer) == expected
+    (found,) = tokenize([row], tokenizer).dataset
+    prompt = tokenizer.apply_chat_template(
+        row["messages"][:1], add_generation_prompt=True, return_dict=False
+    )
+    assert found["input_ids"][: len(prompt)] == prompt  # as at inference
+
+
+def test_a_chat_opened_by_the_assistant_trains_on_its_words(make_tokenizer: MakeTokenizer) -> None:
+    messages = [{"role": "assistant", "content": "Welcome."}, *chat("Hi", "Yes?")["messages"]]
+    default = "{% if messages[0].role != 'system' %}<system>Default</s>\n{% endif %}"
+    (text,) = shown([{"messages": messages}], make_tokenizer(default + PLAIN + PROMPT))
+    assert text == (
+        "<system>Default</s>\n<assistant>[[Welcome.</s>]]\n<user>Hi</s>\n<assistant>[[Yes?</s>]]\n"
+    )
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_a_turn_of_weight_0_is_context(make_tokenizer: MakeTokenizer, key: str) -> None:
+    messages = chat("a", "BAD", "no", "good")["messages"]
+    messages[1][key], messages[3][key] = 0, 1
+    right = "<user>a</s>\n<assistant>BAD</s>\n<user>no</s>\n<assistant>[[good</s>]]\n"
+    rows = [{"messages": messages}]
+    assert shown(rows, make_tokenizer(PLAIN + PROMPT)) == [right]
+    marked = MARKED.replace("GENERATED", "{{ m.content }}</s>")
+    assert shown(rows, make_tokenizer(marked)) == [right]
+    assert shown(rows, make_tokenizer(COUNTS + PROMPT), chat_turns="each") == ["3" + right]
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    "{% generation %}GENERATED{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_marks_of_the_template_are_the_targets(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(MARKED.replace("GENERATED", "{{ m.content }}"))
+    plain = WHOLE.replace("</s>]]", "]]")
+    assert shown([TALK], tokenizer) == [plain]
+    last = {"prompt": TALK["messages"][:3], "completion": TALK["messages"][3:]}
+    assert shown([last], tokenizer) == [plain.replace("[[uno]]", "uno")]
+
+
+def test_a_template_that_forgets_makes_an_example_of_each_turn(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(COUNTS + PROMPT)
+    each = [
+        "1<user>one</s>\n<assistant>[[uno</s>]]\n",
+        "3" + WHOLE.replace("[[uno</s>]]", "uno</s>"),
+    ]
+    assert shown([TALK], tokenizer) == each
+    found = tokenize([TALK, chat("x", "y")], tokenizer)
+    assert found.turns == {"each": 3} and found.dataset["row"][:] == [0, 0, 1]
+    with pytest.raises(UserError, match=r"Row 1 of the data set: .*--chat_turns all"):
+        tokenize([TALK], tokenizer, chat_turns="all")
+
+
+def test_chat_turns_says_which_turns(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(PLAIN + PROMPT)
+    first = "<user>one</s>\n<assistant>[[uno</s>]]\n"
+    last = WHOLE.replace("[[uno</s>]]", "uno</s>")
+    assert shown([TALK], tokenizer, chat_turns="all") == [WHOLE]
+    assert shown([TALK], tokenizer, chat_turns="last") == [last]
+    assert shown([TALK], tokenizer, chat_turns="each") == [first, last]
+    rows = [TALK, chat("x", "y")]
+    for turns, counts in ((None, {"all": 2}), ("last", {"last": 2}), ("each", {"each": 3})):
+        assert tokenize(rows, tokenizer, chat_turns=turns).turns == counts
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"x": {}}}}]
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}ARGUMENTS{% endfor %}"
+CALLING = PLAIN.replace("{{ m.content }}", CALLS + "{{ m.content }}") + PROMPT
+
+
+@pytest.mark.parametrize("given", ['{"city": "Oslo"}', {"city": "Oslo"}])
+@pytest.mark.parametrize(
+    ("reads", "said"),
+    [
+        (
+            "{% for k, v in c.function.arguments | items %}({{ k }}={{ v }}){% endfor %}",
+            "(city=Oslo)",
+        ),
+        ("{{ '' + c.function.arguments }}", '{"city": "Oslo"}'),  # only a string can be added
+    ],
+)
+def test_arguments_of_tools_are_as_the_template_wants_them(
+    make_tokenizer: MakeTokenizer, given: Any, reads: str, said: str
+) -> None:
+    call = {"type": "function", "function": {"name": "clock", "arguments": given}}
+    messages = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    tokenizer = make_tokenizer(CALLING.replace("ARGUMENTS", reads))
+    assert shown([{"messages": messages}], tokenizer) == [
+        f"<user>time?</s>\n<assistant>[[clock{said}</s>]]\n<tool>12:00</s>\n"
+        "<assistant>[[Noon.</s>]]\n"
+    ]
+
+
+def test_tools_and_template_options_reach_the_template(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer("{{ tools | tojson }}{{ mood }}" + PLAIN + PROMPT)
+    row = chat("a", "b", tools=TOOLS, chat_template_kwargs={"mood": "sad", "unknown": 1})
+    (text,) = shown([row], tokenizer)
+    assert text.startswith('[{"type": "function", "function": {"name": "clock"') and "]sad<" in text
+    assert tokenize([row], tokenizer).ignored == {"unknown"}
+
+
+def test_what_no_template_reads_is_named(make_tokenizer: MakeTokenizer) -> None:
+    row = chat("a", "b", tools=TOOLS, source="web")
+    row["messages"][0]["name"] = "Ann"
+    row["messages"][1]["reasoning_content"] = "hm"
+    found = tokenize([row, chat("x", "y")], make_tokenizer(PLAIN + PROMPT))
+    assert found.ignored == {"tools", "source", "name", "reasoning_content"}
+    thinks = PLAIN.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}") + PROMPT
+    assert tokenize([row], make_tokenizer(thinks)).ignored == {"tools", "source", "name"}
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ messages[0].content.nothing.at_all }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_whatever_a_template_raises_is_a_sentence(
+    make_tokenizer: MakeTokenizer, template: str, reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        tokenize([TALK], make_tokenizer(template))
+    message = str(caught.value)
+    assert message.startswith("Row 1 of the data set: ") and reason in message
+    assert "\n" not in message
+
+
+def test_a_chat_needs_a_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"Row 1 of the data set: .* no chat template"):
+        tokenize([TALK], tokenizer)
+
+
+def test_a_chat_without_an_answer_has_no_target(make_tokenizer: MakeTokenizer) -> None:
+    found = tokenize([TALK, chat("one")], make_tokenizer(PLAIN + PROMPT))
+    assert len(found.dataset) == 1 and found.dropped == 1
