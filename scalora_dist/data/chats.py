@@ -143,11 +143,10 @@ class Renderings:
         words = turn["content"]
         if prompt is None:
             prompt = header
-        elif prompt.startswith(header):  # it opens the turn, such as with <think>
-            opening = prompt[len(header) :]
-            mark = opening.strip()
-            if mark and words.lstrip().startswith(mark):
-                words = words.lstrip().removeprefix(mark).lstrip("\n")
+        elif prompt.startswith(header):
+            words = _without_opening(words, prompt[len(header) :].strip())
+        elif not prompt.endswith(blanks := header[len(header.rstrip()) :]):
+            words = blanks + words  # which the template writes after the generation prompt
         return Turn([(prompt, False), (words + end, True)])
 
     def render(self, count: int, prompt: bool = False) -> Rendered:
@@ -183,6 +182,14 @@ class Renderings:
             raise UserError(
                 f"the chat template fails on it ({type(error).__name__}: {reason})"
             ) from None
+
+
+def _without_opening(words: str, opening: str) -> str:
+    """The words of a turn whose generation prompt opens it already, such as with <think>."""
+    rest = words.lstrip()
+    return (
+        rest.removeprefix(opening).lstrip("\n") if opening and rest.startswith(opening) else words
+    )
 
 
 def _turn(text: str, spans: tuple[Span, ...]) -> Turn:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from scalora_dist.config.data import ChatTurns
-from scalora_dist.data.tokenize import IGNORE, Tokenized, tokenize_examples
+from scalora_dist.config.data import ChatTurns, DataArguments
+from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.tokenize import Tokenized, tokenize_examples
 from scalora_dist.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -149,13 +151,13 @@ def tokenize(
             {"raw_json": json.dumps(row), "file": "d.jsonl", "row": number, "line": number}
             for number, row in enumerate(rows, start=1)
         ]
-    return tokenize_examples(
-        Dataset.from_list(rows),
-        tokenizer,
-        max_length=4096,
-        train_on_prompt=train_on_prompt,
-        chat_turns=chat_turns,
-    )
+    args = DataArguments(chat_turns=chat_turns, train_on_prompt=train_on_prompt)
+    return tokenize_examples(Dataset.from_list(rows), tokenizer, args)
+
+
+def split(result: Tokenized) -> int:
+    """The number of chats that were made into several examples."""
+    return sum(count > 1 for count in Counter(result.dataset["row"][:]).values())
 
 
 def texts(result: Tokenized, tokenizer: PreTrainedTokenizerBase) -> Texts:
@@ -288,18 +290,18 @@ def test_turns_are_one_example_where_the_template_allows_it(
     first, second, targets = IN_ONE[name]
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == first + second
     result = tokenize(tokenizer, TALK, chat_turns=chat_turns)
-    assert texts(result, tokenizer) == [(first + second, targets)] and result.split == 0
+    assert texts(result, tokenizer) == [(first + second, targets)] and split(result) == 0
 
 
 @pytest.mark.parametrize("name", IN_TWO)
 def test_turns_are_examples_of_their_own_where_history_is_rendered_differently(name: str) -> None:
     tokenizer = build(name)
     result = tokenize(tokenizer, TALK)
-    assert texts(result, tokenizer) == IN_TWO[name] and result.split == 1
+    assert texts(result, tokenizer) == IN_TWO[name] and split(result) == 1
     assert "row 1" in refused(tokenizer, TALK, chat_turns="all").lower()
     both = tokenize(tokenizer, TALK[:3], TALK, TALK)  # the first of them has one turn
     assert texts(both, tokenizer) == [*IN_TWO[name][:1], *IN_TWO[name], *IN_TWO[name]]
-    assert both.split == 2
+    assert split(both) == 2
 
 
 @pytest.mark.parametrize("name", ["mistral", "mistral_last_message"])
@@ -308,16 +310,16 @@ def test_without_a_system_text_mistral_renders_history_alike(name: str) -> None:
     result = tokenize(tokenizer, TALK[1:], TALK)  # it is decided for each chat
     whole = "<s>[INST] one[/INST] uno</s>[INST] two[/INST] dos</s>"
     assert texts(result, tokenizer) == [(whole, " uno</s> dos</s>"), *IN_TWO[name]]
-    assert result.split == 1
+    assert split(result) == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_turn_and_the_last_turn_can_be_asked_for(name: str) -> None:
     tokenizer = build(name)
     each = tokenize(tokenizer, TALK, chat_turns="each")
-    assert texts(each, tokenizer) == in_each(name) and each.split == 1
+    assert texts(each, tokenizer) == in_each(name) and split(each) == 1
     last = tokenize(tokenizer, TALK, chat_turns="last")
-    assert texts(last, tokenizer) == in_each(name)[1:] and last.split == 0
+    assert texts(last, tokenizer) == in_each(name)[1:] and split(last) == 0
 
 
 def runs(labels: list[int]) -> Iterator[int]:
@@ -464,7 +466,7 @@ def test_a_chat_that_the_assistant_opens(name: str, expected: Texts) -> None:
     tokenizer = build(name)
     chat = messages((BOT, "Welcome."), (USER, "Hi"), (BOT, "Yes?"))
     result = tokenize(tokenizer, chat)
-    assert texts(result, tokenizer) == expected and result.split == len(expected) - 1
+    assert texts(result, tokenizer) == expected and split(result) == len(expected) - 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -473,7 +475,7 @@ def test_a_chat_that_the_user_ends(name: str) -> None:
     result = tokenize(tokenizer, TALK[:4])
     ((whole, targets),) = texts(result, tokenizer)
     expected_whole, expected_targets = in_each(name)[0]
-    assert targets == expected_targets and result.split == 0
+    assert targets == expected_targets and split(result) == 0
     if name in IN_ONE:  # what follows the turn may be there, or not: it is no target
         assert whole.startswith(expected_whole.rstrip("\n"))
     else:
@@ -484,14 +486,14 @@ def test_a_chat_without_an_assistant_is_left_out() -> None:
     tokenizer = build("qwen3")
     result = tokenize(tokenizer, TALK[:2], TALK)
     assert texts(result, tokenizer) == IN_TWO["qwen3"]
-    assert (result.split, result.dropped) == (1, 1)
+    assert (split(result), result.dropped) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "r1"])
 def test_a_completion_of_messages_trains_its_own_turns_only(name: str) -> None:
     tokenizer = build(name)
     result = tokenize(tokenizer, {"prompt": TALK[:4], "completion": TALK[4:]})
-    assert texts(result, tokenizer) == IN_TWO[name][1:] and result.split == 0
+    assert texts(result, tokenizer) == IN_TWO[name][1:] and split(result) == 0
 
 
 def test_the_prompt_is_trained_too_where_that_is_asked_for() -> None:
@@ -513,7 +515,7 @@ def test_thoughts_of_qwen3(apart: bool) -> None:
         turn = {"role": BOT, "content": "uno", "reasoning_content": "hm"}
         chat = [THOUGHT[0], turn, *THOUGHT[2:]]
     result = tokenize(tokenizer, chat)
-    assert result.split == 1
+    assert split(result) == 1
     assert texts(result, tokenizer) == [
         (
             "<|im_start|>user\none<|im_end|>\n"
@@ -536,7 +538,7 @@ def test_thoughts_of_r1(opened: bool) -> None:
     if not opened:  # what the model writes after its generation prompt
         chat = [THOUGHT[0], {"role": BOT, "content": "hm\n</think>\n\nuno"}, *THOUGHT[2:]]
     result = tokenize(tokenizer, chat)
-    assert result.split == 1
+    assert split(result) == 1
     assert texts(result, tokenizer) == [
         (
             "<｜begin▁of▁sentence｜><｜User｜>one<｜Assistant｜><think>\nhm\n</think>\n\nuno"
@@ -625,7 +627,7 @@ def test_tool_calls_of_qwen3(arguments: Any, from_file: bool) -> None:
     # Once the answer follows, the call is rendered without its empty thought.
     tokenizer = build("qwen3")
     result = tokenize(tokenizer, call(arguments), from_file=from_file)
-    assert result.split == 1
+    assert split(result) == 1
     assert texts(result, tokenizer) == [
         (
             f"{QWEN3_TOOLS}<|im_start|>user\nOslo?<|im_end|>\n"
@@ -645,7 +647,7 @@ def test_tool_calls_of_qwen3_with_thoughts_are_one_example() -> None:
     # A thought is kept until the user's next turn.
     tokenizer = build("qwen3")
     result = tokenize(tokenizer, call({"city": "Oslo"}, reasoning_content="hm"))
-    assert result.split == 0
+    assert split(result) == 0
     assert texts(result, tokenizer) == [
         (
             f"{QWEN3_TOOLS}<|im_start|>user\nOslo?<|im_end|>\n"
