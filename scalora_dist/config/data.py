@@ -5,10 +5,12 @@ A resume compares the data by content (``check_same_data``), so data files may h
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, Optional, TypeAlias
+from typing import Any, Literal, Optional, TypeAlias
 
 from scalora_dist.config.option import Group, option
+from scalora_dist.errors import UserError
 
 ChatTurns: TypeAlias = Literal["all", "last", "each"]
 
@@ -85,6 +87,12 @@ class DataArguments(Group):
         "template allows it, else each.",
         resume="warned",
     )
+    chat_template_kwargs: str = option(
+        "{}",
+        "Variables for the chat template, a JSON object such as '{\"enable_thinking\": false}'; a "
+        "column of this name does the same for its row.",
+        resume="warned",
+    )
     show_examples: int = option(
         0,
         "Training examples to print before training, with their targets marked.",
@@ -100,3 +108,18 @@ class DataArguments(Group):
     train_on_prompt: bool = option(
         False, "Make the prompt's tokens targets of the loss too.", resume="warned"
     )
+
+    def object_of(self, name: str) -> dict[str, Any]:
+        """The value of an option that is a JSON object.
+
+        Raises:
+            UserError: it is none.
+        """
+        text = getattr(self, name)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name} is not JSON ({error}): {text!r}.") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{name} must be a JSON object such as {{}}, got {text!r}.")
+        return value

@@ -45,11 +45,23 @@ class Turn:
 
 
 class ChatTemplate:
-    """Makes examples of chats."""
+    """Makes examples of chats.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: ChatTurns | None) -> None:
+    Attributes:
+        tokenizer: has the template.
+        turns: which turns are trained on; None: as the template allows.
+        options: variables for the template, where a chat has none of that name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        turns: ChatTurns | None,
+        options: dict[str, Any],
+    ) -> None:
         self.tokenizer = tokenizer
         self.turns = turns
+        self.options = options
 
     def examples(self, chat: Chat) -> tuple[ChatTurns, list[list[Part]]]:
         """The examples of a chat, each as pieces of its text.
@@ -64,7 +76,7 @@ class ChatTemplate:
         Raises:
             UserError: there is no template, it fails, or it does not allow ``turns``.
         """
-        renderings = Renderings(self.tokenizer, chat)
+        renderings = Renderings(self.tokenizer, chat, self.options | chat.template_options)
         targets = [k for k, hit in enumerate(chat.targets) if hit]
         if self.turns == "last":
             targets = targets[-1:]
@@ -87,7 +99,7 @@ class ChatTemplate:
         keys = {key for message in chat.messages for key in message} - {"role", "content"}
         if any(name in source for name in REASONING):
             keys -= {*REASONING}
-        keys |= {name for name, _ in chat.template_options}
+        keys |= (self.options | chat.template_options).keys()
         keys |= {"tools"} if chat.tools else set()
         return {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", source)}
 
@@ -98,8 +110,10 @@ class ChatTemplate:
 class Renderings:
     """The renderings of the first messages of one chat."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
-        """Render the whole chat.
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat: Chat, options: dict[str, Any]
+    ) -> None:
+        """Render the whole chat, with ``options`` as variables of the template.
 
         Raises:
             UserError: there is no template, or it fails.
@@ -110,21 +124,41 @@ class Renderings:
                 "data of another layout"
             )
         self.tokenizer = tokenizer
-        self.chat = chat
+        self.tools = chat.tools
+        self.options = options
         self.messages = chat.messages
         self.source = tokenizer.get_chat_template(None, tools=chat.tools)
         self.marked = bool(GENERATION.search(self.source))
         self._known: dict[tuple[int, bool], Rendered] = {}
+        encoded = with_encoded_arguments(chat.messages)
         try:
-            self.render(len(self.messages))
+            whole = self.render(len(self.messages))
+            suits = encoded == chat.messages or not _has_python(whole.text, chat.messages)
         except UserError:
-            self.messages = with_encoded_arguments(chat.messages)
-            if self.messages == chat.messages:
+            suits = False
+            if encoded == chat.messages:
                 raise
+        if not suits:  # this template wants the arguments of tool calls as JSON text
+            self.messages = encoded
+            self._known.clear()
             self.render(len(self.messages))
 
     def turn(self, index: int) -> Turn:
-        """The assistant turn at ``index``."""
+        """The assistant turn at ``index``.
+
+        Raises:
+            UserError: the template fails, or leaves out what the turn says.
+        """
+        turn = self._turn(index)
+        said = "".join(text for text, hit in turn.parts if hit)
+        for call in self.messages[index].get("tool_calls", ()):
+            if (name := call["function"]["name"]) not in said:
+                raise UserError(
+                    f"the chat template leaves out the call of {name!r} in message {index + 1}"
+                )
+        return turn
+
+    def _turn(self, index: int) -> Turn:
         full = self.render(index + 1)
         if self.marked:
             before = len(self.render(index).marks) if index else 0
@@ -156,25 +190,24 @@ class Renderings:
         return self._known[count, prompt]
 
     def _render(self, messages: list[Message], prompt: bool = False) -> Rendered:
-        options = dict(self.chat.template_options)
         try:
             if not self.marked:
                 return Rendered(
                     self.tokenizer.apply_chat_template(
                         messages,
-                        tools=self.chat.tools,
+                        tools=self.tools,
                         tokenize=False,
                         add_generation_prompt=prompt,
-                        **options,
+                        **self.options,
                     )
                 )
             (text,), (marks,) = render_jinja_template(
                 [messages],
-                tools=self.chat.tools,
+                tools=self.tools,
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map | options,
+                **self.tokenizer.special_tokens_map | self.options,
             )
             return Rendered(text, tuple(marks))
         except Exception as error:  # a template may raise anything
@@ -182,6 +215,13 @@ class Renderings:
             raise UserError(
                 f"the chat template fails on it ({type(error).__name__}: {reason})"
             ) from None
+
+
+def _has_python(text: str, messages: list[Message]) -> bool:
+    """Whether a template has written arguments of tool calls as Python would, in single quotes."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    arguments = [call["function"].get("arguments") for call in calls]
+    return any(isinstance(given, dict) and given and str(given) in text for given in arguments)
 
 
 def _without_opening(words: str, opening: str) -> str:

@@ -17,13 +17,19 @@ class Collator:
     """Pads on the right to the longest example of the batch.
 
     It ignores the tokenizer's `padding_side` (a setting for generation): models with absolute
-    positions must see each example from position 0 on. Without a pad token, the padding is EOS. The
-    id does not matter: attention mask 0 and label -100 keep it out of the loss.
+    positions must see each example from position 0 on. The padding is the first of the pad token,
+    EOS and id 0 that the model's embedding has a row for. The id does not matter: attention mask 0
+    and label -100 keep it out of the loss.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """
+        Args:
+            tokenizer: the tokenizer of the examples.
+            rows: number of rows of the model's embedding.
+        """
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_token_id = next(token for token in candidates if token is not None)
+        self.pad_token_id = next(i for i in candidates if i is not None and 0 <= i < rows)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and labels, each int64 (examples, longest)."""

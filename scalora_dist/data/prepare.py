@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,16 +145,7 @@ def check_data(args: DataArguments) -> tuple[str, dict[str, Any]]:
     """
     if not args.dataset:
         raise UserError("Say what to train on with --dataset: a file, a folder, or a hub name.")
-    try:
-        options = json.loads(args.dataset_options)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"dataset_options is not JSON ({error}): {args.dataset_options!r}."
-        ) from None
-    if not isinstance(options, dict):
-        raise UserError(
-            f"dataset_options must be a JSON object such as {{}}, got {args.dataset_options!r}."
-        )
+    options = args.object_of("dataset_options")
     if options and not args.dataset.startswith(PREFIX):
         raise UserError(f"dataset_options are for {PREFIX}<task> only, not for {args.dataset}.")
     return args.dataset, options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from scalora_dist.data.messages import Message, read_messages, read_tools
@@ -63,7 +63,7 @@ class Chat:
     messages: list[Message]
     targets: list[bool]
     tools: list[Any] | None = None
-    template_options: tuple[tuple[str, Any], ...] = ()
+    template_options: dict[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
 
 
@@ -180,7 +180,7 @@ def _chat(row: Row, *columns: str) -> Chat:
     if not isinstance(options, dict):
         raise UserError("the field 'chat_template_kwargs' must be an object")
     tools = read_tools(row.get("tools"))
-    return Chat(messages, targets, tools, tuple(options.items()), ignored)
+    return Chat(messages, targets, tools, options, ignored)
 
 
 def _read_prompt_completion(row: Row) -> Texts | Chat:

@@ -77,7 +77,7 @@ def tokenize_examples(
     # own files.
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     options: list[object] = [args.max_length, args.train_on_prompt, args.chat_turns]
-    options += [args.prompt_template, args.completion_template]
+    options += [args.prompt_template, args.completion_template, args.chat_template_kwargs]
     fingerprint = Hasher.hash([dataset._fingerprint, tokenizer, options, code])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "scalora_dist"
     cache.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,9 @@ def tokenize_examples(
             fn_kwargs={
                 "examples": examples,
                 "encoder": Encoder(tokenizer),
-                "template": ChatTemplate(tokenizer, args.chat_turns),
+                "template": ChatTemplate(
+                    tokenizer, args.chat_turns, args.object_of("chat_template_kwargs")
+                ),
                 "max_length": args.max_length,
                 "train_on_prompt": args.train_on_prompt,
             },

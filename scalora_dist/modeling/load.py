@@ -307,3 +307,10 @@ def _known_model(args: ModelArguments) -> Iterator[str]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {reason}") from error
+    except AssertionError as error:
+        if "Padding_idx" not in str(error):
+            raise
+        raise UserError(
+            f"--model_name_or_path {name} cannot be loaded: its config.json has a pad_token_id that "
+            "its embedding has no row for: set it to null there"
+        ) from error

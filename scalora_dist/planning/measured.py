@@ -43,11 +43,16 @@ class MeasuredTrainer(Trainer):
         super().__init__(*args)
 
     def micro_batches(self, first_step: int) -> MicroBatches:
-        """Random examples of ``max_length`` tokens. One token is padding, so there is a mask."""
-        shape = self.options.train.per_device_train_batch_size, self.options.data.max_length
+        """Random examples of ``max_length`` tokens. One token is padding, so there is a mask.
+
+        They are shorter if the model has no positions for so many tokens.
+        """
+        tables = self.feed.tables
+        length = tables.longest(self.options.data.max_length)
+        shape = self.options.train.per_device_train_batch_size, length
         generator = torch.Generator().manual_seed(self.world.rank)
         while True:
-            ids = torch.randint(len(self.feed.tokenizer), shape, generator=generator)
+            ids = torch.randint(min(tables.rows, tables.logits), shape, generator=generator)
             mask = torch.ones_like(ids)
             mask[-1, -1] = 0
             labels = ids.masked_fill(mask == 0, IGNORE)

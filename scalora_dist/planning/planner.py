@@ -56,7 +56,7 @@ class Planner:
         residency, compute = pick_residency(options, base, gpus)
         traced = self._trace(options, base, compute)
         residency.see(traced.blocks)
-        return plan_of(options, residency, traced)
+        return plan_of(options.having(max_length=traced.length), residency, traced)
 
     def _trace(self, options: Options, base: BaseModelSpec, compute: torch.dtype) -> Traced:
         train = options.train

@@ -22,6 +22,7 @@ from scalora_dist.layers.target_modules import ALL_LINEAR, decoder_blocks
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.modeling.load import BaseModelSpec, load_model
+from scalora_dist.modeling.tables import tables_of
 from scalora_dist.planning.residency import Part, Weight
 from scalora_dist.planning.trace import Trace, trace_micro_batch
 from scalora_dist.training.optimizer import make_optimizer
@@ -35,6 +36,7 @@ class Traced:
         weights: every parameter once, in model order.
         buffers: bytes of the buffers, which every rank has in full.
         trace: trace of one micro-batch.
+        length: tokens of each of its sequences.
         blocks: names of the decoder blocks.
         head: the LM head's name, or "".
         layers: number of adapted layers.
@@ -44,6 +46,7 @@ class Traced:
     weights: list[Weight]
     buffers: int
     trace: Trace
+    length: int
     blocks: list[str]
     head: str
     layers: int
@@ -52,6 +55,8 @@ class Traced:
 
 def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> Traced:
     """Build the model with the method's layers, and trace one micro-batch at ``max_length``.
+
+    Its sequences are shorter if the model has no positions for so many tokens.
 
     Args:
         options: the resolved options.
@@ -64,6 +69,7 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     train, method = options.train, METHODS[options.method.name]
     with _quiet():
         model, args = _make(options, base, compute)
+        length = tables_of(model).longest(options.data.max_length)
         for module in model.modules():
             if isinstance(module, FourBitLinear):
                 # mypy allows no assignment to a method.
@@ -99,7 +105,8 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     return Traced(
         weights=weights,
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
-        trace=trace_micro_batch(model, train.per_device_train_batch_size, options.data.max_length),
+        trace=trace_micro_batch(model, train.per_device_train_batch_size, length),
+        length=length,
         blocks=[*decoder_blocks(model)],
         head=names.get(id(head), ""),
         layers=len(layers),

@@ -21,6 +21,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.methods.init.samples import SamplePass
 from scalora_dist.modeling.load import load_tokenizer
 from scalora_dist.modeling.loss import TargetLoss
+from scalora_dist.modeling.tables import check_fits, read_tables
 from scalora_dist.training.summary import CHAT_TURNS
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class DataFeed:
         options: all options of the run.
         world: the ranks.
         tokenizer: the tokenizer of the base model.
+        tables: sizes of the base model's tables of tokens and positions.
         data: tokenized examples for training and for evaluation.
         batches: the examples of each step's global batch.
         collate: makes a padded batch of examples.
@@ -51,6 +53,7 @@ class DataFeed:
         self.world = world
         train = options.train
         self.tokenizer = load_tokenizer(options.model)
+        self.tables = read_tables(options.model)
         self.data = world.node_first(lambda: prepare_data(options.data, self.tokenizer, train.seed))
         self._check()
         if options.data.show_examples and world.is_main:
@@ -64,7 +67,7 @@ class DataFeed:
         if train.max_steps > 0:
             self.examples = train.max_steps * batch
         self.steps = math.ceil(self.examples / batch)
-        self.collate = Collator(self.tokenizer)
+        self.collate = Collator(self.tokenizer, self.tables.rows)
 
     def micro_batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches from ``first_step`` on, counted from 0.
@@ -95,12 +98,13 @@ class DataFeed:
         )
 
     def _check(self) -> None:
-        """Warn of what is odd in the data. Check that all nodes prepared the same data."""
+        """Check the data on all nodes and against the model. Warn of what is odd in it."""
         data = self.data
         # Each rank reads its own batches and counts the targets of the global batch by itself.
         # 13 hexadecimal digits are 52 bits, which float64 holds exactly.
         if not self.world.agree(int(data.checksum[:13], 16)):
             raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
+        self.world.main_only(self._check_fits)
         for turns, examples in data.turns.items():
             logger.info("chats: %d example(s) train on %s", examples, CHAT_TURNS[turns])
         if data.ignored:
@@ -117,3 +121,8 @@ class DataFeed:
                 data.repeated,
                 len(data.evaluation),
             )
+
+    def _check_fits(self) -> None:
+        for part in (self.data.train, self.data.evaluation):
+            if part is not None:
+                check_fits(self.tables, part, self.tokenizer)

@@ -88,7 +88,7 @@ def test_target_tokens_is_what_the_micro_batches_hold(
         loader = DataLoader(
             data,
             batch_sampler=RankBatches(batches, micro_batch_size=b, rank=rank, world=w),
-            collate_fn=Collator(tokenizer),
+            collate_fn=Collator(tokenizer, len(tokenizer)),
         )
         for number, batch in enumerate(islice(loader, 4 * g)):
             held[number // g] += int((batch["labels"][:, 1:] != IGNORE).sum())
@@ -101,7 +101,7 @@ def test_collator_pads_right_with_eos_and_hides_it(
 ) -> None:
     assert tokenizer.pad_token_id is None and tokenizer.padding_side == "left"
     short, long = data[0], data[16]
-    batch = Collator(tokenizer)([short, long])
+    batch = Collator(tokenizer, len(tokenizer))([short, long])
     size = len(short["input_ids"])
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
         ("input_ids", "attention_mask", "labels"), torch.int64
@@ -136,7 +136,7 @@ def test_pad_examples_count_for_nothing(data: Dataset, tokenizer: PreTrainedToke
             loader = DataLoader(
                 PaddedExamples(data),
                 batch_sampler=eval_batches(len(data), 4, rank, world),
-                collate_fn=Collator(tokenizer),
+                collate_fn=Collator(tokenizer, len(tokenizer)),
             )
             for batch in loader:
                 assert batch["attention_mask"].sum(1).min() > 0

@@ -163,6 +163,8 @@ CALLING = PLAIN.replace("{{ m.content }}", CALLS + "{{ m.content }}") + PROMPT
             "(city=Oslo)",
         ),
         ("{{ '' + c.function.arguments }}", '{"city": "Oslo"}'),  # only a string can be added
+        ("{{ c.function.arguments }}", '{"city": "Oslo"}'),  # would print an object as Python does
+        ("{{ c.function.arguments | tojson }}", '{"city": "Oslo"}'),
     ],
 )
 def test_arguments_of_tools_are_as_the_template_wants_them(
@@ -182,12 +184,24 @@ def test_arguments_of_tools_are_as_the_template_wants_them(
     ]
 
 
+def test_a_call_that_the_template_leaves_out_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    messages = [*chat("time?", "Noon.")["messages"]]
+    messages[1]["tool_calls"] = [call]
+    with pytest.raises(UserError, match="the call of 'clock' in message 2"):
+        tokenize([{"messages": messages}], make_tokenizer(PLAIN + PROMPT))
+
+
 def test_tools_and_template_options_reach_the_template(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer("{{ tools | tojson }}{{ mood }}" + PLAIN + PROMPT)
     row = chat("a", "b", tools=TOOLS, chat_template_kwargs={"mood": "sad", "unknown": 1})
     (text,) = shown([row], tokenizer)
     assert text.startswith('[{"type": "function", "function": {"name": "clock"') and "]sad<" in text
     assert tokenize([row], tokenizer).ignored == {"unknown"}
+    given = {"chat_template_kwargs": '{"mood": "glad"}'}
+    (text,) = shown([chat("a", "b", tools=TOOLS)], tokenizer, **given)
+    assert "]glad<" in text
+    assert "]sad<" in shown([row], tokenizer, **given)[0]
 
 
 def test_what_no_template_reads_is_named(make_tokenizer: MakeTokenizer) -> None:

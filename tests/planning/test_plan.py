@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config
+from transformers import Gemma2Config, MptConfig
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
@@ -149,6 +149,16 @@ def test_logits_that_a_model_changes_are_planned_whole(tmp_path: Path) -> None:
         peaks.append(plan_of(*words, "--per_device_train_batch_size", "64", gpus=1).peak.total)
     whole = 4 * 50_000 * 64 * 63
     assert peaks[0] < 2.5 * whole < 4 * whole < peaks[1]
+
+
+@pytest.mark.parametrize(("positions", "planned_for"), [(48, 48), (96, 64)])
+def test_examples_are_no_longer_than_a_models_positions(
+    tmp_path: Path, positions: int, planned_for: int
+) -> None:
+    """--max_length 64 may be beyond them, if no example is so long."""
+    MptConfig(d_model=32, n_heads=4, n_layers=1, max_seq_len=positions).save_pretrained(tmp_path)
+    plan = plan_of("--model_name_or_path", str(tmp_path), gpus=1)
+    assert plan.options.data.max_length == planned_for
 
 
 def test_gpus_of_a_node_that_need_different_bytes_each_have_their_own_card(

@@ -113,7 +113,7 @@ def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
     tokenizer = load_tokenizer(parsed.model)
     data = prepare_data(parsed.data, tokenizer, parsed.train.seed).evaluation
     assert data is not None and len(data) == TASK["eval_size"]
-    examples, collate = PaddedExamples(data), Collator(tokenizer)
+    examples, collate = PaddedExamples(data), Collator(tokenizer, len(tokenizer))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     total, targets = 0.0, 0
     with torch.no_grad():
