@@ -107,13 +107,16 @@ def _read_json(path: Path, label: str, kind: str) -> Iterator[Example]:
 
 def _check_object(line: str, label: str, number: int) -> None:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip("\r\n"))
     except JSONDecodeError as error:
-        raise UserError(
-            f"{label}, line {number}: malformed JSON ({error.msg} at column {error.colno})."
-        ) from None
+        raise _malformed(label, number, error) from None
     if not isinstance(value, dict):
         raise _no_object(label, number)
+
+
+def _malformed(label: str, line: int, error: JSONDecodeError) -> UserError:
+    what = error.msg.removesuffix(" at")
+    return UserError(f"{label}, line {line}: malformed JSON ({what} at column {error.colno}).")
 
 
 def _no_object(label: str, line: int) -> UserError:
@@ -134,9 +137,7 @@ def _read_document(text: str, label: str, as_lines: UserError | None) -> Iterato
                 raise _no_object(label, line)
             yield text[start:end], line
     except JSONDecodeError as error:
-        raise as_lines or UserError(
-            f"{label}, line {error.lineno}: malformed JSON ({error.msg} at column {error.colno})."
-        ) from None
+        raise as_lines or _malformed(label, error.lineno, error) from None
 
 
 def _objects(text: str) -> Iterator[tuple[int, int]]:

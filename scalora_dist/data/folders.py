@@ -108,15 +108,23 @@ def _find_by_name(folder: Path, label: str) -> Found:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that the file's name tells, else the nearest of its folders that tells one."""
+    """The split that the file's name tells, else the nearest of its folders that tells one.
+
+    Shards have the split before their number, which may be any name. A folder's word comes before a
+    name that is none of the words, as in ``train/part-00000-of-00002.jsonl``.
+    """
+    folders = [_split_in(name) for name in reversed(path.parts[:-1])]
     if shard := SHARD.match(path.name):
-        return SPLIT_OF_WORD.get(shard[1].lower(), shard[1])
-    for name in (path.name, *reversed(path.parts[:-1])):
-        words = re.split(r"[-._ 0-9]+", name.lower())
-        found = {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}
-        if len(found) == 1:
-            return found.pop()
-    return None
+        found = [SPLIT_OF_WORD.get(shard[1].lower()), *folders, shard[1]]
+    else:
+        found = [_split_in(path.name), *folders]
+    return next(filter(None, found), None)
+
+
+def _split_in(name: str) -> str | None:
+    words = re.split(r"[-._ 0-9]+", name.lower())
+    found = {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}
+    return found.pop() if len(found) == 1 else None  # two, as in train_test.csv, tell nothing
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -175,12 +183,13 @@ def _choose(
 
 
 def _find_listed(folder: Path, label: str, subset: dict[str, Any]) -> Found:
-    base = folder / subset.get("data_dir", "")
+    data_dir = str(subset.get("data_dir", ""))
+    base = folder / data_dir
     where = f"the subset {_name_of(subset)!r} of {label}"
-    if not base.is_dir():
-        raise UserError(f"For {where}, README.md names a folder {base} that does not exist.")
+    if Path(data_dir).is_absolute() or not base.is_dir():
+        raise UserError(f"For {where}, README.md names the folder {data_dir}, which is not in it.")
     if "data_files" not in subset:
-        return _find_by_name(base, str(Path(label, subset.get("data_dir", ""))))
+        return _find_by_name(base, str(Path(label, data_dir)))
     splits: dict[str, list[Path]] = {}
     left_out: dict[Path, str] = {}
     try:

@@ -42,9 +42,8 @@ def read_table(
         width_of = "the header has"
     for row, (line, cells) in enumerate(records, start=1):
         if len(cells) != len(names):
-            raise UserError(
-                f"{label}, row {row} (line {line}): {len(cells)} cells, {width_of} {len(names)}."
-            )
+            count = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
+            raise UserError(f"{label}, row {row} (line {line}): {count}, {width_of} {len(names)}.")
         yield json.dumps(dict(zip(names, cells, strict=True))), line
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ def read_lines(path: Path, label: str) -> Iterator[str]:
         Exception: the file or the archive is broken; each library has its own types.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(_decompress(file, path), start=1):
+        for number, line in enumerate(_decompress(file, path, label), start=1):
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError:
@@ -36,11 +36,19 @@ def read_lines(path: Path, label: str) -> Iterator[str]:
             yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _decompress(file: BinaryIO, path: Path) -> Any:
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_ZstdReader(file))
-    kind = infer_compression(path.name) if path.suffix.lower() in COMPRESSED else None
-    return compr[kind](file, mode="rb")
+def _decompress(file: BinaryIO, path: Path, label: str) -> Any:
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSED:
+        return file
+    if suffix != ".zst":
+        return compr[infer_compression(path.name)](file, mode="rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{label} needs zstandard: pip install zstandard.") from None
+    # The widest window that `zstd --long=31` writes; by default such files are refused.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    return io.BufferedReader(_ZstdReader(file, decompressor.decompressobj))
 
 
 class _ZstdReader(io.RawIOBase):
@@ -50,14 +58,9 @@ class _ZstdReader(io.RawIOBase):
     older versions stop after the first frame. Either would lose examples without an error.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("A .zst file needs zstandard: pip install zstandard.") from None
+    def __init__(self, file: BinaryIO, new_frame: Callable[[], Any]) -> None:
         self._file = file
-        # The widest window that `zstd --long=31` writes; by default such files are refused.
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self._new_frame = new_frame
         self._frame: Any = None
         self._compressed = b""
         self._plain = memoryview(b"")
