@@ -183,12 +183,12 @@ def _choose(
 
 
 def _find_listed(folder: Path, label: str, subset: dict[str, Any]) -> Found:
-    data_dir = str(subset.get("data_dir", ""))
+    data_dir = str(subset.get("data_dir") or "")
     base = folder / data_dir
     where = f"the subset {_name_of(subset)!r} of {label}"
     if Path(data_dir).is_absolute() or not base.is_dir():
         raise UserError(f"For {where}, README.md names the folder {data_dir}, which is not in it.")
-    if "data_files" not in subset:
+    if not subset.get("data_files"):
         return _find_by_name(base, str(Path(label, data_dir)))
     splits: dict[str, list[Path]] = {}
     left_out: dict[Path, str] = {}

@@ -71,9 +71,13 @@ def load_examples(
         dataset = _load_saved(path, name, split)
     elif path.is_dir():
         dataset = _load_folder(path, name, split, config_name, column_names)
-    elif kind_of(path) or path.is_absolute() or name.startswith((".", "~")) or set("*?[") & {*name}:
-        hint = ": a path is taken literally, so name the folder" if set("*?[") & {*name} else ""
-        raise UserError(f"The data file or folder {name} does not exist{hint}.")
+    elif re.search(r"[*?[\]]", name):
+        raise UserError(
+            f"The data file or folder {name} does not exist: a path is taken literally, so name "
+            "the folder."
+        )
+    elif kind_of(path) or path.is_absolute() or name.startswith((".", "~")):
+        raise UserError(f"The data file or folder {name} does not exist.")
     else:
         dataset = _load_hub(name, config_name, split)
     if len(dataset) == 0:
@@ -96,14 +100,14 @@ def _load_files(
         what: the name of all of them in messages.
     """
     # Own fingerprint: `datasets` hashes functions by name, and knows nothing of the files' content.
-    stats = [path.stat() for path, _ in paths]
     call = {
         "files": tuple((str(path.absolute()), label) for path, label in paths),
         "column_names": tuple(column_names),
     }
     code = [inspect.getsource(module) for module in (files, rows, tables, text_lines)]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     with _one_sentence(what):
+        stats = [path.stat() for path, _ in paths]
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         return Dataset.from_generator(
             read_files,
             features=rows.FROM_FILE,

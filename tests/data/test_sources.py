@@ -222,6 +222,9 @@ def test_malformed_file_in_a_folder_is_named(folder: Path) -> None:
     (folder / "b.jsonl").unlink()
     (folder / "c.parquet").write_text("no parquet")
     assert f"{folder}/c.parquet cannot be read" in refused(folder)
+    (folder / "c.parquet").unlink()
+    (folder / "d.csv").symlink_to("gone")
+    assert f"{folder}/d.csv" in refused(folder)
 
 
 def test_not_utf8_is_named_with_the_line(tmp_path: Path) -> None:
