@@ -26,7 +26,7 @@ def read_row(row: dict[str, Any]) -> dict[str, Any]:
     """
     if "raw_json" in row:
         return json.loads(row["raw_json"])
-    return {name: _without_nulls(value) for name, value in row.items()}
+    return {name: without_nulls(value) for name, value in row.items()}
 
 
 def place(row: dict[str, Any], index: int) -> str:
@@ -42,9 +42,10 @@ def place(row: dict[str, Any], index: int) -> str:
     return f"{row['file']}, row {row['row']}{line}"
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """The value without the null keys of its dicts, which Arrow adds, at any depth."""
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return value
