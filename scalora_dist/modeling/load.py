@@ -311,6 +311,6 @@ def _known_model(args: ModelArguments) -> Iterator[str]:
         if "Padding_idx" not in str(error):
             raise
         raise UserError(
-            f"--model_name_or_path {name} cannot be loaded: its config.json has a pad_token_id that "
-            "its embedding has no row for: set it to null there"
+            f"--model_name_or_path {name} cannot be loaded: its config.json has a pad_token_id "
+            "that its embedding has no row for: set it to null there"
         ) from error

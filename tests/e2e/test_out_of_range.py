@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from tests.support import runs, tiny_models, tiny_runs
@@ -26,6 +27,7 @@ def save_task(folder: Path, *, tokens: tuple[str, ...] = (), pad: str | None = N
         **{"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1},
         **{"num_attention_heads": 2, "dropout": 0.0, "pad_token_id": 0},
     )
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.add_tokens(list(tokens))
     if pad:
