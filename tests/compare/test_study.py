@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from scalora_dist.compare.command import compare_command
 from scalora_dist.compare.data import cut_data, data_options
 from scalora_dist.compare.runs import Cell, Grid, Run
 from scalora_dist.compare.study import Study, method_options, read_study
 from scalora_dist.config.method import MethodArguments
+from scalora_dist.data.rows import read_row
 from scalora_dist.data.sources import load_examples
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import UserError
@@ -142,11 +143,30 @@ def test_no_held_out_example_is_trained_on(own_test: bool, tmp_path: Path) -> No
     study = read(tmp_path, setups={"task": setup}, validation_size=3, test_size=4)
     cut_data(study, study.setups["task"], tmp_path / "task")
     train, validation, test = (
-        set(load_from_disk(str(tmp_path / "task" / part))["text"][:])
+        {read_row(row)["text"] for row in load_from_disk(str(tmp_path / "task" / part))}
         for part in ("train", "validation", "test")
     )
     assert train and validation and test
     assert not train & validation and not test & (train | validation)
+
+
+def test_examples_are_compared_as_the_set_up_reads_them(tmp_path: Path) -> None:
+    """The third column is not read, so two rows are the same example."""
+    rows = [f"{i % 20}\t{i % 20}+1\t{i}\n" for i in range(40)]
+    (tmp_path / "train.tsv").write_text("".join(rows))
+    setup = {
+        **{"dataset": str(tmp_path / "train.tsv"), "column_names": ["a", "b", "c"]},
+        **{"prompt_template": "{a}: ", "completion_template": "{b}"},
+    }
+    study = read(tmp_path, setups={"task": setup}, validation_size=3, test_size=4)
+    cut_data(study, study.setups["task"], tmp_path / "task")
+    parts = {
+        part: {read_row(row)["a"] for row in load_from_disk(str(tmp_path / "task" / part))}
+        for part in ("train", "validation", "test")
+    }
+    assert not parts["train"] & parts["validation"] | parts["train"] & parts["test"]
+    assert study.setups["task"].options.keys() >= {"prompt_template", "completion_template"}
+    assert "column_names" not in study.setups["task"].options
 
 
 def test_a_generated_test_part_has_the_options_of_the_training_part(tmp_path: Path) -> None:
@@ -189,12 +209,11 @@ def test_data_is_cut_once_and_in_parts_that_share_nothing(tmp_path: Path) -> Non
     folder = tmp_path / "data" / "task"
 
     def parts() -> dict[str, list[str]]:
-        return {
-            name: load_examples(str(folder / name), split="train", seed=0, size=0, task_options={})[
-                "text"
-            ][:]
-            for name in ("train", "validation", "test")
-        }
+        names = ("train", "validation", "test")
+        return {name: [read_row(row)["text"] for row in load(folder / name)] for name in names}
+
+    def load(path: Path) -> Dataset:
+        return load_examples(str(path), split="train", seed=0, size=0, task_options={})
 
     cut_data(study, study.setups["task"], folder)
     before = parts()

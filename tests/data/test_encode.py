@@ -36,8 +36,10 @@ def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def targets(parts: list[Part] | Texts, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
     """The whole text, and the tokens of the targets."""
     encoder = Encoder(tokenizer)
-    encode = encoder.encode_texts if isinstance(parts, Texts) else encoder.encode_parts
-    ids, is_target = encode(parts)  # type: ignore[operator]
+    if isinstance(parts, Texts):
+        ids, is_target = encoder.encode_texts(parts)
+    else:
+        ids, is_target = encoder.encode_parts(parts)
     said = [i for i, hit in zip(ids, is_target, strict=True) if hit]
     return decoded(ids, tokenizer), tokenizer.convert_ids_to_tokens(said)
 

@@ -95,8 +95,9 @@ def test_tools_are_definitions_or_their_json_text() -> None:
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     for given in (tools, '[{"type": "function", "function": {"name": "clock", "parameters": {}}}]'):
         assert read(messages=[USER, BOT], tools=given)[0].tools == tools
-    for given in (None, "", []):
-        assert read(messages=[USER, BOT], tools=given)[0].tools is None
+    empty: tuple[Any, ...] = (None, "", [])
+    for nothing in empty:
+        assert read(messages=[USER, BOT], tools=nothing)[0].tools is None
     assert "'tools'" in refused(messages=[USER, BOT], tools="clock")
 
 

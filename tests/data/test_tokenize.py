@@ -131,8 +131,9 @@ def test_bad_rows_are_named_by_number(
 def test_unknown_columns_are_named_with_the_known_shapes(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    message = refused([{"question": "q", "answer": "a"}], tokenizer)
-    assert "question, answer" in message and "query + response" in message and "text" in message
+    message = refused([{"frage": "q", "antwort": "a"}], tokenizer)
+    assert message.startswith("The data set: the columns frage, antwort are no known layout")
+    assert "--prompt_template" in message and "query + response" in message and "text" in message
 
 
 def test_truncated_and_dropped_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.data.collate import Collator
 from scalora_dist.data.extent import Extent, extent, stored_extent
-from scalora_dist.data.tokenize import IGNORE
+from scalora_dist.data.prompts import IGNORE
 from scalora_dist.errors import UserError
 from scalora_dist.modeling.tables import Tables, check_fits, read_tables, tables_of
 from tests.support import tiny_models
