@@ -43,9 +43,10 @@ class Encoder:
             if completion and eos is not None and (said == 0 or more[said - 1] not in self.special):
                 more, hits = [*more, eos], [*hits, True]
             ids, is_target = ids + more, is_target + hits
-        if self.bos and ids[:1] != self.bos:
-            ids, is_target = self.bos + ids, [False, *is_target]
-        return ids, is_target
+        if not self.bos:
+            return ids, is_target
+        rendered = ids[:1] == self.bos
+        return (ids if rendered else self.bos + ids), [False, *is_target[rendered:]]
 
     def encode_parts(
         self, parts: Iterable[Part], begins: bool = True
