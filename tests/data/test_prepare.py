@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.config.data import DataArguments
 from scalora_dist.data.prepare import Prepared, prepare_data
+from scalora_dist.data.show import show_examples
 from scalora_dist.errors import UserError
 
 TASK = "reasoning_gym:chain_sum"
@@ -150,3 +151,97 @@ def test_bad_arguments(tokenizer: PreTrainedTokenizerBase, numbers: str) -> None
     assert "at least 1" in refused(tokenizer, dataset=numbers, eval_dataset=TASK)
     assert "max_length" in refused(tokenizer, dataset=numbers, max_length=1)
     assert "eval_size" in refused(tokenizer, dataset=numbers, eval_size=-1)
+
+
+def chats(path: Path, count: int) -> str:
+    """Chats of two answers, each with texts of its own."""
+    turns = ("user", "assistant", "user", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": f"c{i}t{k}"} for k, role in enumerate(turns)]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("turns", ["each", "last", "all"])
+def test_all_examples_of_a_held_out_chat_are_held_out(
+    chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, turns: str
+) -> None:
+    """An answer's text is in the later examples of its chat."""
+    name = chats(tmp_path / "chats.jsonl", 12)
+    data = prepare(chat_tokenizer, dataset=name, eval_size=5, chat_turns=turns)
+    assert data.evaluation is not None
+    each = 2 if turns == "each" else 1
+    assert data.turns == {turns: 12 * each}
+    assert (len(data.train), len(data.evaluation)) == (7 * each, 5 * each)
+    held_out = "".join(texts(data.evaluation, chat_tokenizer))
+    first = [text.split("t0")[0].split("c")[1] for text in texts(data.train, chat_tokenizer)]
+    assert len(first) == 7 * each and not any(f"c{i}t" in held_out for i in first)
+    assert data.repeated == 0
+
+
+def test_eval_size_takes_whole_chats_of_named_evaluation_data(
+    chat_tokenizer: PreTrainedTokenizerBase, numbers: str, tmp_path: Path
+) -> None:
+    other = chats(tmp_path / "chats.jsonl", 6)
+    fields = {"eval_dataset": other, "eval_size": 2, "chat_turns": "each"}
+    data = prepare(chat_tokenizer, dataset=numbers, **fields)
+    assert data.evaluation is not None and data.turns == {"each": 12}
+    assert [text[8:10] for text in texts(data.evaluation, chat_tokenizer)] == ["c0"] * 2 + [
+        "c1"
+    ] * 2
+
+
+def test_what_is_not_used_of_either_part_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    train, other = tmp_path / "train.jsonl", tmp_path / "other.jsonl"
+    train.write_text('{"text": "a", "id": 7}\n{"text": "b", "source": "web", "note": null}\n')
+    other.write_text('{"text": "c", "split": "x"}\n')
+    data = prepare(tokenizer, dataset=str(train), eval_dataset=str(other))
+    assert data.ignored == ["id", "source", "split"]
+
+
+def test_templates_and_their_columns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text("#1 String\tQuality\na\t1\n")
+    fields = {"dataset": str(tmp_path / "d.tsv"), "prompt_template": r"{#1 String}\n"}
+    (text,) = texts(prepare(tokenizer, completion_template="{Quality}", **fields).train, tokenizer)
+    assert text == "a\n1</s>"
+    assert "together" in refused(tokenizer, **fields)
+    message = refused(tokenizer, completion_template="{quality}", **fields)
+    assert message.endswith(
+        "d.tsv: there is no column 'quality', which a template names; there are: "
+        "#1 String, Quality."
+    )
+
+
+def test_rows_of_two_layouts_are_read_by_file(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    (tmp_path / "b.csv").write_text("question,answer\nq,a\n")
+    data = prepare(tokenizer, dataset=str(tmp_path))
+    assert texts(data.train, tokenizer) == ["pc</s>", "q\na</s>"]
+    (tmp_path / "b.csv").write_text("question,reply\nq,a\n")
+    assert "b.csv: the columns question, reply" in refused(tokenizer, dataset=str(tmp_path))
+
+
+def test_a_bad_row_is_named_with_file_row_line_and_column(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c"}\n\n{"prompt": "p"}\n')
+    assert refused(tokenizer, dataset=str(path)) == (
+        f"{path}, row 2 (line 3): the field 'completion' is missing."
+    )
+
+
+def test_examples_are_shown_with_their_targets(
+    chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    data = prepare(chat_tokenizer, dataset=chats(tmp_path / "chats.jsonl", 3))
+    whole = "<|user|>c0t0</s><|assistant|>[[c0t1</s>]]<|user|>c0t2</s><|assistant|>[[c0t3</s>]]"
+    shown = show_examples(data.train, chat_tokenizer, 1)
+    assert shown == f"--- example 1 of 3: 62 tokens, 10 of them targets, in [[ ]]\n{whole}"
+    assert len(show_examples(data.train, chat_tokenizer, 9).split("---")) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,3 +74,31 @@ def test_evaluation_examples_that_are_trained_on_are_said(
     ((_, warned),) = ranks(1).run(prepared, [case])
     (line,) = [line for line in warned if "evaluation" in line]
     assert line.startswith("1 of 3 evaluation examples are also training examples")
+
+
+def test_chats_are_said_in_the_log_and_the_summary(
+    ranks: GetRanks, task: Path, tmp_path: Path
+) -> None:
+    """The template forgets, so each answer is an example: 2 epochs over 6 of them are 6 steps."""
+    model = tmp_path / "model"
+    shutil.copytree(task, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    roles = ("user", "assistant", "user", "assistant")
+    chat = {"messages": [{"role": role, "content": "abc"} for role in roles], "source": "web"}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 3)
+    settings = {
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "train_batch_size": 2,
+        "per_device_train_batch_size": 2,
+        "eval_size": 0,
+    }
+    case = tiny_runs.options(
+        model, tmp_path / "run", "local", dataset=tmp_path / "chats.jsonl", **settings
+    )
+    ((_, summary, warned),) = ranks(1).run(tiny_runs.train, case)
+    assert summary["chat_turns"] == {"each": 6} and summary["steps"] == 6
+    assert [line for line in warned if "not used" in line] == ["not used of the data: source"]
