@@ -112,11 +112,11 @@ def tokenize_examples(
             "No example has a target token: each completion is empty or lies beyond "
             f"max_length = {args.max_length} tokens."
         )
-    turns = Counter(tokenized["turns"][:])
-    del turns[""]
     ignored = {name for names in tokenized.unique("ignored") for name in names.splitlines()}
-    kept_rows = tokenized.select(kept) if dropped else tokenized
-    return Tokenized(kept_rows, truncated, dropped, dict(turns), ignored)
+    found = tokenized.select(kept) if dropped else tokenized
+    turns = Counter(found["turns"][:])
+    del turns[""]
+    return Tokenized(found, truncated, dropped, dict(turns), ignored)
 
 
 def _tokenize_rows(

@@ -91,6 +91,7 @@ def test_chats_are_said_in_the_log_and_the_summary(
     (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 3)
     settings = {
         "max_steps": -1,
+        "max_length": 64,
         "num_train_epochs": 2,
         "train_batch_size": 2,
         "per_device_train_batch_size": 2,
