@@ -28,10 +28,9 @@ class Examples:
         self.from_files = "raw_json" in dataset.column_names
         self._given = _given_shape(args)
         if self.from_files:
-            files = dataset.select_columns(["file"]).to_pandas()["file"].drop_duplicates()
             self._shapes = {
-                str(file): self._shape(read_row(dataset[int(index)]), f"{file}: ")
-                for index, file in files.items()
+                file: self._shape(read_row(dataset[index]), f"{file}: ")
+                for file, index in _first_rows(dataset).items()
             }
         else:
             self._shapes = {"": self._shape(dataset.column_names, "The data set: ")}
@@ -65,6 +64,19 @@ class Examples:
 def at(row: dict[str, Any], index: int, error: UserError) -> UserError:
     """The error with the place of the row that it is about."""
     return UserError(f"{place(row, index)}: {error}.")
+
+
+def _first_rows(dataset: Dataset) -> dict[str, int]:
+    """The index of the first row of each file."""
+    found: dict[str, int] = {}
+    begin = 0
+    for table in dataset.select_columns(["file"]).with_format("arrow").iter(batch_size=10_000):
+        files = table.column("file")
+        for file in files.unique().to_pylist():
+            if file not in found:
+                found[file] = begin + files.index(file).as_py()
+        begin += len(files)
+    return found
 
 
 def _given_shape(args: DataArguments) -> Shape | None:
