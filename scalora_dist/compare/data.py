@@ -138,7 +138,7 @@ def _contents(examples: Dataset, args: DataArguments) -> Iterator[int]:
     Raises:
         UserError: an example is malformed.
     """
-    reader = Examples(examples, args)
+    reader = Examples(examples, str(args.dataset), args)
     return (hash(repr(reader.read(row, k)[1])) for k, row in enumerate(examples))
 
 

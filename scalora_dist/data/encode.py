@@ -26,13 +26,17 @@ class Encoder:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        # With these a rendered text ends. Other special tokens may be words of an answer.
+        template = str(tokenizer.chat_template or "")
+        self.ends = {i for i, token in added if i in self.special and token.content in template}
+        self.ends |= {tokenizer.eos_token_id} - {None}
 
     def encode_texts(self, example: Texts) -> tuple[list[int], list[bool]]:
         """Return ids and which of them are targets: ``[BOS] prompt | completion EOS`` …
 
-        A text that a chat template has rendered begins with BOS and ends in a special token: it
-        gets no second one. An empty completion has no target, not even EOS: it is more often
-        missing data than an intended empty answer.
+        A text that a chat template has rendered begins with BOS and ends in EOS or another token of
+        the template: it gets no second one. An empty completion has no target, not even EOS: it is
+        more often missing data than an intended empty answer.
         """
         eos = self.tokenizer.eos_token_id
         ids: list[int] = []
@@ -40,7 +44,7 @@ class Encoder:
         for prompt, completion in example.pairs:
             more, hits = self.encode_parts([(prompt, False), (completion, True)], begins=not ids)
             said = self._said(more)
-            if completion and eos is not None and (said == 0 or more[said - 1] not in self.special):
+            if completion and eos is not None and (said == 0 or more[said - 1] not in self.ends):
                 more, hits = [*more, eos], [*hits, True]
             ids, is_target = ids + more, is_target + hits
         if not self.bos:
@@ -77,7 +81,7 @@ class Encoder:
     def _said(self, ids: list[int]) -> int:
         """The number of ids without blanks after the last special token."""
         last = max((k for k, i in enumerate(ids) if i in self.special), default=-1)
-        blank = last >= 0 and not self._text(ids[last + 1 :]).strip()
+        blank = last >= 0 and not decode(self.tokenizer, ids[last + 1 :]).strip()
         return last + 1 if blank else len(ids)
 
     def _ids(self, text: str) -> list[int]:
@@ -103,7 +107,7 @@ class Encoder:
         """Anchors that keep a following text as it is; none where a text needs no anchor."""
 
         def joined(ids: list[int]) -> str:
-            return self._text(self._ids("a") + ids).lstrip()
+            return decode(self.tokenizer, self._ids("a") + ids).lstrip()
 
         def keeps(anchor: str) -> bool:
             for text in ("b", " b"):
@@ -121,7 +125,8 @@ class Encoder:
         before, both = self._ids(anchor), self._ids(anchor + text)
         return both[len(before) :] if both[: len(before)] == before else None
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of token ids, as it is."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from datasets import Dataset
@@ -15,68 +16,53 @@ from scalora_dist.errors import UserError
 class Examples:
     """The examples of a data set.
 
-    The first row of a file decides the layout of all its rows. Files of one folder may have
-    different ones.
+    The first row of a file decides the layout of all its rows, also where a slice leaves that row
+    out. Files of one folder may have different ones.
+
+    Attributes:
+        name: the data set's name in messages.
     """
 
-    def __init__(self, dataset: Dataset, args: DataArguments) -> None:
-        """Find the layouts.
-
-        Raises:
-            UserError: the columns of a file are no known layout, or lack one that a template names.
+    def __init__(self, dataset: Dataset, name: str, args: DataArguments) -> None:
         """
-        self.from_files = "raw_json" in dataset.column_names
+        Raises:
+            UserError: a template is malformed, or the columns of typed data are no known layout.
+        """
+        self.name = name
         self._given = _given_shape(args)
-        if self.from_files:
-            self._shapes = {
-                file: self._shape(read_row(dataset[index]), f"{file}: ")
-                for file, index in _first_rows(dataset).items()
-            }
-        else:
-            self._shapes = {"": self._shape(dataset.column_names, "The data set: ")}
+        self._shapes: dict[str, Shape] = {}
+        self._typed = None
+        if "raw_json" not in dataset.column_names:
+            self._typed = self._shape(dataset.column_names, name)
 
     def read(self, row: dict[str, Any], index: int) -> tuple[Row, Example]:
         """The columns of a row of the data set, and the example that they hold.
 
         Raises:
-            UserError: the row is malformed.
+            UserError: the row is malformed, or its file has no known layout.
         """
-        shape = self._shapes[row["file"] if self.from_files else ""]
+        shape = self._typed or self._shape_of_file(row)
         try:
             columns = Row(read_row(row))
             return columns, shape.read(columns)
         except UserError as error:
-            raise at(row, index, error) from None
+            raise self.at(row, index, error) from None
 
-    def _shape(self, columns: Any, where: str) -> Shape:
+    def at(self, row: dict[str, Any], index: int, error: UserError) -> UserError:
+        """The error with the place of the row that it is about."""
+        return UserError(f"{place(row, index, self.name)}: {error}.")
+
+    def _shape_of_file(self, row: dict[str, Any]) -> Shape:
+        columns = row["columns"]
+        if columns not in self._shapes:
+            self._shapes[columns] = self._shape(json.loads(columns), row["file"])
+        return self._shapes[columns]
+
+    def _shape(self, columns: list[str], where: str) -> Shape:
         try:
-            shape = self._given or recognise(columns)
+            return self._given or recognise(columns)
         except UserError as error:
-            raise UserError(f"{where}{error}.") from None
-        if missing := [name for name in shape.columns if name not in columns]:
-            raise UserError(
-                f"{where}there is no column {missing[0]!r}, which a template names; there are: "
-                f"{', '.join(columns)}."
-            )
-        return shape
-
-
-def at(row: dict[str, Any], index: int, error: UserError) -> UserError:
-    """The error with the place of the row that it is about."""
-    return UserError(f"{place(row, index)}: {error}.")
-
-
-def _first_rows(dataset: Dataset) -> dict[str, int]:
-    """The index of the first row of each file."""
-    found: dict[str, int] = {}
-    begin = 0
-    for table in dataset.select_columns(["file"]).with_format("arrow").iter(batch_size=10_000):
-        files = table.column("file")
-        for file in files.unique().to_pylist():
-            if file not in found:
-                found[file] = begin + files.index(file).as_py()
-        begin += len(files)
-    return found
+            raise UserError(f"{where}: {error}.") from None
 
 
 def _given_shape(args: DataArguments) -> Shape | None:
@@ -84,4 +70,7 @@ def _given_shape(args: DataArguments) -> Shape | None:
         return None
     if args.prompt_template is None or args.completion_template is None:
         raise UserError("Set --prompt_template and --completion_template together.")
-    return from_templates(args.prompt_template, args.completion_template)
+    try:
+        return from_templates(args.prompt_template, args.completion_template)
+    except UserError as error:
+        raise UserError(f"{error}.") from None

@@ -6,21 +6,26 @@ A file is of the kind that its name says, and its path is never a pattern.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet
 
-from scalora_dist.data.rows import without_nulls
+from scalora_dist.data.rows import FROM_FILE, as_json
 from scalora_dist.data.tables import read_table
 from scalora_dist.data.text_lines import COMPRESSED, read_lines
 from scalora_dist.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TEXT = ".txt"
 PARQUET = ".parquet"
-KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", TEXT, PARQUET)
+TABLES = {".csv": ",", ".tsv": "\t"}  # and what separates their cells
+KINDS = (".json", ".jsonl", ".ndjson", *TABLES, TEXT, PARQUET)
 # An example as JSON text, and the line where it starts; 0: the file has no lines.
 Example = tuple[str, int]
 
@@ -50,8 +55,10 @@ def read_files(
     for path, label in files:
         try:
             examples = _read_file(Path(path), label, column_names)
+            columns = ""
             for row, (text, line) in enumerate(examples, start=1):
-                yield {"raw_json": text, "file": label, "row": row, "line": line}
+                columns = columns or json.dumps([*json.loads(text)])
+                yield dict(zip(FROM_FILE, (text, label, row, line, columns), strict=True))
         except UserError:
             raise
         # pyarrow and the libraries of archives raise errors of many types.
@@ -74,9 +81,9 @@ def _read_file(path: Path, label: str, column_names: Sequence[str]) -> Iterator[
             f"all but the last with or without {', '.join(COMPRESSED)}."
         )
     if kind == PARQUET:
-        return _read_parquet(path)
-    if kind in (".csv", ".tsv"):
-        return read_table(path, label, "," if kind == ".csv" else "\t", column_names)
+        return _read_parquet(path, label)
+    if kind in TABLES:
+        return read_table(path, label, TABLES[kind], column_names)
     return _read_text(path, label) if kind == TEXT else _read_json(path, label, kind)
 
 
@@ -92,11 +99,14 @@ def _read_json(path: Path, label: str, kind: str) -> Iterator[Example]:
     number, first = next(lines, (0, "{}"))
     if number == 0:
         return
+    if first.lstrip().startswith("["):
+        yield from _read_document("".join(read_lines(path, label)), label, None)
+        return
     try:
         _check_object(first, label, number)
-    except UserError as error:
-        # Not an object on one line. The name decides which of two readings an error is about.
-        as_lines = error if kind != ".json" and not first.lstrip().startswith("[") else None
+    except UserError as error:  # not an object on one line
+        # The name decides which of two readings an error is about.
+        as_lines = error if kind != ".json" else None
         yield from _read_document("".join(read_lines(path, label)), label, as_lines)
         return
     yield first.strip(), number
@@ -110,6 +120,8 @@ def _check_object(line: str, label: str, number: int) -> None:
         value = json.loads(line.rstrip("\r\n"))
     except JSONDecodeError as error:
         raise _malformed(label, number, error) from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
+        raise UserError(f"{label}, line {number}: unreadable JSON ({reason(error)}).") from None
     if not isinstance(value, dict):
         raise _no_object(label, number)
 
@@ -138,6 +150,8 @@ def _read_document(text: str, label: str, as_lines: UserError | None) -> Iterato
             yield text[start:end], line
     except JSONDecodeError as error:
         raise as_lines or _malformed(label, error.lineno, error) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{label}: unreadable JSON after line {line} ({reason(error)}).") from None
 
 
 def _objects(text: str) -> Iterator[tuple[int, int]]:
@@ -170,17 +184,34 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _read_parquet(path: Path) -> Iterator[Example]:
+def _read_parquet(path: Path, label: str) -> Iterator[Example]:
+    """Read row by row, without columns of bytes such as images."""
     # An open file: pyarrow would take some names, as those with a colon, for addresses.
-    with path.open("rb") as file:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                columns = {name: without_nulls(value) for name, value in row.items()}
-                yield json.dumps(columns, default=_as_json), 0
+    with path.open("rb") as stream:
+        file = pyarrow.parquet.ParquetFile(stream)
+        names = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
+        left_out: set[str] = set()
+        for batch in file.iter_batches(batch_size=100, columns=names):
+            columns = {}
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    if _is_bytes(column.type):
+                        column = column.cast(pa.large_string())  # some programs write text so
+                    columns[name] = column.to_pylist()
+                except (ValueError, OverflowError) as error:  # not UTF-8; a date of year 10000
+                    if name not in left_out:
+                        logger.warning("%s: left out column %s (%s).", label, name, reason(error))
+                    left_out.add(name)
+            for k in range(len(batch)):
+                row = {name: as_json(values[k]) for name, values in columns.items()}
+                yield json.dumps(row, default=str), 0
 
 
-def _as_json(value: Any) -> str | None:
-    """A value that JSON lacks: dates in ISO form, no bytes (of images), the text of all others."""
-    if isinstance(value, bytes):
-        return None
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a type has bytes within lists or structs."""
+    nested = [kind.field(k).type for k in range(kind.num_fields)]
+    return any(_is_bytes(each) or _holds_bytes(each) for each in nested)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -24,8 +24,10 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
-SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")  # train_sft-00000-of-00003.parquet
+SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")  # data/train_sft-00000-of-00003.parquet
 DESCRIPTIONS = ("readme", "license", "licence")
+# What a subset of README.md may say without another reading of its files.
+KNOWN = {"config_name", "data_dir", "data_files", "default", "description", "version", "features"}
 METADATA = ("dataset_info.json", "dataset_infos.json", "config.json")  # as `datasets` ignores
 LISTED = 5  # names of files in a message
 
@@ -47,6 +49,12 @@ def find_splits(folder: Path, label: str, config_name: str | None) -> dict[str, 
     subsets = _read_subsets(folder, label)
     if subsets:
         splits, left_out = _find_listed(folder, label, _choose(subsets, label, config_name))
+        listed = {path for subset in subsets for path in _listed(folder, label, subset)}
+        left_out += [
+            (path, "README.md lists it in no subset")
+            for path in filter(_may_hold_data, _walk(folder))
+            if path not in listed and kind_of(path)
+        ]
     elif config_name:
         raise UserError(f"{label} has no subset {config_name!r}: its README.md lists none.")
     else:
@@ -78,11 +86,10 @@ Found = tuple[dict[str, list[Path]], list[tuple[Path, str]]]  # splits, and what
 
 def _find_by_name(folder: Path, label: str) -> Found:
     data, left_out = [], []
-    for path in _walk(folder):
-        described = path.name.lower().startswith(DESCRIPTIONS) and kind_of(path) in (None, TEXT)
-        if described or path.name in METADATA:
-            continue
-        if kind_of(path):
+    for path in filter(_may_hold_data, _walk(folder)):
+        if path.is_dir():
+            left_out.append((path, "a link to a folder"))
+        elif kind_of(path):
             data.append(path)
         else:
             left_out.append((path, "of no known kind"))
@@ -91,34 +98,37 @@ def _find_by_name(folder: Path, label: str) -> Found:
         data = [path for path in data if path not in texts]
         left_out += [(path, "text beside data files of other kinds") for path in texts]
     splits: dict[str, list[Path]] = {}
-    without = []
+    without: list[Path] = []
     for path in data:
         split = _split_of(path.relative_to(folder))
-        if split:
-            splits.setdefault(split, []).append(path)
-        else:
-            without.append(path)
+        (splits.setdefault(split, []) if split else without).append(path)
     if not splits:
         splits = {"train": without} if without else {}
     else:
         left_out += [(path, "its name tells no split") for path in without]
     if not splits:
         raise UserError(f"The folder {label} holds no {', '.join(KINDS)} files.")
+    for split, paths in splits.items():
+        once = {path.resolve(): path for path in reversed(paths)}  # a link may name a file again
+        twice = [path for path in paths if path not in once.values()]
+        left_out += [(path, f"the same file as {once[path.resolve()].name}") for path in twice]
+        splits[split] = [path for path in paths if path not in twice]
     return splits, left_out
+
+
+def _may_hold_data(path: Path) -> bool:
+    described = path.name.lower().startswith(DESCRIPTIONS) and kind_of(path) in (None, TEXT)
+    return not described and path.name not in METADATA
 
 
 def _split_of(path: Path) -> str | None:
     """The split that the file's name tells, else the nearest of its folders that tells one.
 
-    Shards have the split before their number, which may be any name. A folder's word comes before a
-    name that is none of the words, as in ``train/part-00000-of-00002.jsonl``.
+    The shards in a folder ``data`` have the split before their number, which may be any name.
     """
-    folders = [_split_in(name) for name in reversed(path.parts[:-1])]
-    if shard := SHARD.match(path.name):
-        found = [SPLIT_OF_WORD.get(shard[1].lower()), *folders, shard[1]]
-    else:
-        found = [_split_in(path.name), *folders]
-    return next(filter(None, found), None)
+    if shard := SHARD.match(path.as_posix()):
+        return SPLIT_OF_WORD.get(shard[1].lower(), shard[1])
+    return next(filter(None, map(_split_in, reversed(path.parts))), None)
 
 
 def _split_in(name: str) -> str | None:
@@ -128,7 +138,9 @@ def _split_in(name: str) -> str | None:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files but hidden ones, sorted by their paths. Links to folders are followed.
+    """All files and links but hidden ones, sorted by their paths.
+
+    Links to folders are not followed: they may show files again.
 
     Raises:
         OSError: a folder cannot be read.
@@ -136,10 +148,10 @@ def _walk(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith((".", "__")):
             continue
-        if not path.is_dir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        else:
             yield path
-        elif not path.is_symlink() or not folder.resolve().is_relative_to(path.resolve()):
-            yield from _walk(path)  # no link to a folder around itself, which would never end
 
 
 def _read_subsets(folder: Path, label: str) -> list[dict[str, Any]]:
@@ -186,6 +198,11 @@ def _find_listed(folder: Path, label: str, subset: dict[str, Any]) -> Found:
     data_dir = str(subset.get("data_dir") or "")
     base = folder / data_dir
     where = f"the subset {_name_of(subset)!r} of {label}"
+    if unknown := subset.keys() - KNOWN:
+        raise UserError(
+            f"For {where}, README.md sets {min(unknown)}, which is not read here: name its files "
+            "with --dataset."
+        )
     if Path(data_dir).is_absolute() or not base.is_dir():
         raise UserError(f"For {where}, README.md names the folder {data_dir}, which is not in it.")
     if not subset.get("data_files"):
@@ -194,20 +211,33 @@ def _find_listed(folder: Path, label: str, subset: dict[str, Any]) -> Found:
     left_out: dict[Path, str] = {}
     try:
         patterns = sanitize_patterns(subset["data_files"])
-    except (ValueError, TypeError) as error:
+        matches = {
+            split: {path for pattern in given for path in _match(base, pattern)}
+            for split, given in patterns.items()
+        }
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
             f"For {where}, README.md has bad data_files ({_first_line(error)})."
         ) from error
-    for split, paths in patterns.items():
-        matched = {path for pattern in paths for path in _match(base, pattern)}
+    for split, paths in matches.items():
+        matched = set(filter(_may_hold_data, paths))
         splits[split] = sorted(path for path in matched if kind_of(path))
         left_out |= {path: "of no known kind" for path in matched if not kind_of(path)}
         if not splits[split]:
             raise UserError(
-                f"For {where}, README.md names the files {', '.join(map(str, paths))}, but there "
-                f"is no such {', '.join(KINDS)} file."
+                f"For {where}, README.md names the files {', '.join(map(str, patterns[split]))}, "
+                f"but there is no such {', '.join(KINDS)} file."
             )
     return splits, sorted(left_out.items())
+
+
+def _listed(folder: Path, label: str, subset: dict[str, Any]) -> set[Path]:
+    """All files of a subset; none if it cannot be used."""
+    try:
+        splits, _ = _find_listed(folder, label, subset)
+    except UserError:
+        return set()
+    return {path for paths in splits.values() for path in paths}
 
 
 def _match(base: Path, pattern: str) -> Iterator[Path]:

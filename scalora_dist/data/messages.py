@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,21 @@ from scalora_dist.errors import UserError
 
 Message = dict[str, Any]
 
-# ShareGPT's `from`, in all its spellings. Other names are roles already.
+# Other spellings of roles, as in ShareGPT's `from`. Other names are the template's business.
 ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
+CALLS = ("function_call", "tool_call")  # roles whose content is a call
 DECIDES_TARGETS = ("weight", "train")  # OpenAI's 0 or 1, axolotl's true or false
 
 
@@ -31,11 +36,13 @@ class Messages:
     Attributes:
         messages: each has a role, a content (a string) and what else was given.
         targets: whether each message is one to train on.
+        excludes: whether an assistant message says that it is none.
         ignored: names of keys that have no effect here.
     """
 
     messages: list[Message]
     targets: list[bool]
+    excludes: bool
     ignored: frozenset[str] = frozenset()
 
 
@@ -43,14 +50,18 @@ def read_messages(value: Any, name: str) -> Messages:
     """Read the messages in the column `name`.
 
     Roles are under ``role`` or ShareGPT's ``from``, texts under ``content`` or ``value``. Every
-    assistant message is a target, unless its ``weight`` is 0 or its ``train`` is false.
+    assistant message that says something is a target, unless its ``weight`` is 0 or its ``train``
+    is false.
 
     Raises:
         UserError: it is no list of messages.
     """
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        # As `datasets` used to hold lists of objects.
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:
         raise UserError(f"the field {name!r} must be a list of at least one chat message")
-    messages, targets, ignored = [], [], set()
+    messages, targets, excludes, ignored = [], [], False, set()
     for number, given in enumerate(value, start=1):
         try:
             message = _read_message(given)
@@ -58,11 +69,15 @@ def read_messages(value: Any, name: str) -> Messages:
         except UserError as error:
             raise UserError(f"message {number} of {name!r}: {error}") from None
         is_answer = message["role"] == "assistant"
-        targets.append(is_answer and all(marked.values()))
-        if not is_answer:
+        # An empty one is more often missing data than an intended empty answer.
+        says = bool(message["content"] or "tool_calls" in message)
+        targets.append(is_answer and says and all(marked.values()))
+        if is_answer:
+            excludes |= not all(marked.values())
+        else:
             ignored |= {key for key, yes in marked.items() if yes}
         messages.append({key: part for key, part in message.items() if key not in marked})
-    return Messages(messages, targets, frozenset(f"{name}.{key}" for key in ignored))
+    return Messages(messages, targets, excludes, frozenset(f"{name}.{key}" for key in ignored))
 
 
 def read_tools(value: Any) -> list[Any] | None:
@@ -74,6 +89,8 @@ def read_tools(value: Any) -> list[Any] | None:
     tools = _decoded(value)
     if not tools:
         return None
+    if isinstance(tools, list):
+        tools = [_decoded(tool) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError("the field 'tools' must be a list of objects, or its JSON text")
     return tools
@@ -81,17 +98,34 @@ def read_tools(value: Any) -> list[Any] | None:
 
 def with_encoded_arguments(messages: list[Message]) -> list[Message]:
     """The messages with the arguments of tool calls as JSON text, as some templates want them."""
+    return _with_arguments(messages, lambda given: json.dumps(given, ensure_ascii=False))
 
-    def encoded(call: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(call.get("function"), dict):
-            return call | {"function": encoded(call["function"])}
-        if isinstance(call.get("arguments"), dict):
-            return call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-        return call
+
+def with_arguments(messages: list[Message], arguments: dict[str, Any]) -> list[Message]:
+    """The messages with other arguments of all tool calls."""
+    return _with_arguments(messages, lambda _: arguments)
+
+
+def with_text_parts(messages: list[Message]) -> list[Message]:
+    """The messages with contents that are lists of one text part, as some templates want them."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
+
+
+def _with_arguments(
+    messages: list[Message], change: Callable[[dict[str, Any]], Any]
+) -> list[Message]:
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        if not isinstance(function.get("arguments"), dict):
+            return call
+        return call | {"function": function | {"arguments": change(function["arguments"])}}
 
     return [
-        message | {"tool_calls": [encoded(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
+        message | {"tool_calls": [changed(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
         else message
         for message in messages
     ]
@@ -102,16 +136,19 @@ def _read_message(given: Any) -> Message:
         raise UserError("it must be an object with a role and a content")
     # A null means that the key is not there: templates would print it as the word None.
     message = {key: value for key, value in given.items() if value is not None}
-    sender = message.pop("from", None)
-    message.setdefault("role", ROLES.get(sender, sender) if isinstance(sender, str) else sender)
+    sender = message.pop("from", message.get("role"))
+    if not isinstance(sender, str):
+        raise UserError("it must have a role (or 'from'), a string")
+    sender = sender.lower()
+    message["role"] = ROLES.get(sender, sender)
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
-    if not isinstance(message["role"], str):
-        raise UserError("it must have a role (or 'from'), a string")
-    if sender == "function_call":
-        calls = _decoded(message["content"])
+    if sender in CALLS:
+        calls = _decoded(message.get("content"))
         message["tool_calls"] = calls if isinstance(calls, list) else [calls]
         message["content"] = ""
+    elif "function_call" in message:  # OpenAI's older form
+        message.setdefault("tool_calls", [message.pop("function_call")])
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"])
         message.setdefault("content", "")

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.config.data import DataArguments
+from scalora_dist.data.files import TABLES, kind_of
 from scalora_dist.data.generated import PREFIX
 from scalora_dist.data.identity import checksum, count_repeated, row_hashes
 from scalora_dist.data.sources import load_examples
@@ -32,7 +33,8 @@ class Prepared:
         dropped: number of examples of both parts that were left out because they have no target.
         turns: {"all", "last" or "each": number of examples of both parts that train on these turns
             of a chat}.
-        ignored: names of columns, and of keys of messages, that hold something and were not used.
+        endless: number of them without a special token among their targets.
+        ignored: names of columns, of keys of messages and of options that had no effect.
         repeated: number of evaluation examples whose token ids are also a training example's.
         checksum: 32 hexadecimal digits, the same where both parts have the same ids and labels.
     """
@@ -42,6 +44,7 @@ class Prepared:
     truncated: int
     dropped: int
     turns: dict[str, int]
+    endless: int
     ignored: list[str]
     repeated: int
     checksum: str
@@ -58,6 +61,8 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     """
     name, options = check_data(args)
 
+    files: set[str] = set()
+
     def tokens(
         name: str, subset: str | None, split: str, size: int, task_options: dict[str, Any]
     ) -> Tokenized:
@@ -70,7 +75,9 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
             size=size,
             task_options=task_options,
         )
-        return tokenize_examples(examples, tokenizer, args)
+        files.update(examples.unique("file") if "raw_json" in examples.column_names else ())
+        where = f"{name} ({split})" if "[" in split else name
+        return tokenize_examples(examples, tokenizer, args, where)
 
     size = args.dataset_size + (0 if args.eval_dataset else args.eval_size)
     data = tokens(name, args.dataset_config_name, args.dataset_split, size, options)
@@ -87,6 +94,14 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
             evaluation = _of_rows(evaluation, np.unique(evaluation["row"][:])[: args.eval_size])
         parts.append(other)
 
+    turns = sum((Counter(part.turns) for part in parts), Counter())
+    ignored = set().union(*(part.ignored for part in parts))
+    if not turns:
+        for option in ("chat_turns", "chat_template_kwargs"):
+            if getattr(args, option) != getattr(DataArguments, option):
+                ignored.add(f"--{option}")
+    if args.column_names and not any(kind_of(Path(file)) in TABLES for file in files):
+        ignored.add("--column_names")
     rows = row_hashes(train)
     held_out = row_hashes(evaluation) if evaluation is not None else rows[:0]
     repeated = count_repeated(rows, held_out)
@@ -100,8 +115,9 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         evaluation,
         truncated=sum(part.truncated for part in parts),
         dropped=sum(part.dropped for part in parts),
-        turns=dict(sum((Counter(part.turns) for part in parts), Counter())),
-        ignored=sorted(set().union(*(part.ignored for part in parts))),
+        turns=dict(turns),
+        endless=sum(part.endless for part in parts),
+        ignored=sorted(ignored),
         repeated=repeated,
         checksum=checksum(rows, held_out),
     )

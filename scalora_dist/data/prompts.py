@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Chat:
     Attributes:
         messages: each has a role, a content and what else the chat template may read.
         targets: whether each message is one to train on; only the assistant's are.
+        excludes: whether an assistant message says that it is none.
         tools: definitions of tools for the chat template, or None.
         template_options: other variables for the chat template.
         ignored: names of keys that have no effect here.
@@ -62,6 +64,7 @@ class Chat:
 
     messages: list[Message]
     targets: list[bool]
+    excludes: bool = False
     tools: list[Any] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
@@ -111,6 +114,8 @@ def from_templates(prompt: str, completion: str) -> Shape:
     """
     templates = [_unescaped(prompt), _unescaped(completion)]
     columns = [name for template in templates for name in _fields(template)]
+    if not _fields(templates[1]):
+        raise UserError(f"--completion_template {completion!r} names no {{column}}")
 
     def read(row: Row) -> Texts:
         return Texts((tuple(_filled(template, row) for template in templates),))  # type: ignore[arg-type]
@@ -130,8 +135,8 @@ def _fields(template: str) -> list[str]:
     for brace in FIELD.finditer(template):
         if brace[0] in ("{", "}"):
             raise UserError(
-                f"the template {template!r} has a lone {brace[0]}: write {brace[0] * 2} for a "
-                "brace, and {column} for a column"
+                f"--prompt_template or --completion_template {template!r} has a lone {brace[0]}: "
+                f"write {brace[0] * 2} for a brace, and {{column}} for a column"
             )
     return [brace[1] for brace in FIELD.finditer(template) if brace[1]]
 
@@ -143,7 +148,7 @@ def _filled(template: str, row: Row) -> str:
 def _as_text(row: Row, name: str) -> str:
     """A column's text. A number is written as JSON writes it."""
     value = row.get(name)
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float) and math.isfinite(value):
         return json.dumps(value)
     return _text(row, name)
 
@@ -153,7 +158,7 @@ def _text(row: Row, name: str) -> str:
     if isinstance(value, str):
         return value
     if name not in row:
-        raise UserError(f"the field {name!r} is missing")
+        raise UserError(f"the field {name!r} is missing; there are: {', '.join(row)}")
     found = "null" if value is None else f"of type {type(value).__name__}"
     raise UserError(f"the field {name!r} is {found}, it must be a string")
 
@@ -180,7 +185,8 @@ def _chat(row: Row, *columns: str) -> Chat:
     if not isinstance(options, dict):
         raise UserError("the field 'chat_template_kwargs' must be an object")
     tools = read_tools(row.get("tools"))
-    return Chat(messages, targets, tools, options, ignored)
+    excludes = any(part.excludes for part in parts)
+    return Chat(messages, targets, excludes, tools, options, ignored)
 
 
 def _read_prompt_completion(row: Row) -> Texts | Chat:
@@ -195,14 +201,19 @@ def _read_alpaca(row: Row) -> Texts:
     instruction, given = _text(row, "instruction"), _optional_text(row, "input")
     system = _optional_text(row, "system") or (ALPACA_WITH_INPUT if given else ALPACA)
     pairs, before = [], system + "\n\n"
-    for turn in row.get("history") or []:
-        if not isinstance(turn, list) or len(turn) != 2 or any(type(t) is not str for t in turn):
-            raise UserError("the field 'history' must be a list of pairs of strings")
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise UserError("the field 'history' must be a list of pairs of strings")
+    for turn in history:
         pairs.append((f"{before}### Instruction:\n{turn[0]}\n\n### Response:\n", turn[1]))
         before = "\n\n"
     body = f"{instruction}\n\n### Input:\n{given}" if given else instruction
     pairs.append((f"{before}### Instruction:\n{body}\n\n### Response:\n", _text(row, "output")))
     return Texts(tuple(pairs))
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and [type(text) for text in turn] == [str, str]
 
 
 def _read_lines(row: Row, prompt: str, completion: str) -> Texts:
@@ -212,7 +223,10 @@ def _read_lines(row: Row, prompt: str, completion: str) -> Texts:
 def _read_tokens(row: Row) -> Tokens:
     ids = _numbers(row, "input_ids")
     labels = list(ids) if row.get("labels") is None else _numbers(row, "labels")
-    mask = [1] * len(ids) if row.get("attention_mask") is None else _numbers(row, "attention_mask")
+    mask = row.get("attention_mask")
+    mask = [1] * len(ids) if mask is None else mask
+    if not isinstance(mask, list) or any(seen not in (0, 1) for seen in mask):
+        raise UserError("the field 'attention_mask' must be a list of 0 and 1")
     if not len(ids) == len(labels) == len(mask):
         raise UserError(
             f"it has {len(ids)} input_ids, {len(labels)} labels and {len(mask)} numbers of "
@@ -234,7 +248,9 @@ def _match(labels: list[int], ids: list[int]) -> bool:
 def _numbers(row: Row, name: str) -> list[int]:
     value = row.get(name)
     lowest = IGNORE if name == "labels" else 0
-    if not isinstance(value, list) or any(type(n) is not int or n < lowest for n in value):
+    if not isinstance(value, list) or any(
+        type(n) is not int or not lowest <= n < 2**31 for n in value
+    ):
         raise UserError(f"the field {name!r} must be a list of token ids")
     return value
 

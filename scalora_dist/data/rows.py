@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from datasets import Features, Value
@@ -14,6 +16,7 @@ FROM_FILE = Features(
         "file": Value("string"),
         "row": Value("int64"),  # counted from 1 within the file
         "line": Value("int64"),  # counted from 1; 0: the file has no lines
+        "columns": Value("string"),  # names of the columns of the file's first row, as a JSON list
     }
 )
 
@@ -26,26 +29,33 @@ def read_row(row: dict[str, Any]) -> dict[str, Any]:
     """
     if "raw_json" in row:
         return json.loads(row["raw_json"])
-    return {name: without_nulls(value) for name, value in row.items()}
+    return {name: as_json(value) for name, value in row.items()}
 
 
-def place(row: dict[str, Any], index: int) -> str:
-    """Where an example stands, for messages: "d.csv, row 2 (line 3)" or "Row 2 of the data set".
+def place(row: dict[str, Any], index: int, name: str) -> str:
+    """Where an example stands, for messages: "d.csv, row 2 (line 3)".
 
     Args:
         row: the example, as its data set holds it.
         index: its index in the data set, counted from 0.
+        name: the data set's name.
     """
     if "raw_json" not in row:
-        return f"Row {index + 1} of the data set"
+        return f"{name}, row {index + 1}"
     line = f" (line {row['line']})" if row["line"] not in (0, row["row"]) else ""
     return f"{row['file']}, row {row['row']}{line}"
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without the null keys of its dicts, which Arrow adds, at any depth."""
+def as_json(value: Any) -> Any:
+    """A typed value as a JSON file would hold it.
+
+    A dict has no null keys, which Arrow adds, at any depth. Dates are in ISO form, decimals are
+    text. Other values that JSON lacks stay as they are.
+    """
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return value
+        return {key: as_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal) else value

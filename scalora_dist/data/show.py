@@ -7,6 +7,7 @@ from itertools import groupby
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from scalora_dist.data.encode import decode
 from scalora_dist.data.prompts import IGNORE
 
 
@@ -19,10 +20,12 @@ def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: i
     shown = []
     for number, example in enumerate(dataset.select(range(count)), start=1):
         tokens = list(zip(example["input_ids"], example["labels"], strict=True))
-        pieces = []
+        pieces, done, text = [], 0, ""
         for hit, run in groupby(tokens, key=lambda token: token[1] != IGNORE):
-            text = tokenizer.decode([i for i, _ in run], skip_special_tokens=False)
-            pieces.append(f"[[{text}]]" if hit else text)
+            done, before = done + len([*run]), text
+            # From the start: some tokenizers take a text's first blank for one of their own.
+            text = decode(tokenizer, example["input_ids"][:done])
+            pieces.append(f"[[{text[len(before) :]}]]" if hit else text[len(before) :])
         cut = ", cut" if example["truncated"] else ""
         shown.append(
             f"--- example {number} of {len(dataset)}: {len(tokens)} tokens{cut}, "

@@ -19,6 +19,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from scalora_dist.data import files, rows, tables, text_lines
 from scalora_dist.data.files import kind_of, read_files, reason
@@ -107,7 +108,8 @@ def _load_files(
     code = [inspect.getsource(module) for module in (files, rows, tables, text_lines)]
     with _one_sentence(what):
         stats = [path.stat() for path, _ in paths]
-        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        # A file can be written again with its old size and time of modification.
+        stamps = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
         return Dataset.from_generator(
             read_files,
             features=rows.FROM_FILE,
@@ -139,7 +141,7 @@ def _is_saved(path: Path) -> bool:
 
 def _load_saved(path: Path, name: str, split: str) -> Dataset:
     with _one_sentence(name):
-        saved = load_from_disk(str(path))
+        saved = load_from_disk(str(path)).with_format(None)  # a saved set can have one
     if isinstance(saved, DatasetDict):
         return _select(split, lambda asked: saved[match_split(asked, saved, name)], name)
     return _only_one(split, name, lambda: saved)
@@ -171,18 +173,27 @@ def _select(split: str, load: Callable[[str], Dataset], name: str) -> Dataset:
             "train[10%:20%] or train+validation."
         ) from None
     loaded = {split_name: load(split_name) for split_name in _split_names(split)}
-    with _one_sentence(f"The split {split!r} of {name}"):
-        ranges = instruction.to_absolute({key: len(value) for key, value in loaded.items()})
+    sizes = {key: len(value) for key, value in loaded.items()}
+    has = ", ".join(f"{key} has {size} row(s)" for key, size in sizes.items())
+    try:
+        ranges = instruction.to_absolute(sizes)
         parts = [
             loaded[part.splitname]
-            if part.to - part.from_ == len(loaded[part.splitname])
+            if part.to - part.from_ == sizes[part.splitname]
             else loaded[part.splitname].select(range(part.from_, part.to))
             for part in ranges
         ]
-        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    except (ValueError, IndexError, AssertionError) as error:
+        raise UserError(f"{name} has no {split!r}: {has}.") from error
+    if any(sizes.values()) and not any(map(len, parts)):
+        raise UserError(f"{name} has no examples in {split!r}: {has}.")
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def _load_hub(name: str, config_name: str | None, split: str) -> Dataset:
+    if name in _PACKAGED_DATASETS_MODULES:
+        # `datasets` would read whatever files of this kind are in the current folder.
+        raise UserError(f"--dataset {name} names a format: name a file, a folder or a data set.")
     try:
         with _one_sentence(f"The data set {name}"):
             return load_dataset(name, config_name, split=split)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from scalora_dist.data.text_lines import read_lines
 from scalora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # The line where a record starts, and its cells.
 Record = tuple[int, list[str]]
@@ -25,7 +30,8 @@ def read_table(
 
     Args:
         label: the file's name in messages.
-        column_names: names of the columns, if the file has no header line.
+        column_names: names of the columns, if the file has no header line. One that has just these
+            names is a header all the same.
 
     Raises:
         UserError: two columns have the same name, quotes do not match, or a row has more or fewer
@@ -34,12 +40,16 @@ def read_table(
     quoted = delimiter == "," or _has_quoted_cells(path, label, delimiter)
     lines = read_lines(path, label)
     records = _quoted_records(lines, label, delimiter) if quoted else _plain_records(lines)
-    names = _check_names(column_names, "--column_names")
-    width_of = "--column_names has"
-    if not names:
-        _, header = next(records, (0, []))
-        names = _check_names([name.strip() for name in header], label)
-        width_of = "the header has"
+    line, first = next(records, (0, []))
+    header = [name.strip() for name in first]
+    names, width_of = [*column_names], "--column_names has"
+    if names and names != header:  # there is no header
+        records = chain([(line, first)], records)
+    elif not names:
+        names, width_of = header, "the header has"
+        if len(names) == 1 and re.search(r"[;\t]", names[0]):
+            raise UserError(f"{label}: its header has no {delimiter!r}, which separates the cells.")
+    _check_names(names, "--column_names" if column_names else label)
     for row, (line, cells) in enumerate(records, start=1):
         if len(cells) != len(names):
             count = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
@@ -47,12 +57,11 @@ def read_table(
         yield json.dumps(dict(zip(names, cells, strict=True))), line
 
 
-def _check_names(names: Sequence[str], source: str) -> Sequence[str]:
+def _check_names(names: Sequence[str], source: str) -> None:
     # One name may be empty: many files have a first column of row numbers without a name.
     for name, times in Counter(names).items():
         if times > 1:
             raise UserError(f"{source}: {times} columns have the name {name!r}.")
-    return names
 
 
 def _has_quoted_cells(path: Path, label: str, delimiter: str) -> bool:
@@ -64,10 +73,10 @@ def _has_quoted_cells(path: Path, label: str, delimiter: str) -> bool:
     """
     quoted = _even(_quoted_records(read_lines(path, label), label, delimiter))
     plain = _even(_plain_records(read_lines(path, label)))
-    if quoted is None:
-        return False
-    rows, width = quoted
-    return plain is None or width == 1 or plain[0] == rows
+    if quoted and (plain is None or quoted[1] == 1 or plain[0] == quoted[0]):
+        return True
+    logger.warning("%s: its quotes are read as text, as they do not enclose cells.", label)
+    return False
 
 
 def _even(records: Iterable[Record]) -> tuple[int, int] | None:

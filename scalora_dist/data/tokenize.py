@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -18,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from scalora_dist.config.data import DataArguments
 from scalora_dist.data.chats import ChatTemplate
 from scalora_dist.data.encode import Encoder
-from scalora_dist.data.examples import Examples, at
+from scalora_dist.data.examples import Examples
 from scalora_dist.data.prompts import IGNORE, Example, Texts, Tokens
+from scalora_dist.data.rows import place
 from scalora_dist.errors import UserError
 
+Labelled: TypeAlias = tuple[list[int], list[int]]  # token ids and labels
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -31,7 +35,9 @@ FEATURES = Features(
         "target_tokens": Value("int32"),
         "truncated": Value("bool"),
         "row": Value("int64"),
+        "place": Value("string"),
         "turns": Value("string"),
+        "stops": Value("bool"),
         "ignored": Value("string"),
     }
 )
@@ -46,6 +52,7 @@ class Tokenized:
         truncated: number of truncated examples.
         dropped: number of examples that were left out because they have no target.
         turns: {"all", "last" or "each": number of examples that train on these turns of a chat}.
+        endless: number of examples of chats without a special token among their targets.
         ignored: names of columns, and of keys of messages, that hold something and were not used.
     """
 
@@ -53,15 +60,20 @@ class Tokenized:
     truncated: int
     dropped: int
     turns: dict[str, int]
+    endless: int
     ignored: set[str]
 
 
 def tokenize_examples(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    name: str = "the data set",
 ) -> Tokenized:
     """Map raw examples to input_ids and labels (lists of equal length, labels not yet shifted).
 
-    A chat can make several examples; ``row`` is the index of its row in ``dataset``.
+    A chat can make several examples; ``row`` is the index of its row in ``dataset``, and ``place``
+    says where that is for messages; ``name`` is the data set's name in them.
     `target_tokens` counts the targets that remain after the causal shift (``labels[1:] != -100``).
     `ids_hash` and `labels_hash` are for `identity`.
     The result is in the `datasets` cache, under a name that depends on the data, the tokenizer, the
@@ -71,12 +83,12 @@ def tokenize_examples(
         UserError: columns of no known layout, a bad row (with its file and number), chat data whose
             template is missing or unusable, or no example with a target.
     """
-    examples = Examples(dataset, args)
+    examples = Examples(dataset, name, args)
     # Own fingerprint and file name, for two reasons: `datasets` hashes functions by name, so it
     # would not notice a change of this code. After load_from_disk it would write beside the user's
     # own files.
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    options: list[object] = [args.max_length, args.train_on_prompt, args.chat_turns]
+    options: list[object] = [name, args.max_length, args.train_on_prompt, args.chat_turns]
     options += [args.prompt_template, args.completion_template, args.chat_template_kwargs]
     fingerprint = Hasher.hash([dataset._fingerprint, tokenizer, options, code])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "scalora_dist"
@@ -109,14 +121,15 @@ def tokenize_examples(
     dropped = len(tokenized) - len(kept)
     if len(kept) == 0:
         raise UserError(
-            "No example has a target token: each completion is empty or lies beyond "
-            f"max_length = {args.max_length} tokens."
+            f"No example has a target token: each completion is empty, lies beyond max_length = "
+            f"{args.max_length} tokens, or is no assistant's."
         )
     ignored = {name for names in tokenized.unique("ignored") for name in names.splitlines()}
     found = tokenized.select(kept) if dropped else tokenized
     turns = Counter(found["turns"][:])
     del turns[""]
-    return Tokenized(found, truncated, dropped, dict(turns), ignored)
+    endless = sum(turns.values()) - int(np.sum(found["stops"][:]))
+    return Tokenized(found, truncated, dropped, dict(turns), endless, ignored)
 
 
 def _tokenize_rows(
@@ -134,44 +147,69 @@ def _tokenize_rows(
         row = {name: column[number] for name, column in batch.items()}
         columns, example = examples.read(row, index)
         try:
-            turns, encoded, ignored = _encode(example, encoder, template)
+            encoded = _encode(example, encoder, template, train_on_prompt)
+            ignored = "\n".join(sorted(encoded.ignored | columns.ignored()))
+            beyond = False
+            for parts in encoded.examples:
+                # The prompts of later turns are longer still.
+                ids, labels = ([], []) if beyond else parts()
+                length = len(ids)
+                ids, labels = ids[:max_length], labels[:max_length]
+                targets = sum(label != IGNORE for label in labels[1:])
+                is_cut = beyond or length > max_length
+                beyond = is_cut and targets == 0
+                made["input_ids"].append(ids)
+                made["labels"].append(labels)
+                made["ids_hash"].append(_hash(ids))
+                made["labels_hash"].append(_hash(labels))
+                made["target_tokens"].append(targets)
+                made["truncated"].append(is_cut)
+                made["row"].append(index)
+                made["place"].append(place(row, index, examples.name))
+                made["turns"].append(encoded.turns)
+                made["stops"].append(bool(encoded.turns) and not encoder.special.isdisjoint(labels))
+                # A name can hold halves of characters, which Arrow refuses.
+                made["ignored"].append(ignored.encode(errors="backslashreplace").decode())
         except UserError as error:
-            raise at(row, index, error) from None
-        ignored |= columns.ignored()
-        for ids, labels in encoded:
-            labels = ids if train_on_prompt else labels
-            length = len(ids)
-            ids, labels = ids[:max_length], labels[:max_length]
-            made["input_ids"].append(ids)
-            made["labels"].append(labels)
-            made["ids_hash"].append(_hash(ids))
-            made["labels_hash"].append(_hash(labels))
-            made["target_tokens"].append(sum(label != IGNORE for label in labels[1:]))
-            made["truncated"].append(length > max_length)
-            made["row"].append(index)
-            made["turns"].append(turns)
-            made["ignored"].append("\n".join(sorted(ignored)))
+            raise examples.at(row, index, error) from None
     return made
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """What a row makes.
+
+    Attributes:
+        examples: functions that return ids and labels of an example, in the order of their lengths.
+        turns: the trained turns of a chat, or "".
+        ignored: names of what has no effect.
+    """
+
+    examples: list[Callable[[], Labelled]]
+    turns: str = ""
+    ignored: frozenset[str] = frozenset()
+
+
 def _encode(
-    example: Example, encoder: Encoder, template: ChatTemplate
-) -> tuple[str, list[tuple[list[int], list[int]]], set[str]]:
-    """Return the trained turns of a chat, ids and labels of each example, and what was ignored."""
+    example: Example, encoder: Encoder, template: ChatTemplate, train_on_prompt: bool
+) -> _Encoded:
+    def labelled(encode: Callable[[], tuple[list[int], list[bool]]]) -> Labelled:
+        ids, is_target = encode()
+        return ids, [
+            i if hit or train_on_prompt else IGNORE for i, hit in zip(ids, is_target, strict=True)
+        ]
+
     if isinstance(example, Tokens):
-        return "", [(example.ids, example.labels)], set()
+        if train_on_prompt and IGNORE in example.labels:
+            raise UserError("its labels say what is a target: leave --train_on_prompt out")
+        return _Encoded([lambda: (example.ids, example.labels)])
     if isinstance(example, Texts):
-        return "", [_labelled(*encoder.encode_texts(example))], set()
-    turns, texts = template.examples(example)
-    return (
-        turns,
-        [_labelled(*encoder.encode_parts(parts)) for parts in texts],
-        {*example.ignored, *template.ignored(example)},
-    )
-
-
-def _labelled(ids: list[int], is_target: list[bool]) -> tuple[list[int], list[int]]:
-    return ids, [i if hit else IGNORE for i, hit in zip(ids, is_target, strict=True)]
+        return _Encoded([partial(labelled, partial(encoder.encode_texts, example))])
+    if train_on_prompt and example.excludes:
+        raise UserError("a weight or train of it excludes a turn: leave --train_on_prompt out")
+    made = template.examples(example)
+    parts = [partial(labelled, partial(encoder.encode_parts, text)) for text in made.texts]
+    return _Encoded(list(parts), made.turns, example.ignored | made.ignored)
 
 
 def _hash(numbers: list[int]) -> int:

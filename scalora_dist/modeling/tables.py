@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,8 @@ from scalora_dist.data.extent import Extent, extent, stored_extent
 from scalora_dist.errors import UserError
 from scalora_dist.layers.target_modules import reached_by_text
 from scalora_dist.modeling.load import outline
+
+Wrong: TypeAlias = Callable[[dict[str, Any]], bool]  # whether an example has the mistake
 
 # The last part of the name of a table of positions: wpe, embed_positions, pos_encoding …
 NAME = re.compile(r"position|pos_e|wpe")
@@ -113,31 +116,31 @@ def check_fits(tables: Tables, dataset: Dataset, tokenizer: PreTrainedTokenizerB
         UserError: an id, a target or a length is beyond the tables.
     """
 
-    def mistake(of: Callable[[Dataset, str], Extent]) -> str | None:
-        ids = of(dataset, "input_ids")
+    def mistake(of: Callable[[Dataset, str], Extent]) -> tuple[str, Wrong] | None:
+        ids, target = of(dataset, "input_ids"), of(dataset, "labels").most
         if ids.least < 0 or ids.most >= tables.rows:
             wrong = ids.most if ids.least >= 0 else ids.least
             return (
-                f"the data has the token id {_named(wrong, tokenizer)}, but the model's embedding "
-                f"has {tables.rows} rows: use the model's own tokenizer, or save the model after "
+                f"it has the token id {_named(wrong, tokenizer)}, but the model's embedding has "
+                f"{tables.rows} rows: use the model's own tokenizer, or save the model after "
                 "resize_token_embeddings"
-            )
+            ), lambda row: wrong in row["input_ids"]
         if tables.positions is not None and ids.longest > tables.positions:
             return (
-                f"the longest example has {ids.longest} tokens, but the model has a table of "
-                f"{tables.positions} positions: set --max_length {tables.positions}, "
-                "which cuts longer ones"
-            )
-        if (target := of(dataset, "labels").most) >= tables.logits:
+                f"it has {ids.longest} tokens, but the model has a table of {tables.positions} "
+                f"positions: set --max_length {tables.positions}, which cuts longer ones"
+            ), lambda row: len(row["input_ids"]) == ids.longest
+        if target >= tables.logits:
             return (
-                f"the data has the target {_named(target, tokenizer)}, but the model predicts "
+                f"it has the target {_named(target, tokenizer)}, but the model predicts "
                 f"{tables.logits} tokens: leave this token out of the completions"
-            )
+            ), lambda row: target in row["labels"]
         return None
 
     # Rows that were not selected may be beyond the tables.
     if mistake(stored_extent) and (found := mistake(extent)):
-        raise UserError(found)
+        told, is_wrong = found
+        raise UserError(f"{next(row['place'] for row in dataset if is_wrong(row))}: {told}")
 
 
 def _named(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:

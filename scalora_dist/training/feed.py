@@ -107,6 +107,11 @@ class DataFeed:
         self.world.main_only(self._check_fits)
         for turns, examples in data.turns.items():
             logger.info("chats: %d example(s) train on %s", examples, CHAT_TURNS[turns])
+        if data.endless:
+            logger.warning(
+                "%d example(s) of chats have no end token: the model does not learn to stop",
+                data.endless,
+            )
         if data.ignored:
             logger.warning("not used of the data: %s", ", ".join(data.ignored))
         if data.truncated:

@@ -133,7 +133,7 @@ def test_a_template_that_forgets_makes_an_example_of_each_turn(
     assert shown([TALK], tokenizer) == each
     found = tokenize([TALK, chat("x", "y")], tokenizer)
     assert found.turns == {"each": 3} and found.dataset["row"][:] == [0, 0, 1]
-    with pytest.raises(UserError, match=r"Row 1 of the data set: .*--chat_turns all"):
+    with pytest.raises(UserError, match=r"the data set, row 1: .*--chat_turns all"):
         tokenize([TALK], tokenizer, chat_turns="all")
 
 
@@ -209,9 +209,11 @@ def test_what_no_template_reads_is_named(make_tokenizer: MakeTokenizer) -> None:
     row["messages"][0]["name"] = "Ann"
     row["messages"][1]["reasoning_content"] = "hm"
     found = tokenize([row, chat("x", "y")], make_tokenizer(PLAIN + PROMPT))
-    assert found.ignored == {"tools", "source", "name", "reasoning_content"}
+    assert found.ignored == {*("tools", "source", "messages.name", "messages.reasoning_content")}
     thinks = PLAIN.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}") + PROMPT
-    assert tokenize([row], make_tokenizer(thinks)).ignored == {"tools", "source", "name"}
+    assert tokenize([row], make_tokenizer(thinks)).ignored == {
+        *("tools", "source", "messages.name")
+    }
 
 
 @pytest.mark.parametrize(
@@ -229,15 +231,149 @@ def test_whatever_a_template_raises_is_a_sentence(
     with pytest.raises(UserError) as caught:
         tokenize([TALK], make_tokenizer(template))
     message = str(caught.value)
-    assert message.startswith("Row 1 of the data set: ") and reason in message
+    assert message.startswith("the data set, row 1: ") and reason in message
     assert "\n" not in message
 
 
 def test_a_chat_needs_a_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match=r"Row 1 of the data set: .* no chat template"):
+    with pytest.raises(UserError, match=r"the data set, row 1: .* no chat template"):
         tokenize([TALK], tokenizer)
 
 
 def test_a_chat_without_an_answer_has_no_target(make_tokenizer: MakeTokenizer) -> None:
     found = tokenize([TALK, chat("one")], make_tokenizer(PLAIN + PROMPT))
     assert len(found.dataset) == 1 and found.dropped == 1
+
+
+# Once an answer follows, calls before it lose their thought; each answer has a channel of its own.
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and (loop.last or messages[-1].role != 'assistant') %}"
+    "<assistant><thought>{{ m.thinking }}</s>{% endif %}"
+    "<assistant><final>{{ m.content }}</s>{% else %}<{{ m.role }}>{{ m.content }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_turns_own_header_and_thought_are_targets(make_tokenizer: MakeTokenizer) -> None:
+    messages = chat("one", "uno", "two", "dos")["messages"]
+    messages[1]["thinking"], messages[3]["thinking"] = "why", "because"
+    assert shown([{"messages": messages}], make_tokenizer(CHANNELS)) == [
+        "<user>one</s><assistant>[[<thought>why</s><assistant><final>uno</s>]]",
+        "<user>one</s><assistant><thought>why</s><assistant><final>uno</s><user>two</s>"
+        "<assistant>[[<thought>because</s><assistant><final>dos</s>]]",
+    ]
+
+
+# The generation prompt opens a thought; a rendered turn without one has an empty one.
+OPENED = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}"
+    "{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", ["<think>X", "<think>\nX", "\n<think>X"])
+def test_a_thought_that_the_prompt_opens_is_not_opened_twice(
+    make_tokenizer: MakeTokenizer, thought: str
+) -> None:
+    rows = [chat("one", f"{thought}</think>uno")]
+    assert shown(rows, make_tokenizer(OPENED)) == [
+        "<user>one</s><assistant><think>\n[[X</think>uno</s>]]"
+    ]
+    rows = [chat("one", "<think>\n\n</think>\n\nuno")]  # an empty thought keeps its lines
+    assert shown(rows, make_tokenizer(OPENED)) == [
+        "<user>one</s><assistant><think>\n[[\n</think>\n\nuno</s>]]"
+    ]
+
+
+def test_templates_of_lists_of_parts_get_them(make_tokenizer: MakeTokenizer) -> None:
+    parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    tokenizer = make_tokenizer(PLAIN.replace("{{ m.content }}", parts) + PROMPT)
+    assert shown([TALK], tokenizer) == [WHOLE]
+
+
+def test_marks_after_a_turn_belong_to_the_last_one(make_tokenizer: MakeTokenizer) -> None:
+    """Two answers in a row, and an end of the text that only the last message has."""
+    end = "{% if not add_generation_prompt %}{% generation %}END{% endgeneration %}{% endif %}"
+    tokenizer = make_tokenizer(MARKED.replace("GENERATED", "{{ m.content }}</s>") + end)
+    messages = [*chat("one", "uno")["messages"], {"role": "assistant", "content": "due"}]
+    begin = "<user>one</s>\n<assistant>"
+    assert shown([{"messages": messages}], tokenizer) == [
+        begin + "[[uno</s>]]\n[[END]]",
+        begin + "uno</s>\n<assistant>[[due</s>]]\n[[END]]",
+    ]
+
+
+def test_a_mark_does_not_reach_into_the_prompt(make_tokenizer: MakeTokenizer) -> None:
+    reaching = MARKED.replace("<{{ m.role }}>", "").replace(
+        "{% generation %}", "{% generation %}<{{ m.role }}>"
+    )
+    tokenizer = make_tokenizer(reaching.replace("GENERATED", "{{ m.content }}</s>"))
+    assert shown([chat("one", "uno")], tokenizer) == ["one</s>\n<assistant>[[uno</s>]]\n"]
+
+
+def test_texts_that_look_like_arguments_change_nothing(make_tokenizer: MakeTokenizer) -> None:
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Oslo"}}}
+    messages = chat("call it with {'city': 'Oslo'}", "now")["messages"]
+    messages[1]["tool_calls"] = [call]
+    tokenizer = make_tokenizer(CALLING.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}"))
+    (text,) = shown([{"messages": messages}], tokenizer)
+    assert text.endswith('[[clock{"city": "Oslo"}now</s>]]\n')
+
+
+def test_contents_that_the_template_leaves_out_are_named(make_tokenizer: MakeTokenizer) -> None:
+    silent = "{% if not m.tool_calls and m.role != 'tool' %}{{ m.content }}{% endif %}"
+    template = CALLING.replace("ARGUMENTS", "").replace("{{ m.content }}", silent)
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "Let me see", "tool_calls": [call]},
+        {"role": "tool", "content": "12:00", "tool_call_id": "7"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    found = tokenize([{"messages": messages}], make_tokenizer(template))
+    assert found.ignored == {"messages.content beside tool_calls", "messages.content of role tool"}
+    mute = PLAIN.replace("{{ m.content }}", "{% if m.content != 'dos' %}{{ m.content }}{% endif %}")
+    with pytest.raises(UserError, match="leaves out the words of message 4"):
+        tokenize([TALK], make_tokenizer(mute + PROMPT))
+
+
+def test_variables_that_would_change_the_rendering_itself_are_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    for name in ("tokenize", "chat_template", "add_generation_prompt"):
+        with pytest.raises(UserError, match=f"chat_template_kwargs cannot set '{name}'"):
+            tokenize([chat("a", "b", chat_template_kwargs={name: "x"})], make_tokenizer(PLAIN))
+
+
+def test_an_empty_turn_is_no_target(make_tokenizer: MakeTokenizer) -> None:
+    (text,) = shown([chat("one", "", "two", "dos")], make_tokenizer(PLAIN + PROMPT))
+    assert text.count("[[") == 1 and text.endswith("[[dos</s>]]\n")
+
+
+def test_answers_without_an_end_token_are_counted(make_tokenizer: MakeTokenizer) -> None:
+    rows = [TALK, chat("a", "b")]
+    assert tokenize(rows, make_tokenizer(PLAIN + PROMPT)).endless == 0
+    assert tokenize(rows, make_tokenizer(PLAIN.replace("</s>", "") + PROMPT)).endless == 2
+
+
+def test_prompts_are_no_targets_where_the_data_says_otherwise(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    row = chat("a", "b", "c", "d")
+    assert shown([row], make_tokenizer(PLAIN + PROMPT), train_on_prompt=True)[0].startswith("[[<us")
+    row["messages"][1]["weight"] = 0
+    for given in (row, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}):
+        with pytest.raises(UserError, match=r"row 1: .*leave --train_on_prompt out"):
+            tokenize([given], make_tokenizer(PLAIN + PROMPT), train_on_prompt=True)
+
+
+def test_turns_beyond_max_length_are_dropped(make_tokenizer: MakeTokenizer) -> None:
+    rows = [chat(*(f"{i:04}" for i in range(40))), chat("x", "y")]
+    whole = tokenize(rows, make_tokenizer(PLAIN + PROMPT), chat_turns="each", max_length=4096)
+    found = tokenize(rows, make_tokenizer(PLAIN + PROMPT), chat_turns="each", max_length=100)
+    assert len(whole.dataset) == 21 and len(found.dataset) == found.turns["each"] < 21
+    assert (len(found.dataset), found.dropped, found.truncated) == (4, 17, 17)
+    assert found.dataset["row"][:] == [0, 0, 0, 1]

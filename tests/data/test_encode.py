@@ -86,7 +86,7 @@ def test_a_tokenizer_that_adds_blanks_between_bytes() -> None:
 def test_rendered_text_gets_no_second_bos_or_eos(
     make_tokenizer: Callable[..., PreTrainedTokenizerBase], bos: bool, end: str
 ) -> None:
-    tokenizer = make_tokenizer(bos=bos)
+    tokenizer = make_tokenizer("{{ messages }}<|end|>", bos=bos)
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)], special_tokens=True)
     mark = end.strip()
     for pair in ("", "<s>[Q] [A]yes" + end), ("<s>[Q] [A]", "yes" + end):
@@ -94,9 +94,11 @@ def test_rendered_text_gets_no_second_bos_or_eos(
         assert text == "<s>[Q] [A]yes" + end
         assert said[-1] == mark and "".join(said).endswith("yes" + mark)
         assert said.count(mark) == 1
-    # A special token within the text ends nothing.
+    # A special token within the text ends nothing, nor does one that is not of the template.
     text, said = targets(Texts((("<s>a", "b" + end + "c"),)), tokenizer)
     assert text == "<s>ab" + end + "c</s>" and said[-1] == "</s>"
+    text, said = targets(Texts((("<s>a", "<s>"),)), tokenizer)
+    assert text == "<s>a<s></s>" and said == ["<s>", "</s>"]
 
 
 def test_an_empty_completion_has_no_target(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -89,7 +89,7 @@ def test_a_value_of_another_type_may_come_late(tmp_path: Path) -> None:
 def test_rows_know_their_place(tmp_path: Path) -> None:
     lines = write(tmp_path / "d.jsonl", '\n{"a": 1}\n\n{"a": 2}\n')
     assert [(row["row"], row["line"]) for row in found(lines)] == [(1, 2), (2, 4)]
-    assert place(found(lines)[1], 7) == "d.jsonl, row 2 (line 4)"
+    assert place(found(lines)[1], 7, "name") == "d.jsonl, row 2 (line 4)"
     listed = write(tmp_path / "d.json", '[\n{"a":\n1},\n\n{"a": 2}]')
     assert [row["line"] for row in found(listed)] == [2, 5]
     table = write(tmp_path / "d.csv", 'a,b\n1,"x\ny"\n\n2,z\n')
@@ -176,7 +176,9 @@ def test_quoted_cells_keep_line_breaks_and_may_be_long(tmp_path: Path) -> None:
     assert read(one) == [{"text": "a\nb"}, {"text": "c"}]
 
 
-def test_quotes_of_a_tsv_file_may_be_plain_text(tmp_path: Path) -> None:
+def test_quotes_of_a_tsv_file_may_be_plain_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # As in GLUE: an opening quote of one line and a closing one of another would enclose both.
     for lines in (
         ['1\t"He said', '2\t" yes " he said', '3\tno"'],
@@ -186,8 +188,21 @@ def test_quotes_of_a_tsv_file_may_be_plain_text(tmp_path: Path) -> None:
         assert read(path) == [
             dict(zip(("id", "sentence"), line.split("\t"), strict=True)) for line in lines
         ]
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {"d.tsv: its quotes are read as text, as they do not enclose cells."}
     path = write(tmp_path / "d.tsv", 'id\tsentence\n1\t"a\tb"\n2\t"say ""c"""\n')
     assert read(path) == [{"id": "1", "sentence": "a\tb"}, {"id": "2", "sentence": 'say "c"'}]
+
+
+def test_another_delimiter_is_told(tmp_path: Path) -> None:
+    assert "its header has no ','" in refused(write(tmp_path / "d.csv", "prompt;completion\na;b\n"))
+
+
+def test_json_that_python_cannot_read_is_named_with_the_line(tmp_path: Path) -> None:
+    for bad in ("9" * 5000, "[" * 100_000):
+        for text, where in ((f'{{"a": 1}}\n{{"a": {bad}}}\n', "line 2"), (f"[\n{bad}", "line 1")):
+            message = refused(write(tmp_path / "d.jsonl", text))
+            assert where in message and "JSON" in message
 
 
 def test_tables_without_a_header(tmp_path: Path) -> None:
@@ -197,6 +212,8 @@ def test_tables_without_a_header(tmp_path: Path) -> None:
     assert "row 1 (line 1): 3 cells, --column_names has 2." in refused(table, "label", "s")
     with pytest.raises(UserError, match="--column_names: 2 columns have the name 's'"):
         found(table, "s", "label", "s")
+    headed = write(tmp_path / "h.tsv", "source\tlabel \ts\ngj04\t1\tOne.\n")
+    assert read(headed, "source", "label", "s") == read(table, "source", "label", "s")[:1]
     lines = write(tmp_path / "d.jsonl", json.dumps(PAIR))
     assert read(lines, "source") == [PAIR]  # it is for tables
 
@@ -243,11 +260,30 @@ def test_parquet_becomes_json(tmp_path: Path) -> None:
         "day": "2021-03-04",
         "time": "2021-03-04T05:06:00",
         "price": "1.50",
-        "image": {"bytes": None, "path": "a.png"},
         "n": 4,
         "messages": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f"}],
     }
-    assert place(found(tmp_path / "D.Parquet")[2], 9) == "D.Parquet, row 3"
+    assert place(found(tmp_path / "D.Parquet")[2], 9, "x") == "D.Parquet, row 3"
+
+
+def test_a_parquet_column_that_cannot_be_read_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pa.table(
+        {
+            "text": pa.array([b"caf\xc3\xa9", b"b"], pa.binary()),  # Spark writes texts so
+            "image": pa.array([b"\x89PNG", b"\xff"], pa.binary()),
+            "year": pa.array([253402300800, 0], pa.timestamp("s")),  # the year 10000
+            "id": pa.array([2**63 - 1, None]),
+        }
+    )
+    pq.write_table(table, tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == [
+        {"text": "café", "id": 2**63 - 1},
+        {"text": "b", "id": None},
+    ]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "column image" in said[0] and "column year" in said[1]
 
 
 @pytest.mark.parametrize("folder", ["[ab]", "a*", "what?", "{x,y}", "with blank", "s3::x", "%41"])

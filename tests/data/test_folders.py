@@ -55,6 +55,7 @@ def folder(tmp_path: Path) -> Path:
         ("data/dev-00000-of-00005-abc.parquet", "validation"),
         ("data/train_sft-00001-of-00005.parquet", "train_sft"),
         ("train/part-00000-of-00002.jsonl", "train"),
+        ("part-00000-of-00002.jsonl", "train"),  # a name of its own only in a folder `data`
         # No split in the name, so "train" as nothing else has one either.
         ("trainer.csv", "train"),
         ("latest.csv", "train"),
@@ -107,12 +108,17 @@ def test_folders_without_data(folder: Path) -> None:
     assert "no subset 'main'" in refused(make(folder, "a.jsonl"), "main")
 
 
-def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+def test_links_show_no_file_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path / "elsewhere", "a.jsonl")
     make(tmp_path / "data", "b/b.jsonl")
     (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "b" / "around").symlink_to(tmp_path / "data")
-    assert splits(tmp_path / "data") == {"train": ["a/a.jsonl", "b/b.jsonl"]}
+    (tmp_path / "data" / "c.jsonl").symlink_to("b/b.jsonl")
+    (tmp_path / "data" / "d.jsonl").symlink_to(tmp_path / "elsewhere" / "a.jsonl")
+    assert splits(tmp_path / "data") == {"train": ["b/b.jsonl", "d.jsonl"]}
+    (record,) = caplog.records
+    for named in ("a (a link to a folder)", "around (a link", "c.jsonl (the same file as b.jsonl)"):
+        assert named in record.getMessage()
 
 
 def test_splits_are_found_by_other_words() -> None:
@@ -167,6 +173,10 @@ def test_subsets_of_the_readme(folder: Path, caplog: pytest.LogCaptureFixture) -
     assert "gone/*.csv" in refused(folder, "gone") and "nowhere" in refused(folder, "outside")
     assert "data_files" in refused(folder, "wrong")
     assert not caplog.records  # files of other subsets are not left out
+    make(folder, "c.csv")
+    splits(folder, "main")
+    (record,) = caplog.records
+    assert "left out c.csv (README.md lists it in no subset)" in record.getMessage()
 
 
 def test_the_default_subset(folder: Path) -> None:
@@ -184,6 +194,11 @@ def test_the_default_subset(folder: Path) -> None:
 def test_a_file_of_the_name_of_a_pattern(folder: Path) -> None:
     make(folder, "a[1].jsonl", "a1.jsonl", readme='configs: [{data_files: "a[1].jsonl"}]')
     assert splits(folder) == {"train": ["a[1].jsonl"]}
+
+
+def test_a_readme_that_says_how_to_read_files_is_refused(folder: Path) -> None:
+    subset = "configs: [{config_name: main, data_files: a.csv, sep: ';'}]"
+    assert "sets sep, which is not read" in refused(make(folder, "a.csv", readme=subset))
 
 
 @pytest.mark.parametrize("readme", ["configs: [a", "configs: {a: b}", "- a", "configs: [a]"])

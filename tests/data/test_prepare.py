@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,7 @@ def test_eval_size_takes_whole_chats_of_named_evaluation_data(
     chat_tokenizer: PreTrainedTokenizerBase, numbers: str, tmp_path: Path
 ) -> None:
     other = chats(tmp_path / "chats.jsonl", 6)
-    fields = {"eval_dataset": other, "eval_size": 2, "chat_turns": "each"}
+    fields: dict[str, Any] = {"eval_dataset": other, "eval_size": 2, "chat_turns": "each"}
     data = prepare(chat_tokenizer, dataset=numbers, **fields)
     assert data.evaluation is not None and data.turns == {"each": 12}
     assert [text[8:10] for text in texts(data.evaluation, chat_tokenizer)] == ["c0"] * 2 + [
@@ -205,14 +207,16 @@ def test_what_is_not_used_of_either_part_is_named(
 
 def test_templates_and_their_columns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (tmp_path / "d.tsv").write_text("#1 String\tQuality\na\t1\n")
-    fields = {"dataset": str(tmp_path / "d.tsv"), "prompt_template": r"{#1 String}\n"}
+    fields: dict[str, Any] = {
+        "dataset": str(tmp_path / "d.tsv"),
+        "prompt_template": r"{#1 String}\n",
+    }
     (text,) = texts(prepare(tokenizer, completion_template="{Quality}", **fields).train, tokenizer)
     assert text == "a\n1</s>"
     assert "together" in refused(tokenizer, **fields)
     message = refused(tokenizer, completion_template="{quality}", **fields)
     assert message.endswith(
-        "d.tsv: there is no column 'quality', which a template names; there are: "
-        "#1 String, Quality."
+        "d.tsv, row 1 (line 2): the field 'quality' is missing; there are: #1 String, Quality."
     )
 
 
@@ -233,7 +237,7 @@ def test_a_bad_row_is_named_with_file_row_line_and_column(
     path = tmp_path / "d.jsonl"
     path.write_text('{"prompt": "p", "completion": "c"}\n\n{"prompt": "p"}\n')
     assert refused(tokenizer, dataset=str(path)) == (
-        f"{path}, row 2 (line 3): the field 'completion' is missing."
+        f"{path}, row 2 (line 3): the field 'completion' is missing; there are: prompt."
     )
 
 
@@ -245,3 +249,56 @@ def test_examples_are_shown_with_their_targets(
     shown = show_examples(data.train, chat_tokenizer, 1)
     assert shown == f"--- example 1 of 3: 62 tokens, 10 of them targets, in [[ ]]\n{whole}"
     assert len(show_examples(data.train, chat_tokenizer, 9).split("---")) == 4
+
+
+def test_the_first_row_of_a_file_decides_also_for_its_slices(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.jsonl"
+    later = '{"prompt": "p", "completion": "c", "text": "t1"}\n'
+    path.write_text('{"text": "t0"}\n' + later * 2)
+    for split in ("train", "train[1:]"):
+        data = prepare(tokenizer, dataset=str(path), dataset_split=split)
+        assert texts(data.train, tokenizer)[-1] == "t1</s>"
+    path.write_text(later + '{"text": "t0"}\n')
+    message = refused(tokenizer, dataset=str(path), dataset_split="train[1:]")
+    assert "d.jsonl, row 2: the field 'prompt' is missing" in message
+
+
+def test_options_without_effect_are_named(
+    tokenizer: PreTrainedTokenizerBase, numbers: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "chat_turns": "each",
+        "chat_template_kwargs": '{"a": 1}',
+        "column_names": ["a"],
+    }
+    found = prepare(tokenizer, dataset=numbers, **options).ignored
+    assert found == ["--chat_template_kwargs", "--chat_turns", "--column_names"]
+    (tmp_path / "d.csv").write_text("text\nb\n")
+    data = prepare(tokenizer, dataset=str(tmp_path / "d.csv"), column_names=["text"])
+    assert data.ignored == [] and texts(data.train, tokenizer) == ["b</s>"]
+
+
+def test_names_with_halves_of_characters_do_no_harm(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a", "\\ud83d": 1}\n')
+    assert prepare(tokenizer, dataset=str(path)).ignored == ["\\ud83d"]
+
+
+def test_typed_values_and_those_of_files_make_the_same_text(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = Dataset.from_list([{"day": date(2021, 3, 4), "price": Decimal("1.50"), "n": 4}])
+    rows.to_parquet(tmp_path / "d.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for name in ("d.parquet", "saved"):
+        data = prepare(
+            tokenizer,
+            dataset=str(tmp_path / name),
+            prompt_template="{n} {day}: ",
+            completion_template="{price}",
+        )
+        assert texts(data.train, tokenizer) == ["4 2021-03-04: 1.50</s>"]

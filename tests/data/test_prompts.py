@@ -35,6 +35,8 @@ def refused(**columns: Any) -> str:
         {"prompt": [USER], "completion": [BOT]},
         {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "uno"}]},
         {"conversations": [USER, BOT]},
+        {"conversations": {"from": ["human", "GPT"], "value": ["one", "uno"]}},
+        {"messages": [{"role": "Human", "content": "one"}, {"from": "ai", "value": "uno"}]},
         {"messages": [USER | {"content": [{"type": "text", "text": "one"}]}, BOT]},
         {"messages": [USER | {"content": [{"type": "text", "text": "o"}, "ne"]}, BOT]},
         {"messages": [USER | {"name": None}, BOT | {"tool_calls": None, "weight": None}]},
@@ -78,6 +80,8 @@ def test_a_system_column_opens_the_chat() -> None:
             "tool_calls": [{"function": CALL | {"arguments": '{"city": "Oslo"}'}}],
         },
         {"from": "function_call", "value": '{"name": "clock", "arguments": {"city": "Oslo"}}'},
+        {"role": "tool_call", "content": '[{"name": "clock", "arguments": {"city": "Oslo"}}]'},
+        BOT | {"content": None, "function_call": CALL},
     ],
 )
 def test_tool_calls_of_all_spellings_are_the_same(turn: dict[str, Any]) -> None:
@@ -93,7 +97,8 @@ def test_tool_calls_of_all_spellings_are_the_same(turn: dict[str, Any]) -> None:
 
 def test_tools_are_definitions_or_their_json_text() -> None:
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
-    for given in (tools, '[{"type": "function", "function": {"name": "clock", "parameters": {}}}]'):
+    text = '{"type": "function", "function": {"name": "clock", "parameters": {}}}'
+    for given in (tools, f"[{text}]", [text]):
         assert read(messages=[USER, BOT], tools=given)[0].tools == tools
     empty: tuple[Any, ...] = (None, "", [])
     for nothing in empty:
@@ -110,6 +115,8 @@ def test_tools_are_definitions_or_their_json_text() -> None:
         ({"role": "assistant", "content": None}, "must have a content"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url'"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "a function with a name"),
+        ({"from": "function_call"}, "a list of objects"),
+        ({"from": 7, "value": "x"}, "must have a role"),
     ],
 )
 def test_bad_messages_are_named_by_number(turn: Any, reason: str) -> None:
@@ -135,7 +142,8 @@ def test_alpaca_uses_system_and_history() -> None:
         )
     )
     assert not ignored
-    assert "'history'" in refused(instruction="a", output="b", history=["who?"])
+    for bad in (["who?"], 5, [["a"]], [["a", None]]):
+        assert "'history'" in refused(instruction="a", output="b", history=bad)
 
 
 def test_columns_that_hold_something_and_are_not_used_are_named() -> None:
@@ -152,6 +160,10 @@ def test_templates_fill_in_any_columns() -> None:
     assert row.ignored() == {"other"}
     with pytest.raises(UserError, match="'score' is null"):
         shape.read(Row({"#1 String": "", "a.b[0]": "", "score": None, "yes": ""}))
+    with pytest.raises(UserError, match="'score' is of type float"):
+        shape.read(Row({"#1 String": "", "a.b[0]": "", "score": float("nan"), "yes": ""}))
+    with pytest.raises(UserError, match=r"names no \{column\}"):
+        from_templates("{a}", "yes")
     for lone in ("{", "a } b", "{}"):
         with pytest.raises(UserError, match="a lone"):
             from_templates(lone, "")
@@ -171,7 +183,7 @@ def test_missing_null_and_wrong_fields_are_told_apart() -> None:
 def test_tokens_are_taken_as_they_are() -> None:
     assert read(input_ids=[5, 6, 7], text="abc") == (Tokens([5, 6, 7], [5, 6, 7]), {"text"})
     example, ignored = read(
-        input_ids=[0, 5, 5, 5], labels=[-100, -100, 5, 5], attention_mask=[0, 1, 1, 1]
+        input_ids=[0, 5, 5, 5], labels=[-100, -100, 5, 5], attention_mask=[False, 1, 1, True]
     )
     assert example == Tokens([5, 5, 5], [-100, 5, 5]) and not ignored
     assert read(input_ids=[1, 2, 3], labels=[-100, 9, 3])[0].labels == [-100, 9, 3]
@@ -182,6 +194,8 @@ def test_tokens_are_taken_as_they_are() -> None:
     [
         ({"input_ids": [1, 2.0]}, "'input_ids' must be a list of token ids"),
         ({"input_ids": [1, -1]}, "'input_ids'"),
+        ({"input_ids": [1, 2**31]}, "'input_ids'"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "a list of 0 and 1"),
         ({"input_ids": "text"}, "'input_ids'"),
         ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids, 1 labels"),
         ({"input_ids": [1, 2], "labels": [-100, -200]}, "'labels'"),

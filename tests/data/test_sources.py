@@ -99,12 +99,28 @@ def test_split_expressions(tmp_path: Path, folder: Path) -> None:
         assert "no examples" in refused(path, split="train[:0]")
         for bad in ("train[:3", "train[1]", "", "train[:101%]", "train[:5%](pct1_dropremainder)"):
             assert path.name in refused(path, split=bad)
+        assert "train has 20 row(s)" in refused(path, split="train[30:]")
     for name in ("splits", "files"):
         assert read(tmp_path / name, "testing[:1]+train[:1]") == rows[1:2] + rows[:1]
         assert "has no split 'dev'; it has: " in refused(tmp_path / name, split="dev")
     for name in ("one", "d.jsonl"):
         assert read(tmp_path / name, "anything[1:2]") == rows[1:2]
         assert "single data set" in refused(tmp_path / name, split="train[:1]+test[:1]")
+
+
+def test_the_format_of_a_saved_data_set_does_not_count(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2], "x": 0.5}]
+    for kind in ("numpy", "torch"):
+        Dataset.from_list(rows).with_format(kind).save_to_disk(tmp_path / kind)
+        assert read(tmp_path / kind) == rows
+
+
+def test_names_of_formats_are_no_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` would read what lies in the current folder."""
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "json"):
+        assert "names a format" in refused(name)
 
 
 def test_saved_data_sets_are_known_by_both_files(folder: Path) -> None:
@@ -179,7 +195,7 @@ def test_the_cache_is_used_until_something_changes(
     assert load(folder)["file"][0] == str(path)
     stamp = path.stat().st_mtime_ns
     write_jsonl(path, ROWS[::-1])  # of the same size
-    os.utime(path, ns=(stamp, stamp + 1))
+    os.utime(path, ns=(stamp, stamp))  # and of the same time, as copies keep it
     assert read(path) == ROWS[::-1] and read(folder) == ROWS[::-1]
     (folder / "b.csv").write_text("x,y\n")
     assert "no examples" in refused(folder / "b.csv")

@@ -36,6 +36,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedToke
 
 from scalora_dist.config.data import ChatTurns, DataArguments
 from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.rows import FROM_FILE
 from scalora_dist.data.tokenize import Tokenized, tokenize_examples
 from scalora_dist.errors import UserError
 
@@ -148,7 +149,13 @@ def tokenize(
     rows = [{"messages": chat} if isinstance(chat, list) else chat for chat in chats]
     if from_file:
         rows = [
-            {"raw_json": json.dumps(row), "file": "d.jsonl", "row": number, "line": number}
+            dict(
+                zip(
+                    FROM_FILE,
+                    (json.dumps(row), "d.jsonl", number, number, '["messages"]'),
+                    strict=True,
+                )
+            )
             for number, row in enumerate(rows, start=1)
         ]
     args = DataArguments(chat_turns=chat_turns, train_on_prompt=train_on_prompt)

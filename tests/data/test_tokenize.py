@@ -122,17 +122,17 @@ def test_bad_rows_are_named_by_number(
 ) -> None:
     good = {"prompt": "p", "completion": "c"}
     message = refused([good, good, {"prompt": "p", "completion": None}], tokenizer)
-    assert message == "Row 3 of the data set: the field 'completion' is null, it must be a string."
-    assert "Row 1 " in refused([{"query": 1, "response": "x"}], tokenizer)
-    assert "Row 2 " in refused([{"messages": TALK}, {"messages": []}], chat_tokenizer)
-    assert "Row 1 " in refused([{"messages": [{"role": "user", "text": "x"}]}], chat_tokenizer)
+    assert message == "the data set, row 3: the field 'completion' is null, it must be a string."
+    assert "row 1: " in refused([{"query": 1, "response": "x"}], tokenizer)
+    assert "row 2: " in refused([{"messages": TALK}, {"messages": []}], chat_tokenizer)
+    assert "row 1: " in refused([{"messages": [{"role": "user", "text": "x"}]}], chat_tokenizer)
 
 
 def test_unknown_columns_are_named_with_the_known_shapes(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     message = refused([{"frage": "q", "antwort": "a"}], tokenizer)
-    assert message.startswith("The data set: the columns frage, antwort are no known layout")
+    assert message.startswith("the data set: the columns frage, antwort are no known layout")
     assert "--prompt_template" in message and "query + response" in message and "text" in message
 
 

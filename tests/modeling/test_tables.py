@@ -117,7 +117,10 @@ def test_a_pad_id_that_a_model_cannot_be_built_with(tmp_path: Path) -> None:
 
 
 def examples(*lists: list[int], labels: list[int] | None = None) -> Dataset:
-    rows = [{"input_ids": ids, "labels": labels or ids} for ids in lists]
+    rows = [
+        {"input_ids": ids, "labels": labels or ids, "place": f"d.jsonl, row {number}"}
+        for number, ids in enumerate(lists, start=1)
+    ]
     return Dataset.from_list(rows)
 
 
@@ -126,10 +129,13 @@ def examples(*lists: list[int], labels: list[int] | None = None) -> Dataset:
     [
         (
             examples([2, 9], [3, 10, 4]),
-            "the token id 10 ()), but the model's embedding has 10 rows",
+            "d.jsonl, row 2: it has the token id 10 ()), but the model's embedding has 10 rows",
         ),
         (examples([2, 9], [3, -1]), "the token id -1, but"),
-        (examples([2], [2] * 6), "6 tokens, but the model has a table of 5 positions: set --max_l"),
+        (
+            examples([2], [2] * 6),
+            "row 2: it has 6 tokens, but the model has a table of 5 positions: set --max_l",
+        ),
         (examples([2, 8], labels=[IGNORE, 8]), "the target 8 ('), but the model predicts 8 tokens"),
         (examples([2, 9999]), "the token id 9999, but"),
     ],

@@ -1,0 +1,282 @@
+"""Renders the messages of a chat with a template, and finds in the text what a turn says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from scalora_dist.data.encode import Part
+from scalora_dist.data.messages import (
+    Message,
+    with_arguments,
+    with_encoded_arguments,
+    with_text_parts,
+)
+from scalora_dist.data.prompts import Chat
+from scalora_dist.errors import UserError
+
+Form: TypeAlias = Callable[[list[Message]], list[Message]]
+Span: TypeAlias = tuple[int, int]  # begin and end in a text
+MARK = "WORDS OF A TURN"  # stands for a message's content, to find it in a rendering
+REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers sets all of them
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TAG = re.compile(r"<[^<>]+>\s*$")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of some messages, and the spans that {% generation %} marks."""
+
+    text: str
+    marks: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn that ends a rendering of the messages up to it, as at inference.
+
+    Attributes:
+        parts: the pieces of the text, with the turn as target.
+        text: the rendering; None where the turn's prompt is no prefix of it.
+        spans: the targets in ``text``.
+    """
+
+    parts: list[Part]
+    text: str | None = None
+    spans: tuple[Span, ...] = ()
+
+
+class Renderings:
+    """The renderings of the first messages of one chat.
+
+    Attributes:
+        messages: the chat's messages.
+        whole: the rendering of all messages.
+        ignored: names of what the chat holds and the template does not write, as far as known.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat: Chat, options: dict[str, Any]
+    ) -> None:
+        """Render the whole chat.
+
+        Args:
+            tokenizer: has the template.
+            chat: the chat.
+            options: variables for the template.
+
+        Raises:
+            UserError: there is no template, or it fails.
+        """
+        if not tokenizer.chat_template:
+            raise UserError(
+                "it is a chat, but the tokenizer has no chat template: use an instruct model, or "
+                "data of another layout"
+            )
+        try:
+            self._source = tokenizer.get_chat_template(None, tools=chat.tools)
+        except ValueError as error:  # several templates, and none is the default
+            raise UserError(f"the tokenizer has no chat template for it ({error})") from None
+        reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+        if taken := options.keys() & reserved - {"documents"}:
+            raise UserError(f"chat_template_kwargs cannot set {min(taken)!r}")
+        self._tokenizer, self._tools, self._options = tokenizer, chat.tools, options
+        self._marked = bool(GENERATION.search(self._source))
+        self._known: dict[tuple[int, bool], Rendered] = {}
+        self.messages = chat.messages
+        self.whole = self._choose_form()
+        self.ignored = self._unread()
+
+    def turn(self, index: int) -> Turn:
+        """The assistant turn at ``index``.
+
+        Raises:
+            UserError: the template fails, or leaves out what the turn says.
+        """
+        turn = self._marked_turn(index) if self._marked else self._plain_turn(index)
+        said = "".join(text for text, hit in turn.parts if hit)
+        message = self.messages[index]
+        calls = message.get("tool_calls", ())
+        for call in calls:
+            if (name := call["function"]["name"]) not in said:
+                raise UserError(
+                    f"the chat template leaves out the call of {name!r} in message {index + 1}"
+                )
+        if not _holds(said, message["content"]):
+            if not calls:
+                raise UserError(f"the chat template leaves out the words of message {index + 1}")
+            self.ignored.add("messages.content beside tool_calls")
+        for key in REASONING:
+            if not _holds(said, str(message.get(key, ""))):
+                self.ignored.add(f"messages.{key}")
+        return turn
+
+    def _plain_turn(self, index: int) -> Turn:
+        full, turn = self._first(index + 1).text, self.messages[index]
+        if index == 0:  # nobody has asked: the template's own words before it are no target
+            header, end = self._around(index)
+            if full.startswith(header):
+                return _turn(full, ((len(header), len(full)),))
+            return Turn([(header, False), (turn["content"] + end, True)])
+        prompt = self._first(index, prompt=True).text
+        if full.startswith(prompt):
+            return _turn(full, ((len(prompt), len(full)),))
+        # The template writes earlier turns otherwise, once this one follows. Both texts from the
+        # end of the last message on:
+        before = self._with_mark(index)
+        asked = self._render(before, prompt=True).text.rpartition(MARK)
+        answered = self._render([*before, turn]).text.rpartition(MARK)
+        if asked[1] and answered[1] and answered[2].startswith(asked[2]):
+            return Turn([(prompt, False), (answered[2].removeprefix(asked[2]), True)])
+        # The generation prompt opens the turn, such as with <think>.
+        _, end = self._around(index)
+        words = _unopened(turn["content"], prompt)
+        return Turn([(prompt, False), (words + end if words.strip() else end.lstrip(), True)])
+
+    def _marked_turn(self, index: int) -> Turn:
+        full = self._first(index + 1)
+        spans = full.marks
+        if index:
+            rendered = self._render([*self._with_mark(index), self.messages[index]])
+            begin, found, _ = rendered.text.rpartition(MARK)
+            if found:
+                moved = len(full.text) - len(rendered.text)
+                after = [(b, e) for b, e in rendered.marks if b > len(begin)]
+                spans = tuple((b + moved, e + moved) for b, e in after)
+            else:
+                spans = spans[len(self._first(index).marks) :]
+            prompt = self._first(index, prompt=True).text
+            if full.text.startswith(prompt):  # what it says already is no target
+                asked = len(prompt)
+                spans = tuple((max(b, asked), e) for b, e in spans if e > asked)
+        return _turn(full.text, spans)
+
+    def _with_mark(self, count: int) -> list[Message]:
+        """The first ``count`` messages, with `MARK` as the content of the last one."""
+        return [*self.messages[: count - 1], self.messages[count - 1] | {"content": MARK}]
+
+    def _around(self, index: int) -> tuple[str, str]:
+        """The text before and after the content of message ``index``, if it is the last one."""
+        header, found, end = self._render(self._with_mark(index + 1)).text.rpartition(MARK)
+        if not found:
+            raise UserError(f"the chat template leaves out the words of message {index + 1}")
+        return header, end
+
+    def _choose_form(self) -> Rendered:
+        """Choose the first form of the messages that the template can write, and render it.
+
+        Some want the arguments of tool calls as JSON text: they fail on an object, or print it as
+        Python does. Some write only contents that are lists of parts.
+        """
+        found: list[tuple[Form, Rendered]] = []
+        errors = []
+        for form in (list, with_encoded_arguments, with_text_parts):
+            self._form: Form = form
+            try:
+                whole = self._render(self.messages)
+                if self._is_written(whole.text):
+                    return whole
+                found.append((form, whole))
+            except UserError as error:
+                errors.append(error)
+        if not found:
+            raise errors[0]
+        self._form, whole = found[0]
+        return whole
+
+    def _is_written(self, text: str) -> bool:
+        """Whether the template writes contents, and arguments not as Python does."""
+        if any(message.get("tool_calls") for message in self.messages):
+            probe = {MARK: ""}
+            if str(probe) in self._render(with_arguments(self.messages, probe)).text:
+                return False
+        contents = [message["content"] for message in self.messages if message["content"].strip()]
+        return not contents or any(_holds(text, content) for content in contents)
+
+    def _unread(self) -> set[str]:
+        """Names of the keys that the template does not know, and of contents that it leaves out."""
+        keys = {key for message in self.messages for key in message}
+        keys -= {"role", "content", "tool_call_id"}  # the last is no text
+        if any(name in self._source for name in REASONING):
+            keys -= {*REASONING}
+        names = {f"messages.{key}": key for key in keys} | {key: key for key in self._options}
+        if self._tools:
+            names["tools"] = "tools"
+        known = {*re.findall(r"\w+", self._source)}
+        unread = {name for name, key in names.items() if key not in known}
+        return unread | {
+            f"messages.content of role {message['role']}"
+            for message in self.messages
+            if message["role"] != "assistant" and not _holds(self.whole.text, message["content"])
+        }
+
+    def _first(self, count: int, prompt: bool = False) -> Rendered:
+        """The rendering of the first ``count`` messages, with or without a generation prompt."""
+        if count == len(self.messages) and not prompt:
+            return self.whole
+        if (count, prompt) not in self._known:
+            self._known[count, prompt] = self._render(self.messages[:count], prompt)
+        return self._known[count, prompt]
+
+    def _render(self, messages: list[Message], prompt: bool = False) -> Rendered:
+        messages = self._form(messages)
+        try:
+            if not self._marked:
+                return Rendered(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        tools=self._tools,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                        **self._options,
+                    )
+                )
+            (text,), (marks,) = render_jinja_template(
+                [messages],
+                tools=self._tools,
+                chat_template=self._source,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
+                **self._tokenizer.special_tokens_map | self._options,
+            )
+            return Rendered(text, tuple(marks))
+        except Exception as error:  # a template may raise anything
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"the chat template fails on it ({type(error).__name__}: {reason})"
+            ) from None
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a text holds a content. Templates may move its thought, strip or escape the rest."""
+    words = content.rpartition("</think>")[2].strip()
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
+
+
+def _unopened(words: str, prompt: str) -> str:
+    """The words of a turn without the tag, such as <think>, that its prompt has written already."""
+    tag = TAG.search(prompt)
+    if tag is None or not words.lstrip().startswith(tag[0].rstrip()):
+        return words
+    rest = words.lstrip().removeprefix(tag[0].rstrip())
+    return rest.removeprefix("\n") if prompt.endswith("\n") else rest
+
+
+def _turn(text: str, spans: tuple[Span, ...]) -> Turn:
+    return Turn(cut(text, spans), text, spans)
+
+
+def cut(text: str, spans: Sequence[Span]) -> list[Part]:
+    """Cut a text at the spans of its targets."""
+    parts, done = [], 0
+    for begin, end in spans:
+        parts += [(text[done:begin], False), (text[begin:end], True)]
+        done = end
+    return [*parts, (text[done:], False)]
