@@ -102,7 +102,8 @@ def recognise(columns: Iterable[str]) -> Shape:
     known = "; ".join(" + ".join(shape.columns) for shape in SHAPES)
     raise UserError(
         f"the columns {', '.join(columns)} are no known layout of examples: name the text with "
-        f"--prompt_template and --completion_template, or rename them to one of: {known}"
+        "--prompt_template and --completion_template (and the columns with --column_names, if the "
+        f"file has no header line), or rename them to one of: {known}"
     )
 
 

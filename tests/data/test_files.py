@@ -271,7 +271,7 @@ def test_a_parquet_column_that_cannot_be_read_is_left_out(
 ) -> None:
     table = pa.table(
         {
-            "text": pa.array([b"caf\xc3\xa9", b"b"], pa.binary()),  # Spark writes texts so
+            "text": pa.array([b"\xc3\xa9t\xc3\xa9", b"b"], pa.binary()),  # Spark writes texts so
             "image": pa.array([b"\x89PNG", b"\xff"], pa.binary()),
             "year": pa.array([253402300800, 0], pa.timestamp("s")),  # the year 10000
             "id": pa.array([2**63 - 1, None]),
@@ -279,7 +279,7 @@ def test_a_parquet_column_that_cannot_be_read_is_left_out(
     )
     pq.write_table(table, tmp_path / "d.parquet")
     assert read(tmp_path / "d.parquet") == [
-        {"text": "café", "id": 2**63 - 1},
+        {"text": "été", "id": 2**63 - 1},
         {"text": "b", "id": None},
     ]
     said = [record.getMessage() for record in caplog.records]
