@@ -138,7 +138,7 @@ def _contents(examples: Dataset, args: DataArguments) -> Iterator[int]:
     Raises:
         UserError: an example is malformed.
     """
-    reader = Examples(examples, str(args.dataset), args)
+    reader = Examples(examples, "the data", args)
     return (hash(repr(reader.read(row, k)[1])) for k, row in enumerate(examples))
 
 
@@ -160,4 +160,7 @@ def _shuffled(
         size=size,
         task_options=task_options,
     )
+    reader = Examples(examples, name, source)
+    for index, row in enumerate(examples):  # a bad row is named by its place before the shuffle
+        reader.read(row, index)
     return examples.shuffle(seed=SEED)

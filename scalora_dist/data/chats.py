@@ -8,8 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.config.data import ChatTurns
-from scalora_dist.data.encode import Part
-from scalora_dist.data.prompts import Chat
+from scalora_dist.data.prompts import Chat, Part
 from scalora_dist.data.renderings import Renderings, cut
 from scalora_dist.errors import UserError
 

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.data.prompts import Texts
+from scalora_dist.data.prompts import IGNORE, Part, Texts
 from scalora_dist.errors import UserError
 
-Part: TypeAlias = tuple[str, bool]  # a piece of a text, and whether it is a target
 ANCHORS = ("\n", "=", "a")
 
 
 class Encoder:
-    """Encodes the parts of a text separately and joins the ids.
+    """Encodes the parts of a text separately and joins the ids, with their labels.
 
     So a prompt's ids are those that generation starts from, and the first token of a target counts
     whole. The ids decode to the joined text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False) -> None:
+        """
+        Args:
+            tokenizer: encodes the parts.
+            train_on_prompt: whether all ids are targets.
+        """
         self.tokenizer = tokenizer
+        self.train_on_prompt = train_on_prompt
         added = tokenizer.added_tokens_decoder.items()
-        self.special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-        # With these a rendered text ends. Other special tokens may be words of an answer.
         template = str(tokenizer.chat_template or "")
-        self.ends = {i for i, token in added if i in self.special and token.content in template}
+        # With these a rendered text ends. Other special tokens may be words of an answer.
+        self.ends = {i for i, token in added if token.content in template}
         self.ends |= {tokenizer.eos_token_id} - {None}
+        special = (i for i, token in added if token.special)
+        self.special = {*tokenizer.all_special_ids, *special, *self.ends}
 
-    def encode_texts(self, example: Texts) -> tuple[list[int], list[bool]]:
-        """Return ids and which of them are targets: ``[BOS] prompt | completion EOS`` …
+    def encode_texts(self, example: Texts) -> tuple[list[int], list[int]]:
+        """Return ids and labels of ``[BOS] prompt | completion EOS`` …
 
         A text that a chat template has rendered begins with BOS and ends in EOS or another token of
         the template: it gets no second one. An empty completion has no target, not even EOS: it is
@@ -42,27 +47,26 @@ class Encoder:
         ids: list[int] = []
         is_target: list[bool] = []
         for prompt, completion in example.pairs:
-            more, hits = self.encode_parts([(prompt, False), (completion, True)], begins=not ids)
+            more, hits = self._join([(prompt, False), (completion, True)], begins=not ids)
             said = self._said(more)
             if completion and eos is not None and (said == 0 or more[said - 1] not in self.ends):
                 more, hits = [*more, eos], [*hits, True]
             ids, is_target = ids + more, is_target + hits
-        if not self.bos:
-            return ids, is_target
-        rendered = ids[:1] == self.bos
-        return (ids if rendered else self.bos + ids), [False, *is_target[rendered:]]
+        if self.bos:
+            rendered = ids[:1] == self.bos
+            ids, is_target = ids if rendered else self.bos + ids, [False, *is_target[rendered:]]
+        return ids, self._labels(ids, is_target)
 
-    def encode_parts(
-        self, parts: Iterable[Part], begins: bool = True
-    ) -> tuple[list[int], list[bool]]:
-        """Return the ids of the joined parts, and which of them are targets.
+    def encode_parts(self, parts: Iterable[Part]) -> tuple[list[int], list[int]]:
+        """Return ids and labels of the joined parts.
 
         Blanks after the last special token of a part are no target: the model has stopped there.
-
-        Args:
-            parts: pieces of a text.
-            begins: whether no other text is before them.
         """
+        ids, is_target = self._join(parts)
+        return ids, self._labels(ids, is_target)
+
+    def _join(self, parts: Iterable[Part], begins: bool = True) -> tuple[list[int], list[bool]]:
+        """Return ids and which of them are targets; ``begins``: no text is before them."""
         ids: list[int] = []
         is_target: list[bool] = []
         for text, hit in parts:
@@ -71,6 +75,11 @@ class Encoder:
             ids += more
             is_target += [True] * said + [False] * (len(more) - said)
         return ids, is_target
+
+    def _labels(self, ids: list[int], is_target: list[bool]) -> list[int]:
+        if self.train_on_prompt:
+            return ids
+        return [i if hit else IGNORE for i, hit in zip(ids, is_target, strict=True)]
 
     @cached_property
     def bos(self) -> list[int]:

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from scalora_dist.data.delimited import read_table
 from scalora_dist.data.rows import FROM_FILE, as_json
-from scalora_dist.data.tables import read_table
 from scalora_dist.data.text_lines import COMPRESSED, read_lines
 from scalora_dist.errors import UserError
 
@@ -27,7 +27,7 @@ PARQUET = ".parquet"
 TABLES = {".csv": ",", ".tsv": "\t"}  # and what separates their cells
 KINDS = (".json", ".jsonl", ".ndjson", *TABLES, TEXT, PARQUET)
 # An example as JSON text, and the line where it starts; 0: the file has no lines.
-Example = tuple[str, int]
+Located = tuple[str, int]
 
 
 def kind_of(path: Path) -> str | None:
@@ -73,7 +73,7 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
 
 
-def _read_file(path: Path, label: str, column_names: Sequence[str]) -> Iterator[Example]:
+def _read_file(path: Path, label: str, column_names: Sequence[str]) -> Iterator[Located]:
     kind = kind_of(path)
     if kind is None:
         raise UserError(
@@ -87,13 +87,13 @@ def _read_file(path: Path, label: str, column_names: Sequence[str]) -> Iterator[
     return _read_text(path, label) if kind == TEXT else _read_json(path, label, kind)
 
 
-def _read_text(path: Path, label: str) -> Iterator[Example]:
+def _read_text(path: Path, label: str) -> Iterator[Located]:
     for number, line in enumerate(read_lines(path, label), start=1):
         if line.strip():
             yield json.dumps({"text": line.removesuffix("\n").removesuffix("\r")}), number
 
 
-def _read_json(path: Path, label: str, kind: str) -> Iterator[Example]:
+def _read_json(path: Path, label: str, kind: str) -> Iterator[Located]:
     """Read one object per line, a list of objects, or one object: the content decides."""
     lines = ((n, line) for n, line in enumerate(read_lines(path, label), start=1) if line.strip())
     number, first = next(lines, (0, "{}"))
@@ -135,7 +135,7 @@ def _no_object(label: str, line: int) -> UserError:
     return UserError(f'{label}, line {line}: not a JSON object such as {{"prompt": ...}}.')
 
 
-def _read_document(text: str, label: str, as_lines: UserError | None) -> Iterator[Example]:
+def _read_document(text: str, label: str, as_lines: UserError | None) -> Iterator[Located]:
     """Read a list of objects or one object.
 
     Raises:
@@ -184,27 +184,44 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _read_parquet(path: Path, label: str) -> Iterator[Example]:
-    """Read row by row, without columns of bytes such as images."""
+def _read_parquet(path: Path, label: str) -> Iterator[Located]:
+    """Read row by row, without the columns that are no text and no numbers, such as images."""
     # An open file: pyarrow would take some names, as those with a colon, for addresses.
     with path.open("rb") as stream:
         file = pyarrow.parquet.ParquetFile(stream)
         names = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
-        left_out: set[str] = set()
+        for name, error in _unreadable(file, names).items():
+            logger.warning("%s: left out column %s (%s).", label, name, error)
+            names.remove(name)
         for batch in file.iter_batches(batch_size=100, columns=names):
-            columns = {}
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                try:
-                    if _is_bytes(column.type):
-                        column = column.cast(pa.large_string())  # some programs write text so
-                    columns[name] = column.to_pylist()
-                except (ValueError, OverflowError) as error:  # not UTF-8; a date of year 10000
-                    if name not in left_out:
-                        logger.warning("%s: left out column %s (%s).", label, name, reason(error))
-                    left_out.add(name)
-            for k in range(len(batch)):
-                row = {name: as_json(values[k]) for name, values in columns.items()}
-                yield json.dumps(row, default=str), 0
+            columns = [map(as_json, _values(column)) for column in batch.columns]
+            for row in zip(*columns, strict=True):
+                yield json.dumps(dict(zip(batch.schema.names, row, strict=True))), 0
+
+
+def _unreadable(file: pyarrow.parquet.ParquetFile, names: list[str]) -> dict[str, str]:
+    """The columns that hold something that Python or JSON cannot hold, and what."""
+    found: dict[str, str] = {}
+    for name in names:
+        kind = file.schema_arrow.field(name).type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not (is_text or _is_bytes(kind) or pa.types.is_temporal(kind)):
+            continue
+        try:
+            for batch in file.iter_batches(batch_size=1000, columns=[name]):
+                batch.validate(full=True)
+                if not is_text:
+                    _values(batch.column(0))
+        except (ValueError, OverflowError) as error:  # not UTF-8; a date of year 10000
+            found[name] = reason(error)
+    return found
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The values of a column. Some programs write texts as bytes."""
+    if _is_bytes(column.type):
+        column = column.cast(pa.binary()).cast(pa.string())
+    return column.to_pylist()
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -214,4 +231,10 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    types = pa.types
+    return (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind)
+    )

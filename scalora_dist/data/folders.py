@@ -163,14 +163,14 @@ def _read_subsets(folder: Path, label: str) -> list[dict[str, Any]]:
         subsets = (metadata_load(readme) or {}).get("configs") or []
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"The front matter of {label}/README.md is not valid YAML ({_first_line(error)})."
+            f"The front matter of {label}/README.md is not valid YAML ({_one_line(error)})."
         ) from error
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise UserError(f"In {label}/README.md, configs must be a list of subsets.")
     return subsets
 
 
-def _first_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
@@ -217,7 +217,7 @@ def _find_listed(folder: Path, label: str, subset: dict[str, Any]) -> Found:
         }
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"For {where}, README.md has bad data_files ({_first_line(error)})."
+            f"For {where}, README.md has bad data_files ({_one_line(error)})."
         ) from error
     for split, paths in matches.items():
         matched = set(filter(_may_hold_data, paths))

@@ -70,7 +70,7 @@ def read_messages(value: Any, name: str) -> Messages:
             raise UserError(f"message {number} of {name!r}: {error}") from None
         is_answer = message["role"] == "assistant"
         # An empty one is more often missing data than an intended empty answer.
-        says = bool(message["content"] or "tool_calls" in message)
+        says = bool(message["content"].strip() or "tool_calls" in message)
         targets.append(is_answer and says and all(marked.values()))
         if is_answer:
             excludes |= not all(marked.values())
@@ -86,11 +86,11 @@ def read_tools(value: Any) -> list[Any] | None:
     Raises:
         UserError: it is neither.
     """
-    tools = _decoded(value)
+    tools = decoded(value)
     if not tools:
         return None
     if isinstance(tools, list):
-        tools = [_decoded(tool) for tool in tools]
+        tools = [decoded(tool) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError("the field 'tools' must be a list of objects, or its JSON text")
     return tools
@@ -144,12 +144,14 @@ def _read_message(given: Any) -> Message:
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
     if sender in CALLS:
-        calls = _decoded(message.get("content"))
+        calls = decoded(message.get("content"))
         message["tool_calls"] = calls if isinstance(calls, list) else [calls]
         message["content"] = ""
     elif "function_call" in message:  # OpenAI's older form
         message.setdefault("tool_calls", [message.pop("function_call")])
-    if "tool_calls" in message:
+    if not message.get("tool_calls"):  # often an empty list
+        message.pop("tool_calls", None)
+    else:
         message["tool_calls"] = _read_calls(message["tool_calls"])
         message.setdefault("content", "")
     message["content"] = _read_content(message.get("content"))
@@ -174,7 +176,7 @@ def _read_content(content: Any) -> str:
 
 def _read_calls(calls: Any) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, with decoded arguments."""
-    calls = _decoded(calls)
+    calls = decoded(calls)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError("its tool_calls must be a list of objects")
     return [_read_call(call) for call in calls]
@@ -184,14 +186,18 @@ def _read_call(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function", call)  # without OpenAI's envelope
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError("each of its tool_calls must have a function with a name")
-    arguments = _decoded(function.get("arguments") or {})
+    function = dict(function)
+    for other in ("parameters", "args"):  # other names of the arguments
+        if other in function:
+            function.setdefault("arguments", function.pop(other))
+    arguments = decoded(function.get("arguments") or {})
     if isinstance(arguments, dict):  # else a text that is no JSON object: as it is
-        function = function | {"arguments": arguments}
+        function["arguments"] = arguments
     envelope = call if "function" in call else {}
     return {"type": "function"} | envelope | {"function": function}
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
     """What a JSON text says. A text that is no JSON stays as it is."""
     if not isinstance(value, str):
         return value

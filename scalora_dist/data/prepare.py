@@ -33,7 +33,7 @@ class Prepared:
         dropped: number of examples of both parts that were left out because they have no target.
         turns: {"all", "last" or "each": number of examples of both parts that train on these turns
             of a chat}.
-        endless: number of them without a special token among their targets.
+        endless: number of them that are whole and whose targets have no end token.
         ignored: names of columns, of keys of messages and of options that had no effect.
         repeated: number of evaluation examples whose token ids are also a training example's.
         checksum: 32 hexadecimal digits, the same where both parts have the same ids and labels.

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from scalora_dist.data.messages import Message, read_messages, read_tools
+from scalora_dist.data.messages import Message, decoded, read_messages, read_tools
 from scalora_dist.errors import UserError
 
+Part: TypeAlias = tuple[str, bool]  # a piece of a text, and whether it is a target
 IGNORE = -100  # the label that torch's cross entropy skips
 
 
@@ -101,9 +102,9 @@ def recognise(columns: Iterable[str]) -> Shape:
             return shape
     known = "; ".join(" + ".join(shape.columns) for shape in SHAPES)
     raise UserError(
-        f"the columns {', '.join(columns)} are no known layout of examples: name the text with "
-        "--prompt_template and --completion_template (and the columns with --column_names, if the "
-        f"file has no header line), or rename them to one of: {known}"
+        f"the columns {', '.join(columns) or '(none)'} are no known layout of examples: name the "
+        "text with --prompt_template and --completion_template (and the columns with "
+        f"--column_names, if the file has no header line), or rename them to one of: {known}"
     )
 
 
@@ -149,7 +150,9 @@ def _filled(template: str, row: Row) -> str:
 def _as_text(row: Row, name: str) -> str:
     """A column's text. A number is written as JSON writes it."""
     value = row.get(name)
-    if isinstance(value, bool | int | float) and math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"the field {name!r} is {value}, which is no number")
+    if isinstance(value, bool | int | float):
         return json.dumps(value)
     return _text(row, name)
 
@@ -182,7 +185,7 @@ def _chat(row: Row, *columns: str) -> Chat:
                 [{"role": "system", "content": system}, *messages],
                 [False, *targets],
             )
-    options = row.get("chat_template_kwargs") or {}
+    options = decoded(row.get("chat_template_kwargs")) or {}
     if not isinstance(options, dict):
         raise UserError("the field 'chat_template_kwargs' must be an object")
     tools = read_tools(row.get("tools"))

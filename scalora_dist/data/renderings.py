@@ -12,19 +12,20 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from scalora_dist.data.encode import Part
 from scalora_dist.data.messages import (
     Message,
     with_arguments,
     with_encoded_arguments,
     with_text_parts,
 )
-from scalora_dist.data.prompts import Chat
+from scalora_dist.data.prompts import Chat, Part
 from scalora_dist.errors import UserError
 
 Form: TypeAlias = Callable[[list[Message]], list[Message]]
 Span: TypeAlias = tuple[int, int]  # begin and end in a text
-MARK = "WORDS OF A TURN"  # stands for a message's content, to find it in a rendering
+MARK = "WORDS\ue000"  # stands for a message's content, to find it in a rendering
+CLOSED = "</think>"  # the end of a thought
+END = 30  # characters of a content that are looked for in a rendering
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers sets all of them
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TAG = re.compile(r"<[^<>]+>\s*$")
@@ -44,7 +45,7 @@ class Turn:
 
     Attributes:
         parts: the pieces of the text, with the turn as target.
-        text: the rendering; None where the turn's prompt is no prefix of it.
+        text: the rendering; None where the turn's generation prompt is no prefix of it.
         spans: the targets in ``text``.
     """
 
@@ -109,7 +110,7 @@ class Renderings:
                 raise UserError(
                     f"the chat template leaves out the call of {name!r} in message {index + 1}"
                 )
-        if not _holds(said, message["content"]):
+        if not _holds(said, message["content"]) and self._around(index + 1) is None:
             if not calls:
                 raise UserError(f"the chat template leaves out the words of message {index + 1}")
             self.ignored.add("messages.content beside tool_calls")
@@ -119,55 +120,67 @@ class Renderings:
         return turn
 
     def _plain_turn(self, index: int) -> Turn:
-        full, turn = self._first(index + 1).text, self.messages[index]
-        if index == 0:  # nobody has asked: the template's own words before it are no target
-            header, end = self._around(index)
-            if full.startswith(header):
-                return _turn(full, ((len(header), len(full)),))
-            return Turn([(header, False), (turn["content"] + end, True)])
+        full = self._first(index + 1).text
+        if index == 0:  # nobody has asked: the template's own words before the turn are no target
+            words_only = self._render([{"role": "assistant", "content": MARK}]).text
+            begin = _common(full, words_only.partition(MARK)[0])
+            return _turn(full, ((begin, len(full)),))
         prompt = self._first(index, prompt=True).text
         if full.startswith(prompt):
             return _turn(full, ((len(prompt), len(full)),))
+        return Turn([(prompt, False), (self._answer(index, prompt), True)])
+
+    def _answer(self, index: int, prompt: str) -> str:
+        """What follows a generation prompt that is no prefix of the turn's rendering."""
         # The template writes earlier turns otherwise, once this one follows. Both texts from the
-        # end of the last message on:
+        # last message on:
         before = self._with_mark(index)
-        asked = self._render(before, prompt=True).text.rpartition(MARK)
-        answered = self._render([*before, turn]).text.rpartition(MARK)
-        if asked[1] and answered[1] and answered[2].startswith(asked[2]):
-            return Turn([(prompt, False), (answered[2].removeprefix(asked[2]), True)])
-        # The generation prompt opens the turn, such as with <think>.
-        _, end = self._around(index)
-        words = _unopened(turn["content"], prompt)
-        return Turn([(prompt, False), (words + end if words.strip() else end.lstrip(), True)])
+        asked = self._render(before, prompt=True).text.rpartition(MARK)[2]
+        answered = self._render([*before, self.messages[index]]).text.rpartition(MARK)[2]
+        if answered.startswith(asked):
+            return answered.removeprefix(asked)
+        # The generation prompt opens the turn, such as with <think>: then the turn's content and
+        # what the template writes after it.
+        around = self._around(index + 1)
+        if around is None:  # a call without words
+            return answered[_common(asked, answered) :]
+        words = _unopened(self.messages[index]["content"], prompt)
+        if prompt.rstrip().endswith(CLOSED) and CLOSED in words:
+            words = words.rpartition(CLOSED)[2].lstrip("\n")
+            self.ignored.add(f"messages.content before {CLOSED}")
+        return words + around[1] if words.strip() else around[1].lstrip()
 
     def _marked_turn(self, index: int) -> Turn:
         full = self._first(index + 1)
-        spans = full.marks
-        if index:
-            rendered = self._render([*self._with_mark(index), self.messages[index]])
-            begin, found, _ = rendered.text.rpartition(MARK)
-            if found:
-                moved = len(full.text) - len(rendered.text)
-                after = [(b, e) for b, e in rendered.marks if b > len(begin)]
-                spans = tuple((b + moved, e + moved) for b, e in after)
-            else:
-                spans = spans[len(self._first(index).marks) :]
-            prompt = self._first(index, prompt=True).text
-            if full.text.startswith(prompt):  # what it says already is no target
-                asked = len(prompt)
-                spans = tuple((max(b, asked), e) for b, e in spans if e > asked)
+        if index == 0:
+            return _turn(full.text, full.marks)
+        # The marks from the last message on, without those that were there before this turn.
+        before = self._with_mark(index)
+        earlier = _marks_after(self._render(before))
+        spans = [
+            (len(full.text) - from_end, len(full.text) - from_end + len(text))
+            for from_mark, from_end, text in _marks_after(
+                self._render([*before, self.messages[index]])
+            )
+            if (from_mark, text) not in {(begin, said) for begin, _, said in earlier}
+        ]
+        prompt = self._first(index, prompt=True).text
+        if full.text.startswith(prompt):  # what it says already is no target
+            asked = len(prompt)
+            spans = [(max(begin, asked), end) for begin, end in spans if end > asked]
         return _turn(full.text, spans)
 
     def _with_mark(self, count: int) -> list[Message]:
         """The first ``count`` messages, with `MARK` as the content of the last one."""
         return [*self.messages[: count - 1], self.messages[count - 1] | {"content": MARK}]
 
-    def _around(self, index: int) -> tuple[str, str]:
-        """The text before and after the content of message ``index``, if it is the last one."""
-        header, found, end = self._render(self._with_mark(index + 1)).text.rpartition(MARK)
-        if not found:
-            raise UserError(f"the chat template leaves out the words of message {index + 1}")
-        return header, end
+    def _around(self, count: int) -> tuple[str, str] | None:
+        """The texts before and after the content of the last of the first ``count`` messages.
+
+        None if the template leaves it out.
+        """
+        header, found, end = self._render(self._with_mark(count)).text.rpartition(MARK)
+        return (header, end) if found else None
 
     def _choose_form(self) -> Rendered:
         """Choose the first form of the messages that the template can write, and render it.
@@ -181,7 +194,7 @@ class Renderings:
             self._form: Form = form
             try:
                 whole = self._render(self.messages)
-                if self._is_written(whole.text):
+                if self._suits():
                     return whole
                 found.append((form, whole))
             except UserError as error:
@@ -191,14 +204,16 @@ class Renderings:
         self._form, whole = found[0]
         return whole
 
-    def _is_written(self, text: str) -> bool:
+    def _suits(self) -> bool:
         """Whether the template writes contents, and arguments not as Python does."""
-        if any(message.get("tool_calls") for message in self.messages):
-            probe = {MARK: ""}
-            if str(probe) in self._render(with_arguments(self.messages, probe)).text:
-                return False
-        contents = [message["content"] for message in self.messages if message["content"].strip()]
-        return not contents or any(_holds(text, content) for content in contents)
+        contents = [message | {"content": MARK} for message in self.messages]
+        if MARK not in self._render(contents).text:
+            return False
+        probe = {MARK: ""}
+        calls = any("tool_calls" in message for message in self.messages)
+        return (
+            not calls or str(probe) not in self._render(with_arguments(self.messages, probe)).text
+        )
 
     def _unread(self) -> set[str]:
         """Names of the keys that the template does not know, and of contents that it leaves out."""
@@ -211,11 +226,11 @@ class Renderings:
             names["tools"] = "tools"
         known = {*re.findall(r"\w+", self._source)}
         unread = {name for name, key in names.items() if key not in known}
-        return unread | {
-            f"messages.content of role {message['role']}"
-            for message in self.messages
-            if message["role"] != "assistant" and not _holds(self.whole.text, message["content"])
-        }
+        for k, message in enumerate(self.messages):
+            role, written = message["role"], _holds(self.whole.text, message["content"])
+            if role != "assistant" and not written and self._around(k + 1) is None:
+                unread.add(f"messages.content of role {role}")
+        return unread
 
     def _first(self, count: int, prompt: bool = False) -> Rendered:
         """The rendering of the first ``count`` messages, with or without a generation prompt."""
@@ -255,9 +270,25 @@ class Renderings:
 
 
 def _holds(text: str, content: str) -> bool:
-    """Whether a text holds a content. Templates may move its thought, strip or escape the rest."""
-    words = content.rpartition("</think>")[2].strip()
+    """Whether a text holds the end of a content. If not, a template may have changed it."""
+    words = content.rpartition(CLOSED)[2].strip()[-END:]
     return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the beginning that two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((k for k, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _marks_after(rendered: Rendered) -> list[tuple[int, int, str]]:
+    """The marked texts after `MARK`, with their distances from there and from the text's end."""
+    begin = rendered.text.rfind(MARK)
+    return [
+        (b - begin, len(rendered.text) - b, rendered.text[b:e])
+        for b, e in rendered.marks
+        if b > begin
+    ]
 
 
 def _unopened(words: str, prompt: str) -> str:
@@ -269,8 +300,8 @@ def _unopened(words: str, prompt: str) -> str:
     return rest.removeprefix("\n") if prompt.endswith("\n") else rest
 
 
-def _turn(text: str, spans: tuple[Span, ...]) -> Turn:
-    return Turn(cut(text, spans), text, spans)
+def _turn(text: str, spans: Sequence[Span]) -> Turn:
+    return Turn(cut(text, spans), text, tuple(spans))
 
 
 def cut(text: str, spans: Sequence[Span]) -> list[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import date, time
+from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -49,8 +49,8 @@ def place(row: dict[str, Any], index: int, name: str) -> str:
 def as_json(value: Any) -> Any:
     """A typed value as a JSON file would hold it.
 
-    A dict has no null keys, which Arrow adds, at any depth. Dates are in ISO form, decimals are
-    text. Other values that JSON lacks stay as they are.
+    A dict has no null keys, which Arrow adds, at any depth. Dates are in ISO form, decimals and
+    durations are text. Other values that JSON lacks stay as they are.
     """
     if isinstance(value, list):
         return [as_json(item) for item in value]
@@ -58,4 +58,4 @@ def as_json(value: Any) -> Any:
         return {key: as_json(item) for key, item in value.items() if item is not None}
     if isinstance(value, date | time):  # a datetime is a date
         return value.isoformat()
-    return str(value) if isinstance(value, Decimal) else value
+    return str(value) if isinstance(value, Decimal | timedelta) else value

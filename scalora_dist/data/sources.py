@@ -21,7 +21,7 @@ from datasets import (
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-from scalora_dist.data import files, rows, tables, text_lines
+from scalora_dist.data import delimited, files, rows, text_lines
 from scalora_dist.data.files import kind_of, read_files, reason
 from scalora_dist.data.folders import find_splits, match_split
 from scalora_dist.data.generated import PREFIX, generate_examples
@@ -105,7 +105,7 @@ def _load_files(
         "files": tuple((str(path.absolute()), label) for path, label in paths),
         "column_names": tuple(column_names),
     }
-    code = [inspect.getsource(module) for module in (files, rows, tables, text_lines)]
+    code = [inspect.getsource(module) for module in (delimited, files, rows, text_lines)]
     with _one_sentence(what):
         stats = [path.stat() for path, _ in paths]
         # A file can be written again with its old size and time of modification.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,7 +25,6 @@ from scalora_dist.data.prompts import IGNORE, Example, Texts, Tokens
 from scalora_dist.data.rows import place
 from scalora_dist.errors import UserError
 
-Labelled: TypeAlias = tuple[list[int], list[int]]  # token ids and labels
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -52,7 +51,7 @@ class Tokenized:
         truncated: number of truncated examples.
         dropped: number of examples that were left out because they have no target.
         turns: {"all", "last" or "each": number of examples that train on these turns of a chat}.
-        endless: number of examples of chats without a special token among their targets.
+        endless: number of examples of chats that are whole and whose targets have no end token.
         ignored: names of columns, and of keys of messages, that hold something and were not used.
     """
 
@@ -100,12 +99,11 @@ def tokenize_examples(
             batched=True,
             fn_kwargs={
                 "examples": examples,
-                "encoder": Encoder(tokenizer),
+                "encoder": Encoder(tokenizer, args.train_on_prompt),
                 "template": ChatTemplate(
                     tokenizer, args.chat_turns, args.object_of("chat_template_kwargs")
                 ),
                 "max_length": args.max_length,
-                "train_on_prompt": args.train_on_prompt,
             },
             remove_columns=dataset.column_names,
             features=FEATURES,
@@ -140,19 +138,18 @@ def _tokenize_rows(
     encoder: Encoder,
     template: ChatTemplate,
     max_length: int,
-    train_on_prompt: bool,
 ) -> dict[str, list[Any]]:
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for number, index in enumerate(indices):
         row = {name: column[number] for name, column in batch.items()}
         columns, example = examples.read(row, index)
         try:
-            encoded = _encode(example, encoder, template, train_on_prompt)
+            encoded = _encode(example, encoder, template)
             ignored = "\n".join(sorted(encoded.ignored | columns.ignored()))
             beyond = False
-            for parts in encoded.examples:
+            for encode in encoded.examples:
                 # The prompts of later turns are longer still.
-                ids, labels = ([], []) if beyond else parts()
+                ids, labels = ([], []) if beyond else encode()
                 length = len(ids)
                 ids, labels = ids[:max_length], labels[:max_length]
                 targets = sum(label != IGNORE for label in labels[1:])
@@ -167,7 +164,8 @@ def _tokenize_rows(
                 made["row"].append(index)
                 made["place"].append(place(row, index, examples.name))
                 made["turns"].append(encoded.turns)
-                made["stops"].append(bool(encoded.turns) and not encoder.special.isdisjoint(labels))
+                ends = is_cut or not encoder.special.isdisjoint(labels)
+                made["stops"].append(bool(encoded.turns) and ends)
                 # A name can hold halves of characters, which Arrow refuses.
                 made["ignored"].append(ignored.encode(errors="backslashreplace").decode())
         except UserError as error:
@@ -180,36 +178,29 @@ class _Encoded:
     """What a row makes.
 
     Attributes:
-        examples: functions that return ids and labels of an example, in the order of their lengths.
+        examples: functions that return ids and labels of an example; each is longer than the one
+            before.
         turns: the trained turns of a chat, or "".
         ignored: names of what has no effect.
     """
 
-    examples: list[Callable[[], Labelled]]
+    examples: list[Callable[[], tuple[list[int], list[int]]]]
     turns: str = ""
     ignored: frozenset[str] = frozenset()
 
 
-def _encode(
-    example: Example, encoder: Encoder, template: ChatTemplate, train_on_prompt: bool
-) -> _Encoded:
-    def labelled(encode: Callable[[], tuple[list[int], list[bool]]]) -> Labelled:
-        ids, is_target = encode()
-        return ids, [
-            i if hit or train_on_prompt else IGNORE for i, hit in zip(ids, is_target, strict=True)
-        ]
-
+def _encode(example: Example, encoder: Encoder, template: ChatTemplate) -> _Encoded:
+    if isinstance(example, Texts):
+        return _Encoded([partial(encoder.encode_texts, example)])
     if isinstance(example, Tokens):
-        if train_on_prompt and IGNORE in example.labels:
+        if encoder.train_on_prompt and IGNORE in example.labels:
             raise UserError("its labels say what is a target: leave --train_on_prompt out")
         return _Encoded([lambda: (example.ids, example.labels)])
-    if isinstance(example, Texts):
-        return _Encoded([partial(labelled, partial(encoder.encode_texts, example))])
-    if train_on_prompt and example.excludes:
+    if encoder.train_on_prompt and example.excludes:
         raise UserError("a weight or train of it excludes a turn: leave --train_on_prompt out")
     made = template.examples(example)
-    parts = [partial(labelled, partial(encoder.encode_parts, text)) for text in made.texts]
-    return _Encoded(list(parts), made.turns, example.ignored | made.ignored)
+    texts = [partial(encoder.encode_parts, text) for text in made.texts]
+    return _Encoded([*texts], made.turns, example.ignored | made.ignored)
 
 
 def _hash(numbers: list[int]) -> int:

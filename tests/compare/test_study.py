@@ -169,6 +169,21 @@ def test_examples_are_compared_as_the_set_up_reads_them(tmp_path: Path) -> None:
     assert "column_names" not in study.setups["task"].options
 
 
+def test_a_bad_row_is_named_by_its_place_before_the_shuffle(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(20)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "good")
+    Dataset.from_list([*rows[:7], {"prompt": "p"}]).save_to_disk(tmp_path / "bad")
+    setup = {"dataset": str(tmp_path / "good"), "test_dataset": str(tmp_path / "bad")}
+    study = read(
+        tmp_path,
+        setups={"task": setup | {"test_dataset_split": "train"}},
+        validation_size=3,
+        test_size=4,
+    )
+    with pytest.raises(UserError, match=r"bad, row 8: the field 'completion' is null"):
+        cut_data(study, study.setups["task"], tmp_path / "task")
+
+
 def test_a_generated_test_part_has_the_options_of_the_training_part(tmp_path: Path) -> None:
     task = {
         **{"dataset": "reasoning_gym:chain_sum", "dataset_size": 20},

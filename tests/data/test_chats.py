@@ -292,6 +292,74 @@ def test_templates_of_lists_of_parts_get_them(make_tokenizer: MakeTokenizer) -> 
     parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
     tokenizer = make_tokenizer(PLAIN.replace("{{ m.content }}", parts) + PROMPT)
     assert shown([TALK], tokenizer) == [WHOLE]
+    for short in ("a", "user", "s>"):  # they occur in what the template writes itself
+        assert shown([chat("e", short)], tokenizer) == [
+            f"<user>e</s>\n<assistant>[[{short}</s>]]\n"
+        ]
+
+
+@pytest.mark.parametrize(
+    "change", ["| upper", "| e", ".replace('<thought>hm</thought>', '')", ".split() | join(' ')"]
+)
+def test_templates_may_change_contents(make_tokenizer: MakeTokenizer, change: str) -> None:
+    tokenizer = make_tokenizer(
+        PLAIN.replace("{{ m.content }}", f"{{{{ m.content{change} }}}}") + PROMPT
+    )
+    found = tokenize([chat("one  and", "<thought>hm</thought> uno & uno\n\nuno")], tokenizer)
+    assert len(found.dataset) == 1 and not found.ignored
+
+
+def test_calls_without_words_after_a_thought_that_the_prompt_opens(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    silent = "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
+    template = CALLING.replace("ARGUMENTS", "").replace("{{ m.content }}", silent)
+    tokenizer = make_tokenizer(
+        template.replace("<assistant>{% endif", "<assistant><think>{% endif")
+    )
+    call = {"type": "function", "function": {"name": "clock"}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = [{"role": "user", "content": "a"}, turn, {"role": "tool", "content": "b"}, turn]
+    first = "<user>a</s>\n<assistant><think>[[clock</s>]]\n"
+    assert shown([{"messages": messages}], tokenizer) == [
+        first,
+        "<user>a</s>\n<assistant>clock</s>\n<tool>b</s>\n<assistant><think>[[clock</s>]]\n",
+    ]
+    (opened,) = shown([{"messages": [turn, *chat("x", "")["messages"]]}], make_tokenizer(template))
+    assert opened.startswith("<assistant>[[clock</s>]]\n<user>x")
+
+
+def test_a_thought_after_a_closed_one_is_left_out(make_tokenizer: MakeTokenizer) -> None:
+    closed = PROMPT.replace("<assistant>", "<assistant><think></think>")
+    rows = [chat("one", "<think>hm</think>uno")]
+    found = tokenize(rows, make_tokenizer(PLAIN + closed))
+    assert found.ignored == {"messages.content before </think>"}
+    assert shown(rows, make_tokenizer(PLAIN + closed)) == [
+        "<user>one</s>\n<assistant><think></think>[[uno</s>]]\n"
+    ]
+
+
+def test_marked_words_that_follow_a_tools_answer_are_not_the_next_turns(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    """The template writes a call's words behind the answer."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'assistant' and not m.tool_calls %}<assistant>"
+        "{% generation %}{{ m.content }}</s>{% endgeneration %}{% elif m.role == 'assistant' %}"
+        "<assistant>{% generation %}{{ m.tool_calls[0].function.name }}</s>{% endgeneration %}"
+        "{% else %}<{{ m.role }}>{{ m.content }}</s>{% endif %}{% if m.role == 'tool' %}"
+        "{% generation %}{{ messages[loop.index0 - 1].content }}</s>{% endgeneration %}{% endif %}"
+        "{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "clock"}}
+    messages = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "Let me see", "tool_calls": [call]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    (text,) = shown([{"messages": messages}], tokenizer, chat_turns="last")
+    assert text.endswith("Let me see</s><assistant>[[Noon.</s>]]") and text.count("[[") == 1
 
 
 def test_marks_after_a_turn_belong_to_the_last_one(make_tokenizer: MakeTokenizer) -> None:
@@ -335,8 +403,8 @@ def test_contents_that_the_template_leaves_out_are_named(make_tokenizer: MakeTok
     ]
     found = tokenize([{"messages": messages}], make_tokenizer(template))
     assert found.ignored == {"messages.content beside tool_calls", "messages.content of role tool"}
-    mute = PLAIN.replace("{{ m.content }}", "{% if m.content != 'dos' %}{{ m.content }}{% endif %}")
-    with pytest.raises(UserError, match="leaves out the words of message 4"):
+    mute = PLAIN.replace("{{ m.content }}", "{{ '' if m.role == 'assistant' else m.content }}")
+    with pytest.raises(UserError, match="leaves out the words of message 2"):
         tokenize([TALK], make_tokenizer(mute + PROMPT))
 
 
@@ -357,6 +425,11 @@ def test_answers_without_an_end_token_are_counted(make_tokenizer: MakeTokenizer)
     rows = [TALK, chat("a", "b")]
     assert tokenize(rows, make_tokenizer(PLAIN + PROMPT)).endless == 0
     assert tokenize(rows, make_tokenizer(PLAIN.replace("</s>", "") + PROMPT)).endless == 2
+    assert tokenize(rows, make_tokenizer(PLAIN + PROMPT), max_length=28).endless == 0  # cut
+    tokenizer = make_tokenizer(PLAIN.replace("</s>", "<end>") + PROMPT)
+    tokenizer.add_tokens(["<end>"])  # not special, but the template writes it
+    assert tokenize(rows, tokenizer).endless == 0
+    assert shown(rows[1:], tokenizer) == ["<user>a<end>\n<assistant>[[b<end>]]\n"]
 
 
 def test_prompts_are_no_targets_where_the_data_says_otherwise(

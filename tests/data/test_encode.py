@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from scalora_dist.data.encode import Encoder, Part
-from scalora_dist.data.prompts import Texts
+from scalora_dist.data.encode import Encoder
+from scalora_dist.data.prompts import IGNORE, Part, Texts
 from scalora_dist.errors import UserError
 
 
@@ -37,10 +37,11 @@ def targets(parts: list[Part] | Texts, tokenizer: PreTrainedTokenizerBase) -> tu
     """The whole text, and the tokens of the targets."""
     encoder = Encoder(tokenizer)
     if isinstance(parts, Texts):
-        ids, is_target = encoder.encode_texts(parts)
+        ids, labels = encoder.encode_texts(parts)
     else:
-        ids, is_target = encoder.encode_parts(parts)
-    said = [i for i, hit in zip(ids, is_target, strict=True) if hit]
+        ids, labels = encoder.encode_parts(parts)
+    assert all(label in (i, IGNORE) for i, label in zip(ids, labels, strict=True))
+    said = [label for label in labels if label != IGNORE]
     return decoded(ids, tokenizer), tokenizer.convert_ids_to_tokens(said)
 
 

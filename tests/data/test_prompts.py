@@ -40,6 +40,7 @@ def refused(**columns: Any) -> str:
         {"messages": [USER | {"content": [{"type": "text", "text": "one"}]}, BOT]},
         {"messages": [USER | {"content": [{"type": "text", "text": "o"}, "ne"]}, BOT]},
         {"messages": [USER | {"name": None}, BOT | {"tool_calls": None, "weight": None}]},
+        {"messages": [USER | {"tool_calls": ""}, BOT | {"tool_calls": []}]},
     ],
 )
 def test_chats_of_all_spellings_are_the_same(columns: dict[str, Any]) -> None:
@@ -57,6 +58,13 @@ def test_a_turn_says_whether_it_is_a_target(key: str) -> None:
     assert "message 2 of 'messages': its weight is 0.5" in refused(
         messages=[USER, BOT | {"weight": 0.5}]
     )
+
+
+def test_a_turn_that_says_nothing_is_no_target() -> None:
+    empty: tuple[Any, ...] = ("", " \n", [])
+    for nothing in empty:
+        turn = {"role": "assistant", "content": nothing, "tool_calls": []}
+        assert read(messages=[USER, turn])[0].targets == [False, False]
 
 
 def test_a_system_column_opens_the_chat() -> None:
@@ -82,6 +90,12 @@ def test_a_system_column_opens_the_chat() -> None:
         {"from": "function_call", "value": '{"name": "clock", "arguments": {"city": "Oslo"}}'},
         {"role": "tool_call", "content": '[{"name": "clock", "arguments": {"city": "Oslo"}}]'},
         BOT | {"content": None, "function_call": CALL},
+        BOT | {"content": "", "tool_calls": [{"name": "clock", "parameters": {"city": "Oslo"}}]},
+        BOT
+        | {
+            "content": "",
+            "tool_calls": [{"function": {"name": "clock", "args": CALL["arguments"]}}],
+        },
     ],
 )
 def test_tool_calls_of_all_spellings_are_the_same(turn: dict[str, Any]) -> None:
@@ -160,7 +174,7 @@ def test_templates_fill_in_any_columns() -> None:
     assert row.ignored() == {"other"}
     with pytest.raises(UserError, match="'score' is null"):
         shape.read(Row({"#1 String": "", "a.b[0]": "", "score": None, "yes": ""}))
-    with pytest.raises(UserError, match="'score' is of type float"):
+    with pytest.raises(UserError, match="'score' is nan, which is no number"):
         shape.read(Row({"#1 String": "", "a.b[0]": "", "score": float("nan"), "yes": ""}))
     with pytest.raises(UserError, match=r"names no \{column\}"):
         from_templates("{a}", "yes")
