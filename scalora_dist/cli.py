@@ -120,7 +120,8 @@ def check_libraries(command: str) -> None:
 
 
 def train(words: Sequence[str], signals: StopSignals) -> None:
-    """Train and print the summary; with ``--dry_run``, plan the run on the ranks that are here.
+    """Train and print the summary; with ``--dry_run``, plan the run on the ranks that are here
+    (and show examples, if asked to).
 
     Args:
         words: the options.
@@ -134,6 +135,10 @@ def train(words: Sequence[str], signals: StopSignals) -> None:
 
         if is_rank_0():
             print(report(options, where_we_are()))
+            if options.data.show_examples:
+                from scalora_dist.training.feed import show_data
+
+                show_data(options)
         return
     signals.output_dir = Path(str(options.train.output_dir))
     run(options, signals)

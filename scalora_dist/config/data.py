@@ -29,8 +29,7 @@ class DataArguments(Group):
     )
     dataset_config_name: str | None = option(
         None,
-        "Subset of `dataset`, where it has several (a hub data set, or a folder with its "
-        "README.md).",
+        "Subset of `dataset`: of a hub data set, or of a folder whose README.md lists `configs`.",
         resume="warned",
     )
     dataset_split: str = option(
@@ -61,14 +60,14 @@ class DataArguments(Group):
     )
     eval_size: int = option(
         0,
-        "Examples to hold out of a shuffled `dataset`, or to take of `eval_dataset` "
-        "(0: hold out none, or take all).",
+        "Rows to hold out of a shuffled `dataset`, or to take of `eval_dataset` (0: hold out none, "
+        "or take all); a chat is a row, also if it makes several examples.",
         resume="warned",
         at_least=0,
     )
     column_names: list[str] = option(
         [],
-        "Names of the columns of CSV and TSV files that have no header line.",
+        "Names of the columns of CSV and TSV files that have no header line, in their order.",
         resume="warned",
     )
     prompt_template: str | None = option(
@@ -95,18 +94,22 @@ class DataArguments(Group):
     )
     show_examples: int = option(
         0,
-        "Training examples to print before training, with their targets marked.",
+        "Training examples to print before training, with their targets marked; with `dry_run` "
+        "no model is loaded.",
         resume="free",
         at_least=0,
     )
     max_length: int = option(
         1024,
-        "Tokens per example; longer ones are cut at the right.",
+        "Tokens per example; longer ones are cut at the right, and dropped if no target is left.",
         resume="warned",
         at_least=2,  # one of them is a target
     )
     train_on_prompt: bool = option(
-        False, "Make the prompt's tokens targets of the loss too.", resume="warned"
+        False,
+        "Make the prompt's tokens targets of the loss too; refused where the data says what is a "
+        "target.",
+        resume="warned",
     )
 
     def object_of(self, name: str) -> dict[str, Any]:

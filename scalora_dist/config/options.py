@@ -37,7 +37,8 @@ class LaunchArguments(Group):
     )
     dry_run: bool = option(
         False,
-        "Print what the run will need (as scalora plan), and end; loads no weights.",
+        "Print what the run will need (as scalora plan), and end; loads no weights, and no data "
+        "without `show_examples`.",
         resume="free",
     )
     local_rank: int = option(-1, "Set by the launcher.", resume="free")

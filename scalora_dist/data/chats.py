@@ -72,7 +72,7 @@ class ChatTemplate:
             return ChatExamples("all", [cut(whole, spans)], ignored)
         if self.turns == "all":
             raise UserError(
-                "the chat template renders turns differently once more follow: leave "
-                "--chat_turns all out, or set each"
+                "the chat template writes earlier turns otherwise once later ones follow, so one "
+                "example cannot hold all turns: use --chat_turns each"
             )
         return ChatExamples("each", [turn.parts for turn in turns], ignored)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +13,12 @@ from pathlib import Path
 from scalora_dist.data.text_lines import read_lines
 from scalora_dist.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 # The line where a record starts, and its cells.
 Record = tuple[int, list[str]]
 
 
 def read_table(
-    path: Path, label: str, delimiter: str, column_names: Sequence[str]
+    path: Path, label: str, delimiter: str, column_names: Sequence[str], notes: list[str]
 ) -> Iterator[tuple[str, int]]:
     """Yield each row as a JSON object, and the line where it starts.
 
@@ -32,12 +29,15 @@ def read_table(
         label: the file's name in messages.
         column_names: names of the columns, if the file has no header line. One that has just these
             names is a header all the same.
+        notes: gets what the user must know of how the file was read.
 
     Raises:
         UserError: two columns have the same name, quotes do not match, or a row has more or fewer
             cells than there are columns.
     """
     quoted = delimiter == "," or _has_quoted_cells(path, label, delimiter)
+    if not quoted:
+        notes.append("its quotes are read as text, as they do not enclose cells")
     lines = read_lines(path, label)
     records = _quoted_records(lines, label, delimiter) if quoted else _plain_records(lines)
     line, first = next(records, (0, []))
@@ -48,11 +48,12 @@ def read_table(
     elif not names:
         names, width_of = header, "the header has"
         if len(names) == 1 and re.search(r"[;\t]", names[0]):
-            raise UserError(f"{label}: its header has no {delimiter!r}, which separates the cells.")
+            separator = "comma" if delimiter == "," else "tab"
+            raise UserError(f"{label}: its header has no {separator} to separate the cells.")
     _check_names(names, "--column_names" if column_names else label)
     for row, (line, cells) in enumerate(records, start=1):
         if len(cells) != len(names):
-            count = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
+            count = f"it has {len(cells)} cell{'s' * (len(cells) != 1)}"
             raise UserError(f"{label}, row {row} (line {line}): {count}, {width_of} {len(names)}.")
         yield json.dumps(dict(zip(names, cells, strict=True))), line
 
@@ -73,10 +74,7 @@ def _has_quoted_cells(path: Path, label: str, delimiter: str) -> bool:
     """
     quoted = _even(_quoted_records(read_lines(path, label), label, delimiter))
     plain = _even(_plain_records(read_lines(path, label)))
-    if quoted and (plain is None or quoted[1] == 1 or plain[0] == quoted[0]):
-        return True
-    logger.warning("%s: its quotes are read as text, as they do not enclose cells.", label)
-    return False
+    return bool(quoted and (plain is None or quoted[1] == 1 or plain[0] == quoted[0]))
 
 
 def _even(records: Iterable[Record]) -> tuple[int, int] | None:

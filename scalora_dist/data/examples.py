@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from scalora_dist.config.data import DataArguments
+from scalora_dist.data.files import TABLES, kind_of
 from scalora_dist.data.prompts import Example, Row, Shape, from_templates, recognise
 from scalora_dist.data.rows import place, read_row
 from scalora_dist.errors import UserError
@@ -62,7 +64,9 @@ class Examples:
         try:
             return self._given or recognise(columns)
         except UserError as error:
-            raise UserError(f"{where}: {error}.") from None
+            hint = "; if it has no header line, give --column_names"
+            is_table = kind_of(Path(where)) in TABLES
+            raise UserError(f"{where}: {error}{hint * is_table}.") from None
 
 
 def _given_shape(args: DataArguments) -> Shape | None:

@@ -6,7 +6,6 @@ A file is of the kind that its name says, and its path is never a pattern.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
@@ -19,8 +18,6 @@ from scalora_dist.data.delimited import read_table
 from scalora_dist.data.rows import FROM_FILE, as_json
 from scalora_dist.data.text_lines import COMPRESSED, read_lines
 from scalora_dist.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 TEXT = ".txt"
 PARQUET = ".parquet"
@@ -54,11 +51,13 @@ def read_files(
     """
     for path, label in files:
         try:
-            examples = _read_file(Path(path), label, column_names)
+            notes: list[str] = []
+            examples = _read_file(Path(path), label, column_names, notes)
             columns = ""
             for row, (text, line) in enumerate(examples, start=1):
                 columns = columns or json.dumps([*json.loads(text)])
-                yield dict(zip(FROM_FILE, (text, label, row, line, columns), strict=True))
+                note = f"{label}: {'; '.join(notes)}" if notes else ""
+                yield dict(zip(FROM_FILE, (text, label, row, line, columns, note), strict=True))
         except UserError:
             raise
         # pyarrow and the libraries of archives raise errors of many types.
@@ -73,7 +72,9 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
 
 
-def _read_file(path: Path, label: str, column_names: Sequence[str]) -> Iterator[Located]:
+def _read_file(
+    path: Path, label: str, column_names: Sequence[str], notes: list[str]
+) -> Iterator[Located]:
     kind = kind_of(path)
     if kind is None:
         raise UserError(
@@ -81,9 +82,9 @@ def _read_file(path: Path, label: str, column_names: Sequence[str]) -> Iterator[
             f"all but the last with or without {', '.join(COMPRESSED)}."
         )
     if kind == PARQUET:
-        return _read_parquet(path, label)
+        return _read_parquet(path, notes)
     if kind in TABLES:
-        return read_table(path, label, TABLES[kind], column_names)
+        return read_table(path, label, TABLES[kind], column_names, notes)
     return _read_text(path, label) if kind == TEXT else _read_json(path, label, kind)
 
 
@@ -184,15 +185,16 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _read_parquet(path: Path, label: str) -> Iterator[Located]:
+def _read_parquet(path: Path, notes: list[str]) -> Iterator[Located]:
     """Read row by row, without the columns that are no text and no numbers, such as images."""
     # An open file: pyarrow would take some names, as those with a colon, for addresses.
     with path.open("rb") as stream:
         file = pyarrow.parquet.ParquetFile(stream)
-        names = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
-        for name, error in _unreadable(file, names).items():
-            logger.warning("%s: left out column %s (%s).", label, name, error)
-            names.remove(name)
+        left_out = {f.name: "it holds bytes" for f in file.schema_arrow if _holds_bytes(f.type)}
+        names = [field.name for field in file.schema_arrow if field.name not in left_out]
+        left_out |= _unreadable(file, names)
+        names = [name for name in names if name not in left_out]
+        notes += [f"its column {name} is left out ({why})" for name, why in left_out.items()]
         for batch in file.iter_batches(batch_size=100, columns=names):
             columns = [map(as_json, _values(column)) for column in batch.columns]
             for row in zip(*columns, strict=True):

@@ -92,7 +92,7 @@ def _find_by_name(folder: Path, label: str) -> Found:
         elif kind_of(path):
             data.append(path)
         else:
-            left_out.append((path, "of no known kind"))
+            left_out.append((path, "not a data file"))
     texts = [path for path in data if kind_of(path) == TEXT]
     if len(texts) < len(data):
         data = [path for path in data if path not in texts]
@@ -222,7 +222,7 @@ def _find_listed(folder: Path, label: str, subset: dict[str, Any]) -> Found:
     for split, paths in matches.items():
         matched = set(filter(_may_hold_data, paths))
         splits[split] = sorted(path for path in matched if kind_of(path))
-        left_out |= {path: "of no known kind" for path in matched if not kind_of(path)}
+        left_out |= {path: "not a data file" for path in matched if not kind_of(path)}
         if not splits[split]:
             raise UserError(
                 f"For {where}, README.md names the files {', '.join(map(str, patterns[split]))}, "

@@ -31,10 +31,12 @@ class Prepared:
         evaluation: evaluation examples, or None.
         truncated: number of truncated examples of both parts.
         dropped: number of examples of both parts that were left out because they have no target.
+        first_dropped: where the first of them stands, or "".
         turns: {"all", "last" or "each": number of examples of both parts that train on these turns
             of a chat}.
         endless: number of them that are whole and whose targets have no end token.
-        ignored: names of columns, of keys of messages and of options that had no effect.
+        ignored: names of columns, of keys of messages and of variables that were not used.
+        without_effect: names of options that were set and had no effect.
         repeated: number of evaluation examples whose token ids are also a training example's.
         checksum: 32 hexadecimal digits, the same where both parts have the same ids and labels.
     """
@@ -43,9 +45,11 @@ class Prepared:
     evaluation: Dataset | None
     truncated: int
     dropped: int
+    first_dropped: str
     turns: dict[str, int]
     endless: int
     ignored: list[str]
+    without_effect: list[str]
     repeated: int
     checksum: str
 
@@ -96,12 +100,16 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
 
     turns = sum((Counter(part.turns) for part in parts), Counter())
     ignored = set().union(*(part.ignored for part in parts))
+    without_effect = set()
     if not turns:
-        for option in ("chat_turns", "chat_template_kwargs"):
-            if getattr(args, option) != getattr(DataArguments, option):
-                ignored.add(f"--{option}")
-    if args.column_names and not any(kind_of(Path(file)) in TABLES for file in files):
-        ignored.add("--column_names")
+        without_effect |= {"chat_turns", "chat_template_kwargs"}
+    if not any(kind_of(Path(file)) in TABLES for file in files):
+        without_effect.add("column_names")
+    if args.eval_dataset is None:
+        without_effect |= {"eval_dataset_split", "eval_dataset_config_name"}
+    if not name.startswith(PREFIX):
+        without_effect.add("dataset_size")
+    default = DataArguments()
     rows = row_hashes(train)
     held_out = row_hashes(evaluation) if evaluation is not None else rows[:0]
     repeated = count_repeated(rows, held_out)
@@ -115,9 +123,13 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         evaluation,
         truncated=sum(part.truncated for part in parts),
         dropped=sum(part.dropped for part in parts),
+        first_dropped=next((part.first_dropped for part in parts if part.dropped), ""),
         turns=dict(turns),
         endless=sum(part.endless for part in parts),
         ignored=sorted(ignored),
+        without_effect=sorted(
+            name for name in without_effect if getattr(args, name) != getattr(default, name)
+        ),
         repeated=repeated,
         checksum=checksum(rows, held_out),
     )

@@ -102,9 +102,9 @@ def recognise(columns: Iterable[str]) -> Shape:
             return shape
     known = "; ".join(" + ".join(shape.columns) for shape in SHAPES)
     raise UserError(
-        f"the columns {', '.join(columns) or '(none)'} are no known layout of examples: name the "
-        "text with --prompt_template and --completion_template (and the columns with "
-        f"--column_names, if the file has no header line), or rename them to one of: {known}"
+        f"the columns {', '.join(columns) or '(none)'} are no known layout of examples: write the "
+        "text with --prompt_template and --completion_template, or rename the columns to one of: "
+        f"{known}"
     )
 
 
@@ -154,17 +154,17 @@ def _as_text(row: Row, name: str) -> str:
         raise UserError(f"the field {name!r} is {value}, which is no number")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    return _text(row, name)
+    return _text(row, name, "a string or a number")
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: Row, name: str, wanted: str = "a string") -> str:
     value = row.get(name)
     if isinstance(value, str):
         return value
     if name not in row:
         raise UserError(f"the field {name!r} is missing; there are: {', '.join(row)}")
     found = "null" if value is None else f"of type {type(value).__name__}"
-    raise UserError(f"the field {name!r} is {found}, it must be a string")
+    raise UserError(f"the field {name!r} is {found}, it must be {wanted}")
 
 
 def _optional_text(row: Row, name: str) -> str:
@@ -231,11 +231,9 @@ def _read_tokens(row: Row) -> Tokens:
     mask = [1] * len(ids) if mask is None else mask
     if not isinstance(mask, list) or any(seen not in (0, 1) for seen in mask):
         raise UserError("the field 'attention_mask' must be a list of 0 and 1")
-    if not len(ids) == len(labels) == len(mask):
-        raise UserError(
-            f"it has {len(ids)} input_ids, {len(labels)} labels and {len(mask)} numbers of "
-            "attention_mask: they must be as many"
-        )
+    for name, other in (("labels", labels), ("attention_mask", mask)):
+        if len(other) != len(ids):
+            raise UserError(f"it has {len(ids)} input_ids, but {len(other)} {name}")
     if _match(labels, ids[1:]) and not _match(labels, ids):
         raise UserError("its labels are shifted by one token: leave that to the loss")
     kept = [k for k, seen in enumerate(mask) if seen]  # the rest is padding

@@ -108,7 +108,8 @@ class Renderings:
         for call in calls:
             if (name := call["function"]["name"]) not in said:
                 raise UserError(
-                    f"the chat template leaves out the call of {name!r} in message {index + 1}"
+                    f"the chat template leaves out the call of {name!r} in message {index + 1}: "
+                    "use a model whose template writes calls, or leave the turn out"
                 )
         if not _holds(said, message["content"]) and self._around(index + 1) is None:
             if not calls:
@@ -221,7 +222,9 @@ class Renderings:
         keys -= {"role", "content", "tool_call_id"}  # the last is no text
         if any(name in self._source for name in REASONING):
             keys -= {*REASONING}
-        names = {f"messages.{key}": key for key in keys} | {key: key for key in self._options}
+        names = {f"messages.{key}": key for key in keys} | {
+            f"chat_template_kwargs.{key}": key for key in self._options
+        }
         if self._tools:
             names["tools"] = "tools"
         known = {*re.findall(r"\w+", self._source)}

@@ -17,6 +17,7 @@ FROM_FILE = Features(
         "row": Value("int64"),  # counted from 1 within the file
         "line": Value("int64"),  # counted from 1; 0: the file has no lines
         "columns": Value("string"),  # names of the columns of the file's first row, as a JSON list
+        "note": Value("string"),  # what the user must know of how the file was read
     }
 )
 

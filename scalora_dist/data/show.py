@@ -19,16 +19,17 @@ def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: i
     count = min(count, len(dataset))
     shown = []
     for number, example in enumerate(dataset.select(range(count)), start=1):
-        tokens = list(zip(example["input_ids"], example["labels"], strict=True))
+        # The first token is never predicted, so it is no target whatever its label.
+        targets = [k > 0 and label != IGNORE for k, label in enumerate(example["labels"])]
         pieces, done, text = [], 0, ""
-        for hit, run in groupby(tokens, key=lambda token: token[1] != IGNORE):
+        for hit, run in groupby(targets):
             done, before = done + len([*run]), text
             # From the start: some tokenizers take a text's first blank for one of their own.
             text = decode(tokenizer, example["input_ids"][:done])
             pieces.append(f"[[{text[len(before) :]}]]" if hit else text[len(before) :])
         cut = ", cut" if example["truncated"] else ""
         shown.append(
-            f"--- example {number} of {len(dataset)}: {len(tokens)} tokens{cut}, "
+            f"--- example {number} of {len(dataset)}: {len(targets)} tokens{cut}, "
             f"{example['target_tokens']} of them targets, in [[ ]]\n{''.join(pieces)}"
         )
     return "\n".join(shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from scalora_dist.data.files import kind_of, read_files, reason
 from scalora_dist.data.folders import find_splits, match_split
 from scalora_dist.data.generated import PREFIX, generate_examples
 from scalora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def load_examples(
@@ -110,12 +113,15 @@ def _load_files(
         stats = [path.stat() for path, _ in paths]
         # A file can be written again with its old size and time of modification.
         stamps = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
-        return Dataset.from_generator(
+        dataset = Dataset.from_generator(
             read_files,
             features=rows.FROM_FILE,
             gen_kwargs=call,
             fingerprint=Hasher.hash([call, stamps, code]),
         )
+    for note in filter(None, dataset.unique("note")):  # said each time, also of cached rows
+        logger.warning("%s.", note)
+    return dataset
 
 
 def _load_folder(

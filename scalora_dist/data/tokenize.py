@@ -50,6 +50,7 @@ class Tokenized:
         dataset: token columns.
         truncated: number of truncated examples.
         dropped: number of examples that were left out because they have no target.
+        first_dropped: where the first of them stands, or "".
         turns: {"all", "last" or "each": number of examples that train on these turns of a chat}.
         endless: number of examples of chats that are whole and whose targets have no end token.
         ignored: names of columns, and of keys of messages, that hold something and were not used.
@@ -58,6 +59,7 @@ class Tokenized:
     dataset: Dataset
     truncated: int
     dropped: int
+    first_dropped: str
     turns: dict[str, int]
     endless: int
     ignored: set[str]
@@ -119,15 +121,18 @@ def tokenize_examples(
     dropped = len(tokenized) - len(kept)
     if len(kept) == 0:
         raise UserError(
-            f"No example has a target token: each completion is empty, lies beyond max_length = "
-            f"{args.max_length} tokens, or is no assistant's."
+            f"No example of {name} has a target token: completions are empty, or lie beyond "
+            f"--max_length {args.max_length}, or no turn of the role assistant is to be trained "
+            "on, or all labels are -100."
         )
     ignored = {name for names in tokenized.unique("ignored") for name in names.splitlines()}
     found = tokenized.select(kept) if dropped else tokenized
     turns = Counter(found["turns"][:])
     del turns[""]
     endless = sum(turns.values()) - int(np.sum(found["stops"][:]))
-    return Tokenized(found, truncated, dropped, dict(turns), endless, ignored)
+    gone = np.flatnonzero(np.asarray(tokenized["target_tokens"][:]) == 0)[:1]
+    first_dropped = tokenized[int(gone[0])]["place"] if dropped else ""
+    return Tokenized(found, truncated, dropped, first_dropped, dict(turns), endless, ignored)
 
 
 def _tokenize_rows(
@@ -194,10 +199,10 @@ def _encode(example: Example, encoder: Encoder, template: ChatTemplate) -> _Enco
         return _Encoded([partial(encoder.encode_texts, example)])
     if isinstance(example, Tokens):
         if encoder.train_on_prompt and IGNORE in example.labels:
-            raise UserError("its labels say what is a target: leave --train_on_prompt out")
+            raise UserError("it has labels, so --train_on_prompt cannot be used")
         return _Encoded([lambda: (example.ids, example.labels)])
     if encoder.train_on_prompt and example.excludes:
-        raise UserError("a weight or train of it excludes a turn: leave --train_on_prompt out")
+        raise UserError("it sets weight or train of a turn, so --train_on_prompt cannot be used")
     made = template.examples(example)
     texts = [partial(encoder.encode_parts, text) for text in made.texts]
     return _Encoded([*texts], made.turns, example.ignored | made.ignored)

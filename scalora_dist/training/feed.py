@@ -9,19 +9,20 @@ from functools import partial
 
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scalora_dist.config.data import DataArguments
 from scalora_dist.config.options import Options
 from scalora_dist.data.batches import GlobalBatches, RankBatches
 from scalora_dist.data.collate import Collator
-from scalora_dist.data.prepare import prepare_data
+from scalora_dist.data.prepare import Prepared, prepare_data
 from scalora_dist.data.show import show_examples
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.methods.init.samples import SamplePass
 from scalora_dist.modeling.load import load_tokenizer
 from scalora_dist.modeling.loss import TargetLoss
-from scalora_dist.modeling.tables import check_fits, read_tables
+from scalora_dist.modeling.tables import Tables, check_fits, read_tables
 from scalora_dist.training.summary import CHAT_TURNS
 
 logger = logging.getLogger(__name__)
@@ -105,29 +106,63 @@ class DataFeed:
         if not self.world.agree(int(data.checksum[:13], 16)):
             raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
         self.world.main_only(self._check_fits)
-        for turns, examples in data.turns.items():
-            logger.info("chats: %d example(s) train on %s", examples, CHAT_TURNS[turns])
-        if data.endless:
-            logger.warning(
-                "%d example(s) of chats have no end token: the model does not learn to stop",
-                data.endless,
-            )
-        if data.ignored:
-            logger.warning("not used of the data: %s", ", ".join(data.ignored))
-        if data.truncated:
-            length = self.options.data.max_length
-            logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, length)
-        if data.dropped:
-            logger.warning("%d example(s) without a target token: dropped", data.dropped)
-        if data.repeated:
-            assert data.evaluation is not None
-            logger.warning(
-                "%d of %d evaluation examples are also training examples (same tokens)",
-                data.repeated,
-                len(data.evaluation),
-            )
+        warn_of(data, self.options.data)
 
     def _check_fits(self) -> None:
-        for part in (self.data.train, self.data.evaluation):
-            if part is not None:
-                check_fits(self.tables, part, self.tokenizer)
+        check_parts(self.data, self.tables, self.tokenizer)
+
+
+def show_data(options: Options) -> None:
+    """Print the first examples that a run would train on. Loads no model.
+
+    Raises:
+        UserError: a mistake in the data or its options.
+    """
+    tokenizer, tables = load_tokenizer(options.model), read_tables(options.model)
+    data = prepare_data(options.data, tokenizer, options.train.seed)
+    check_parts(data, tables, tokenizer)
+    warn_of(data, options.data)
+    print(show_examples(data.train, tokenizer, options.data.show_examples))
+
+
+def check_parts(data: Prepared, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the model has rows and positions for both parts of the data.
+
+    Raises:
+        UserError: it has not.
+    """
+    for part in (data.train, data.evaluation):
+        if part is not None:
+            check_fits(tables, part, tokenizer)
+
+
+def warn_of(data: Prepared, args: DataArguments) -> None:
+    """Say how the data was read, and warn of what is odd in it."""
+    for turns, examples in data.turns.items():
+        logger.info("chats: targets of %d example(s) are %s", examples, CHAT_TURNS[turns])
+    if data.endless:
+        logger.warning(
+            "%d example(s) of chats have no end token: the model does not learn to stop",
+            data.endless,
+        )
+    if data.ignored:
+        logger.warning("in the data, but not used: %s", ", ".join(data.ignored))
+    if data.without_effect:
+        logger.warning(
+            "options without effect: %s", ", ".join(f"--{n}" for n in data.without_effect)
+        )
+    if data.truncated:
+        logger.warning("%d example(s) longer than %d tokens: cut", data.truncated, args.max_length)
+    if data.dropped:
+        logger.warning(
+            "%d example(s) without a target token: dropped; the first is %s",
+            data.dropped,
+            data.first_dropped,
+        )
+    if data.repeated:
+        assert data.evaluation is not None
+        logger.warning(
+            "%d of %d evaluation examples are also training examples (same tokens)",
+            data.repeated,
+            len(data.evaluation),
+        )

@@ -11,7 +11,7 @@ from scalora_dist.config.options import Options
 from scalora_dist.training.evaluate import Evaluation
 
 CHAT_TURNS = {
-    "all": "all assistant turns",
+    "all": "every assistant turn",
     "last": "the last assistant turn",
     "each": "one assistant turn each",
 }
@@ -148,8 +148,8 @@ def render(summary: dict[str, Any]) -> str:
         columns = f"{least} to {most}, mean {mean:.0f} columns"
         rows.append(("carry", f"{columns}; lost at most {carry['lost_max']:.1e} of an update"))
     if turns := summary["chat_turns"]:
-        examples = ", ".join(f"{n:,} train on {CHAT_TURNS[name]}" for name, n in turns.items())
-        rows.append(("examples made of chats", examples))
+        targets = ", ".join(f"{CHAT_TURNS[name]} ({n:,})" for name, n in turns.items())
+        rows.append(("targets of chats (examples)", targets))
     rows.append(("trained parameters", f"{summary['trained_parameters']:,}"))
     own = summary["method_share"]
     share = f", {summary['method']}'s own work {own:.1%} of it" if own else ""

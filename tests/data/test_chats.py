@@ -133,7 +133,7 @@ def test_a_template_that_forgets_makes_an_example_of_each_turn(
     assert shown([TALK], tokenizer) == each
     found = tokenize([TALK, chat("x", "y")], tokenizer)
     assert found.turns == {"each": 3} and found.dataset["row"][:] == [0, 0, 1]
-    with pytest.raises(UserError, match=r"the data set, row 1: .*--chat_turns all"):
+    with pytest.raises(UserError, match=r"the data set, row 1: .*--chat_turns each"):
         tokenize([TALK], tokenizer, chat_turns="all")
 
 
@@ -197,7 +197,7 @@ def test_tools_and_template_options_reach_the_template(make_tokenizer: MakeToken
     row = chat("a", "b", tools=TOOLS, chat_template_kwargs={"mood": "sad", "unknown": 1})
     (text,) = shown([row], tokenizer)
     assert text.startswith('[{"type": "function", "function": {"name": "clock"') and "]sad<" in text
-    assert tokenize([row], tokenizer).ignored == {"unknown"}
+    assert tokenize([row], tokenizer).ignored == {"chat_template_kwargs.unknown"}
     given = {"chat_template_kwargs": '{"mood": "glad"}'}
     (text,) = shown([chat("a", "b", tools=TOOLS)], tokenizer, **given)
     assert "]glad<" in text
@@ -439,7 +439,7 @@ def test_prompts_are_no_targets_where_the_data_says_otherwise(
     assert shown([row], make_tokenizer(PLAIN + PROMPT), train_on_prompt=True)[0].startswith("[[<us")
     row["messages"][1]["weight"] = 0
     for given in (row, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}):
-        with pytest.raises(UserError, match=r"row 1: .*leave --train_on_prompt out"):
+        with pytest.raises(UserError, match=r"row 1: .*--train_on_prompt cannot be used"):
             tokenize([given], make_tokenizer(PLAIN + PROMPT), train_on_prompt=True)
 
 

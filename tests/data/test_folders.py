@@ -85,7 +85,7 @@ def test_what_is_left_out_is_named_each_time(
         assert splits(folder) == {"test": ["test.jsonl"], "train": ["train.jsonl"]}
         (record,) = caplog.records
         assert record.getMessage() == (
-            "the/folder: left out old.zip (of no known kind), notes.txt (text beside data files of "
+            "the/folder: left out old.zip (not a data file), notes.txt (text beside data files of "
             "other kinds), more.jsonl (its name tells no split)."
         )
         caplog.clear()

@@ -80,6 +80,7 @@ def test_named_evaluation_data_and_counts(
     few = prepare(tokenizer, eval_size=2, **fields).evaluation
     assert few is not None and len(few) == 2
     data = prepare(tokenizer, **{**fields, "max_length": 3})
+    assert data.first_dropped == f"{numbers}, row 11"
     assert (data.truncated, data.dropped) == (30 + 3, 20)
 
 
@@ -269,15 +270,27 @@ def test_options_without_effect_are_named(
     tokenizer: PreTrainedTokenizerBase, numbers: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
-        "chat_turns": "each",
         "chat_template_kwargs": '{"a": 1}',
+        "chat_turns": "each",
         "column_names": ["a"],
+        "dataset_size": 5,
+        "eval_dataset_config_name": "x",
+        "eval_dataset_split": "dev",
     }
-    found = prepare(tokenizer, dataset=numbers, **options).ignored
-    assert found == ["--chat_template_kwargs", "--chat_turns", "--column_names"]
+    assert prepare(tokenizer, dataset=numbers, **options).without_effect == sorted(options)
     (tmp_path / "d.csv").write_text("text\nb\n")
     data = prepare(tokenizer, dataset=str(tmp_path / "d.csv"), column_names=["text"])
-    assert data.ignored == [] and texts(data.train, tokenizer) == ["b</s>"]
+    assert data.without_effect == [] and texts(data.train, tokenizer) == ["b</s>"]
+
+
+def test_what_a_file_was_read_as_is_said_each_time(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "d.tsv").write_text('text\tn\n"a\t1\nb\t2\n')
+    for _ in range(2):  # the second time from the cache
+        prepare(tokenizer, dataset=str(tmp_path / "d.tsv"))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("d.tsv: its quotes are read as text" in line for line in said)
 
 
 def test_names_with_halves_of_characters_do_no_harm(

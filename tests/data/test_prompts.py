@@ -211,7 +211,7 @@ def test_tokens_are_taken_as_they_are() -> None:
         ({"input_ids": [1, 2**31]}, "'input_ids'"),
         ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "a list of 0 and 1"),
         ({"input_ids": "text"}, "'input_ids'"),
-        ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids, 1 labels"),
+        ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids, but 1 labels"),
         ({"input_ids": [1, 2], "labels": [-100, -200]}, "'labels'"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "shifted"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "between tokens"),

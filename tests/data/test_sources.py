@@ -210,7 +210,11 @@ def test_the_cache_is_used_until_something_changes(
         ("d.jsonl", '{"text": "a\u2028b"}\n7\n', "d.jsonl, line 2: not a JSON object"),
         ("d.json", '[\n{"text": "a"},\n{"text": }\n]\n', "d.json, line 3: malformed"),
         ("d.json", '{"text": "a"}\n{"text" "b"}\n', "d.json, line 2: malformed"),
-        ("d.csv", "text,b\n1,2\n3,4,5\n", "d.csv, row 2 (line 3): 3 cells, the header has 2"),
+        (
+            "d.csv",
+            "text,b\n1,2\n3,4,5\n",
+            "d.csv, row 2 (line 3): it has 3 cells, the header has 2",
+        ),
         ("d.parquet", "no parquet", "d.parquet cannot be read: "),
     ],
 )

@@ -152,7 +152,7 @@ def tokenize(
             dict(
                 zip(
                     FROM_FILE,
-                    (json.dumps(row), "d.jsonl", number, number, '["messages"]'),
+                    (json.dumps(row), "d.jsonl", number, number, '["messages"]', ""),
                     strict=True,
                 )
             )

@@ -151,7 +151,7 @@ def test_truncated_and_dropped_are_counted(tokenizer: PreTrainedTokenizerBase) -
     ]
     assert result.dataset["target_tokens"][:] == [3, 3]
     assert result.dataset["truncated"][:] == [False, True]
-    assert "max_length = 3" in refused(rows, tokenizer, max_length=3)
+    assert "--max_length 3" in refused(rows, tokenizer, max_length=3)
 
 
 def test_text_that_is_not_utf8_is_refused(

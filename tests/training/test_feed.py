@@ -102,4 +102,4 @@ def test_chats_are_said_in_the_log_and_the_summary(
     )
     ((_, summary, warned),) = ranks(1).run(tiny_runs.train, case)
     assert summary["chat_turns"] == {"each": 6} and summary["steps"] == 6
-    assert [line for line in warned if "not used" in line] == ["not used of the data: source"]
+    assert [line for line in warned if "not used" in line] == ["in the data, but not used: source"]
