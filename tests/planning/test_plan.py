@@ -234,8 +234,8 @@ def test_the_papers_models_are_planned(model: str) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(task: Path, tmp_path: Path) -> None:
-    """For the ranks of the launcher's environment."""
-    case = tiny_runs.options(task, tmp_path / "run", "zero3", dry_run=True)
+    """For the ranks of the launcher's environment. It shows examples, if asked to."""
+    case = tiny_runs.options(task, tmp_path / "run", "zero3", dry_run=True, show_examples=2)
     done = subprocess.run(
         [sys.executable, "launch/train.py", *runs.words(case)],
         cwd=ROOT,
@@ -248,6 +248,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(task: Path, tmp_path: Path
         timeout=240,
     )
     assert "2 node(s) × 2" in done.stdout and "gathered weights" in done.stdout
+    assert "--- example 2 of " in done.stdout and "[[" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
