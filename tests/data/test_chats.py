@@ -1,4 +1,4 @@
-"""What of a chat is a target; see test_stock_templates for the templates of real models."""
+"""What of a chat is a target; see test_stock_templates for those of real models."""
 
 from __future__ import annotations
 
