@@ -24,7 +24,7 @@ from scalora_dist.errors import UserError
 Form: TypeAlias = Callable[[list[Message]], list[Message]]
 Span: TypeAlias = tuple[int, int]  # begin and end in a text
 MARK = "WORDS\ue000"  # stands for a message's content, to find it in a rendering
-CLOSED = "</think>"  # the end of a thought
+OPENED, CLOSED = "<think>", "</think>"  # around a thought
 END = 30  # characters of a content that are looked for in a rendering
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers sets all of them
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -142,14 +142,16 @@ class Renderings:
             return answered.removeprefix(asked)
         # The generation prompt opens the turn, such as with <think>: then the turn's content and
         # what the template writes after it.
+        closed = prompt.rstrip().endswith(CLOSED)  # or opens and closes one
         around = self._around(index + 1)
         if around is None:  # a call without words
-            return answered[_common(asked, answered) :]
+            calls = answered[_common(asked, answered) :]
+            return calls.rpartition(CLOSED)[2].lstrip("\n") if closed else calls
         words = _unopened(self.messages[index]["content"], prompt)
-        if prompt.rstrip().endswith(CLOSED) and CLOSED in words:
+        if closed and words.lstrip().startswith(OPENED):
             words = words.rpartition(CLOSED)[2].lstrip("\n")
             self.ignored.add(f"messages.content before {CLOSED}")
-        return words + around[1] if words.strip() else around[1].lstrip()
+        return words + around[1]
 
     def _marked_turn(self, index: int) -> Turn:
         full = self._first(index + 1)
@@ -172,14 +174,18 @@ class Renderings:
         return _turn(full.text, spans)
 
     def _with_mark(self, count: int) -> list[Message]:
-        """The first ``count`` messages, with `MARK` as the content of the last one."""
-        return [*self.messages[: count - 1], self.messages[count - 1] | {"content": MARK}]
+        """The first ``count`` messages, with `MARK` as the content of the last one that has one."""
+        last = next((k for k in reversed(range(count)) if self.messages[k]["content"].strip()), 0)
+        marked = self.messages[last] | {"content": MARK}
+        return [*self.messages[:last], marked, *self.messages[last + 1 : count]]
 
     def _around(self, count: int) -> tuple[str, str] | None:
         """The texts before and after the content of the last of the first ``count`` messages.
 
-        None if the template leaves it out.
+        None if it has none, or the template leaves it out.
         """
+        if not self.messages[count - 1]["content"].strip():
+            return None
         header, found, end = self._render(self._with_mark(count)).text.rpartition(MARK)
         return (header, end) if found else None
 
@@ -207,8 +213,11 @@ class Renderings:
 
     def _suits(self) -> bool:
         """Whether the template writes contents, and arguments not as Python does."""
-        contents = [message | {"content": MARK} for message in self.messages]
-        if MARK not in self._render(contents).text:
+        contents = [
+            message | {"content": MARK} if message["content"].strip() else message
+            for message in self.messages
+        ]
+        if contents != self.messages and MARK not in self._render(contents).text:
             return False
         probe = {MARK: ""}
         calls = any("tool_calls" in message for message in self.messages)

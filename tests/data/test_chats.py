@@ -329,13 +329,30 @@ def test_calls_without_words_after_a_thought_that_the_prompt_opens(
     assert opened.startswith("<assistant>[[clock</s>]]\n<user>x")
 
 
+def test_calls_that_may_have_no_words_are_probed_without_any(make_tokenizer: MakeTokenizer) -> None:
+    """Two calls in a row, and a template that refuses words beside one."""
+    strict = "{% if m.tool_calls and m.content %}{{ raise_exception('both') }}{% endif %}"
+    template = CALLING.replace("ARGUMENTS", "").replace(
+        "{{ m.content }}", strict + "{{ m.content }}"
+    )
+    tokenizer = make_tokenizer("{{ messages | length }}" + template)
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": "clock"}}]}
+    messages = [{"role": "user", "content": "a"}, turn, turn]
+    assert shown([{"messages": messages}], tokenizer) == [
+        "1<user>a</s>\n<assistant>[[clock</s>]]\n",
+        "2<user>a</s>\n<assistant>clock</s>\n<assistant>[[clock</s>]]\n",
+    ]
+
+
 def test_a_thought_after_a_closed_one_is_left_out(make_tokenizer: MakeTokenizer) -> None:
     closed = PROMPT.replace("<assistant>", "<assistant><think></think>")
     rows = [chat("one", "<think>hm</think>uno")]
     found = tokenize(rows, make_tokenizer(PLAIN + closed))
     assert found.ignored == {"messages.content before </think>"}
+    rows.append(chat("one", "</think> ends a thought"))  # this one is no thought
     assert shown(rows, make_tokenizer(PLAIN + closed)) == [
-        "<user>one</s>\n<assistant><think></think>[[uno</s>]]\n"
+        "<user>one</s>\n<assistant><think></think>[[uno</s>]]\n",
+        "<user>one</s>\n<assistant><think></think>[[</think> ends a thought</s>]]\n",
     ]
 
 
