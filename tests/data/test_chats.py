@@ -349,10 +349,10 @@ def test_a_thought_after_a_closed_one_is_left_out(make_tokenizer: MakeTokenizer)
     rows = [chat("one", "<think>hm</think>uno")]
     found = tokenize(rows, make_tokenizer(PLAIN + closed))
     assert found.ignored == {"messages.content before </think>"}
-    rows.append(chat("one", "</think> ends a thought"))  # this one is no thought
+    rows.append(chat("one", "A </think> ends it"))  # this one is no thought
     assert shown(rows, make_tokenizer(PLAIN + closed)) == [
         "<user>one</s>\n<assistant><think></think>[[uno</s>]]\n",
-        "<user>one</s>\n<assistant><think></think>[[</think> ends a thought</s>]]\n",
+        "<user>one</s>\n<assistant><think></think>[[A </think> ends it</s>]]\n",
     ]
 
 
