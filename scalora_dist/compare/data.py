@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from scalora_dist.errors import UserError
 
 SEED = 0  # of the shuffle before the cut, and of generated tasks
 CUT = "cut.json"
+CONTENT = "_content"  # a column of the uncut data
 logger = logging.getLogger(__name__)
 
 
@@ -105,9 +105,9 @@ def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
                 f"{setup.test_dataset} has {len(test)} examples: set test_size to at most that"
             )
         test = test.take(study.test_size)
-    apart = _without(examples, test, source)
+    apart = _without(examples, test)
     validation = apart.take(study.validation_size)
-    train = _without(apart.skip(study.validation_size), validation, source)
+    train = _without(apart.skip(study.validation_size), validation)
     left_out = len(examples) - len(validation) - len(train)
     if not len(train):
         raise UserError(
@@ -122,24 +122,14 @@ def _cut(study: Study, setup: Setup) -> dict[str, Dataset]:
             left_out,
             found,
         )
-    return {"train": train, "validation": validation, "test": test}
+    parts = {"train": train, "validation": validation, "test": test}
+    return {name: part.remove_columns(CONTENT) for name, part in parts.items()}
 
 
-def _without(examples: Dataset, held_out: Dataset, args: DataArguments) -> Dataset:
+def _without(examples: Dataset, held_out: Dataset) -> Dataset:
     """``examples`` but for those that a model reads as one of ``held_out``."""
-    known = set(_contents(held_out, args))
-    kept = [i for i, content in enumerate(_contents(examples, args)) if content not in known]
-    return examples.select(kept)
-
-
-def _contents(examples: Dataset, args: DataArguments) -> Iterator[int]:
-    """A hash of each example's prompt and target, whatever other columns it has.
-
-    Raises:
-        UserError: an example is malformed.
-    """
-    reader = Examples(examples, "the data", args)
-    return (hash(repr(reader.read(row, k)[1])) for k, row in enumerate(examples))
+    known = set(held_out[CONTENT][:])
+    return examples.select([k for k, each in enumerate(examples[CONTENT][:]) if each not in known])
 
 
 def _shuffled(
@@ -151,6 +141,11 @@ def _shuffled(
     *,
     seed: int,
 ) -> Dataset:
+    """The shuffled examples, each with a hash of its prompt and target in the column `CONTENT`.
+
+    Raises:
+        UserError: an example is malformed. It is named by its place before the shuffle.
+    """
     examples = load_examples(
         name,
         split=split,
@@ -161,6 +156,5 @@ def _shuffled(
         task_options=task_options,
     )
     reader = Examples(examples, name, source)
-    for index, row in enumerate(examples):  # a bad row is named by its place before the shuffle
-        reader.read(row, index)
-    return examples.shuffle(seed=SEED)
+    contents = [hash(repr(reader.read(row, k)[1])) for k, row in enumerate(examples)]
+    return examples.add_column(CONTENT, contents).shuffle(seed=SEED)

@@ -95,7 +95,7 @@ def _find_by_name(folder: Path, label: str) -> Found:
             left_out.append((path, "not a data file"))
     texts = [path for path in data if kind_of(path) == TEXT]
     if len(texts) < len(data):
-        data = [path for path in data if path not in texts]
+        data = [path for path in data if kind_of(path) != TEXT]
         left_out += [(path, "text beside data files of other kinds") for path in texts]
     splits: dict[str, list[Path]] = {}
     without: list[Path] = []
@@ -109,10 +109,12 @@ def _find_by_name(folder: Path, label: str) -> Found:
     if not splits:
         raise UserError(f"The folder {label} holds no {', '.join(KINDS)} files.")
     for split, paths in splits.items():
-        once = {path.resolve(): path for path in reversed(paths)}  # a link may name a file again
-        twice = [path for path in paths if path not in once.values()]
-        left_out += [(path, f"the same file as {once[path.resolve()].name}") for path in twice]
-        splits[split] = [path for path in paths if path not in twice]
+        first: dict[Path, Path] = {}  # a link may name a file again
+        for path in paths:
+            same = first.setdefault(path.resolve(), path)
+            if same is not path:
+                left_out.append((path, f"the same file as {same.name}"))
+        splits[split] = list(first.values())
     return splits, left_out
 
 

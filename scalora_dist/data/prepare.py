@@ -100,16 +100,6 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
 
     turns = sum((Counter(part.turns) for part in parts), Counter())
     ignored = set().union(*(part.ignored for part in parts))
-    without_effect = set()
-    if not turns:
-        without_effect |= {"chat_turns", "chat_template_kwargs"}
-    if not any(kind_of(Path(file)) in TABLES for file in files):
-        without_effect.add("column_names")
-    if args.eval_dataset is None:
-        without_effect |= {"eval_dataset_split", "eval_dataset_config_name"}
-    if not name.startswith(PREFIX):
-        without_effect.add("dataset_size")
-    default = DataArguments()
     rows = row_hashes(train)
     held_out = row_hashes(evaluation) if evaluation is not None else rows[:0]
     repeated = count_repeated(rows, held_out)
@@ -127,12 +117,29 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         turns=dict(turns),
         endless=sum(part.endless for part in parts),
         ignored=sorted(ignored),
-        without_effect=sorted(
-            name for name in without_effect if getattr(args, name) != getattr(default, name)
-        ),
+        without_effect=_without_effect(args, files, has_chats=bool(turns)),
         repeated=repeated,
         checksum=checksum(rows, held_out),
     )
+
+
+def _without_effect(args: DataArguments, files: set[str], *, has_chats: bool) -> list[str]:
+    """Names of the options that are set, but that nothing of this data reads.
+
+    Args:
+        files: names of the files of the data.
+    """
+    unread = set()
+    if not has_chats:
+        unread |= {"chat_turns", "chat_template_kwargs"}
+    if not any(kind_of(Path(file)) in TABLES for file in files):
+        unread.add("column_names")
+    if args.eval_dataset is None:
+        unread |= {"eval_dataset_split", "eval_dataset_config_name"}
+    if not str(args.dataset).startswith(PREFIX):
+        unread.add("dataset_size")
+    default = DataArguments()
+    return sorted(name for name in unread if getattr(args, name) != getattr(default, name))
 
 
 def _overlap(one: str, other: str) -> bool:

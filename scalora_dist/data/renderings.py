@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -85,11 +86,11 @@ class Renderings:
             self._source = tokenizer.get_chat_template(None, tools=chat.tools)
         except ValueError as error:  # several templates, and none is the default
             raise UserError(f"the tokenizer has no chat template for it ({error})") from None
-        reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
-        if taken := options.keys() & reserved - {"documents"}:
+        kind: Any = type(tokenizer)
+        if taken := options.keys() & _reserved(kind):
             raise UserError(f"chat_template_kwargs cannot set {min(taken)!r}")
         self._tokenizer, self._tools, self._options = tokenizer, chat.tools, options
-        self._marked = bool(GENERATION.search(self._source))
+        self._marked = _has_marks(self._source)
         self._known: dict[tuple[int, bool], Rendered] = {}
         self.messages = chat.messages
         self.whole = self._choose_form()
@@ -159,13 +160,12 @@ class Renderings:
             return _turn(full.text, full.marks)
         # The marks from the last message on, without those that were there before this turn.
         before = self._with_mark(index)
-        earlier = _marks_after(self._render(before))
+        earlier = {(begin, text) for begin, _, text in _marks_after(self._render(before))}
+        marks = _marks_after(self._render([*before, self.messages[index]]))
         spans = [
             (len(full.text) - from_end, len(full.text) - from_end + len(text))
-            for from_mark, from_end, text in _marks_after(
-                self._render([*before, self.messages[index]])
-            )
-            if (from_mark, text) not in {(begin, said) for begin, _, said in earlier}
+            for begin, from_end, text in marks
+            if (begin, text) not in earlier
         ]
         prompt = self._first(index, prompt=True).text
         if full.text.startswith(prompt):  # what it says already is no target
@@ -236,8 +236,7 @@ class Renderings:
         }
         if self._tools:
             names["tools"] = "tools"
-        known = {*re.findall(r"\w+", self._source)}
-        unread = {name for name, key in names.items() if key not in known}
+        unread = {name for name, key in names.items() if key not in _words(self._source)}
         for k, message in enumerate(self.messages):
             role, written = message["role"], _holds(self.whole.text, message["content"])
             if role != "assistant" and not written and self._around(k + 1) is None:
@@ -279,6 +278,26 @@ class Renderings:
             raise UserError(
                 f"the chat template fails on it ({type(error).__name__}: {reason})"
             ) from None
+
+
+# The next three are facts that all chats share.
+
+
+@cache
+def _has_marks(source: str) -> bool:
+    return bool(GENERATION.search(source))
+
+
+@cache
+def _words(source: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", source))
+
+
+@cache
+def _reserved(kind: type[PreTrainedTokenizerBase]) -> frozenset[str]:
+    """Names of the parameters of ``apply_chat_template``, which no variable can have."""
+    parameters = inspect.signature(kind.apply_chat_template).parameters
+    return frozenset(parameters) - {"self", "documents"}
 
 
 def _holds(text: str, content: str) -> bool:

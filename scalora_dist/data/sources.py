@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +21,11 @@ from datasets import (
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-from scalora_dist.data import delimited, files, rows, text_lines
 from scalora_dist.data.files import kind_of, read_files, reason
 from scalora_dist.data.folders import find_splits, match_split
 from scalora_dist.data.generated import PREFIX, generate_examples
+from scalora_dist.data.own_code import own_code
+from scalora_dist.data.rows import FROM_FILE
 from scalora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -103,21 +103,20 @@ def _load_files(
         paths: path of each file, and its name in messages.
         what: the name of all of them in messages.
     """
-    # Own fingerprint: `datasets` hashes functions by name, and knows nothing of the files' content.
+    # Own fingerprint: `datasets` knows nothing of the files' content, or of this code's.
     call = {
         "files": tuple((str(path.absolute()), label) for path, label in paths),
         "column_names": tuple(column_names),
     }
-    code = [inspect.getsource(module) for module in (delimited, files, rows, text_lines)]
     with _one_sentence(what):
         stats = [path.stat() for path, _ in paths]
         # A file can be written again with its old size and time of modification.
         stamps = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
         dataset = Dataset.from_generator(
             read_files,
-            features=rows.FROM_FILE,
+            features=FROM_FILE,
             gen_kwargs=call,
-            fingerprint=Hasher.hash([call, stamps, code]),
+            fingerprint=Hasher.hash([call, stamps, own_code()]),
         )
     for note in filter(None, dataset.unique("note")):  # said each time, also of cached rows
         logger.warning("%s.", note)

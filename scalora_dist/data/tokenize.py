@@ -21,6 +21,7 @@ from scalora_dist.config.data import DataArguments
 from scalora_dist.data.chats import ChatTemplate
 from scalora_dist.data.encode import Encoder
 from scalora_dist.data.examples import Examples
+from scalora_dist.data.own_code import own_code
 from scalora_dist.data.prompts import IGNORE, Example, Texts, Tokens
 from scalora_dist.data.rows import place
 from scalora_dist.errors import UserError
@@ -85,13 +86,11 @@ def tokenize_examples(
             template is missing or unusable, or no example with a target.
     """
     examples = Examples(dataset, name, args)
-    # Own fingerprint and file name, for two reasons: `datasets` hashes functions by name, so it
-    # would not notice a change of this code. After load_from_disk it would write beside the user's
-    # own files.
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    # Own fingerprint and file name, for two reasons: `datasets` would not notice a change of this
+    # code. After load_from_disk it would write beside the user's own files.
     options: list[object] = [name, args.max_length, args.train_on_prompt, args.chat_turns]
     options += [args.prompt_template, args.completion_template, args.chat_template_kwargs]
-    fingerprint = Hasher.hash([dataset._fingerprint, tokenizer, options, code])
+    fingerprint = Hasher.hash([dataset._fingerprint, tokenizer, options, own_code()])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "scalora_dist"
     cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -117,8 +116,8 @@ def tokenize_examples(
     except UnicodeDecodeError as error:  # pyarrow reads such files without an error
         raise UserError(f"The data set holds text that is not UTF-8 ({error}).") from error
     truncated = int(np.sum(tokenized["truncated"][:]))
-    kept = np.flatnonzero(np.asarray(tokenized["target_tokens"][:]))
-    dropped = len(tokenized) - len(kept)
+    has_targets = np.asarray(tokenized["target_tokens"][:]) > 0
+    kept, gone = np.flatnonzero(has_targets), np.flatnonzero(~has_targets)
     if len(kept) == 0:
         raise UserError(
             f"No example of {name} has a target token: completions are empty, or lie beyond "
@@ -126,13 +125,12 @@ def tokenize_examples(
             "on, or all labels are -100."
         )
     ignored = {name for names in tokenized.unique("ignored") for name in names.splitlines()}
-    found = tokenized.select(kept) if dropped else tokenized
+    found = tokenized.select(kept) if len(gone) else tokenized
     turns = Counter(found["turns"][:])
     del turns[""]
     endless = sum(turns.values()) - int(np.sum(found["stops"][:]))
-    gone = np.flatnonzero(np.asarray(tokenized["target_tokens"][:]) == 0)[:1]
-    first_dropped = tokenized[int(gone[0])]["place"] if dropped else ""
-    return Tokenized(found, truncated, dropped, first_dropped, dict(turns), endless, ignored)
+    first_dropped = tokenized[int(gone[0])]["place"] if len(gone) else ""
+    return Tokenized(found, truncated, len(gone), first_dropped, dict(turns), endless, ignored)
 
 
 def _tokenize_rows(
@@ -150,7 +148,10 @@ def _tokenize_rows(
         columns, example = examples.read(row, index)
         try:
             encoded = _encode(example, encoder, template)
-            ignored = "\n".join(sorted(encoded.ignored | columns.ignored()))
+            names = "\n".join(sorted(encoded.ignored | columns.ignored()))
+            # A name can hold halves of characters, which Arrow refuses.
+            ignored = names.encode(errors="backslashreplace").decode()
+            where = place(row, index, examples.name)
             beyond = False
             for encode in encoded.examples:
                 # The prompts of later turns are longer still.
@@ -167,12 +168,11 @@ def _tokenize_rows(
                 made["target_tokens"].append(targets)
                 made["truncated"].append(is_cut)
                 made["row"].append(index)
-                made["place"].append(place(row, index, examples.name))
+                made["place"].append(where)
                 made["turns"].append(encoded.turns)
                 ends = is_cut or not encoder.special.isdisjoint(labels)
                 made["stops"].append(bool(encoded.turns) and ends)
-                # A name can hold halves of characters, which Arrow refuses.
-                made["ignored"].append(ignored.encode(errors="backslashreplace").decode())
+                made["ignored"].append(ignored)
         except UserError as error:
             raise examples.at(row, index, error) from None
     return made

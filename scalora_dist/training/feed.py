@@ -105,11 +105,8 @@ class DataFeed:
         # 13 hexadecimal digits are 52 bits, which float64 holds exactly.
         if not self.world.agree(int(data.checksum[:13], 16)):
             raise UserError("the nodes prepared different data: share HF_HOME or the data's files")
-        self.world.main_only(self._check_fits)
+        self.world.main_only(partial(check_parts, data, self.tables, self.tokenizer))
         warn_of(data, self.options.data)
-
-    def _check_fits(self) -> None:
-        check_parts(self.data, self.tables, self.tokenizer)
 
 
 def show_data(options: Options) -> None:
