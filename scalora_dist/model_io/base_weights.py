@@ -1,138 +1,165 @@
-"""Reads a base model's weights again from its safetensors files, each rank its own ranges."""
+"""Reads a base model's weights from its files again, as training loads them, a tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections import defaultdict
+from collections.abc import Container, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from scalora_dist.config.model import ModelArguments
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.modeling.index_files import weight_map
-
-ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+from scalora_dist.modeling.base_files import BaseFiles
+from scalora_dist.modeling.conversions import Conversions, Group
+from scalora_dist.modeling.load import outline
 
 
 class BaseWeights:
-    """Reads parts of a model's matrices with their values from before training.
+    """The parameters and persistent buffers of a base model, with their values from its files.
 
     Attributes:
-        dtype: dtype that the values are rounded to, as in training.
-        places: {parameter: (file, key in that file)}.
+        args: the model's options.
+        dtype: dtype of the training.
+        model: the model, without storage.
+        state: {name in memory: a meta tensor of its shape and its dtype in memory}. Of tied
+            weights, one: what is saved of the model.
+        files: the model's files.
+        conversions: how the tensors in the files become those in memory.
     """
 
-    def __init__(
-        self, model: str, loaded: Mapping[str, FlatShard], dtype: torch.dtype, world: World
-    ) -> None:
-        """Find the matrices, and compare one row of each with the loaded model. One all-reduce.
+    def __init__(self, args: ModelArguments, dtype: torch.dtype) -> None:
+        """
+        Raises:
+            UserError: the model or its files cannot be read.
+        """
+        self.args = args
+        self.dtype = dtype
+        self.model = outline(args, dtype)
+        self.state = saved_state(self.model, dtype)
+        try:
+            self.files = BaseFiles(args)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._refuse(str(error).strip().splitlines()[0]) from error
+        self.conversions = Conversions(self.model, self.files.outlines)
+        self._tied = _tied_names(self.model)
+        self._read: tuple[Group | None, dict[str, Tensor]] = (None, {})
+
+    def one_of(self, name: str, known: Container[str]) -> str | None:
+        """The name in ``known`` of the parameter ``name``. Tied parameters have several names."""
+        return next((each for each in self._tied.get(name, [name]) if each in known), None)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer in ``state``, on the CPU, as training loads it.
+
+        What is made with it is kept until a tensor of another group is read.
+
+        Raises:
+            UserError: it is not in the files.
+        """
+        group, name = self._group(name)
+        if group is not self._read[0]:
+            self._read = (None, {})  # free what is there
+            dtype = self._dtype(group)
+            sources = {key: self.files.read(key).to(dtype) for key in group.sources}
+            made = group.make(sources, self.model)
+            self._read = group, dict(zip(group.results, made, strict=True))
+        return self._read[1][name]
+
+    def range(self, name: str, shard: FlatShard) -> Tensor:
+        """The values in the range of ``shard``, 1-D float32 on its device. Local.
 
         Args:
-            model: a folder or a hub name.
-            loaded: {parameter: this rank's shard}, not changed since loading.
-            dtype: dtype that the loaded weights were cast to.
+            name: name of the weight (m, n).
+            shard: this rank's shard of it.
+        """
+        return self._elements(name, shard, shard.local.numel()).to(shard.local.device)
+
+    def check(self, loaded: Mapping[str, FlatShard], world: World) -> None:
+        """Compare a row of some weights with the loaded model. One all-reduce.
+
+        Args:
+            loaded: {name of a weight (m, n): this rank's shard}, not changed since loading.
             world: the ranks.
 
         Raises:
-            UserError: on every rank, if a matrix is not found or differs from the loaded one.
+            UserError: on every rank, if a weight is not in the files, or differs.
         """
-        self.dtype = dtype
-        files = world.node_first(lambda: _files(model))
-        self.locations: dict[str, tuple[str, str]] = {}
-        for name in loaded:
-            key = find_key(name, files)
-            if key is None:
-                raise _unreadable(model, f"its files have no {name}, or several")
-            self.locations[name] = files[key], key
         others = [self._differs(name, shard) for name, shard in loaded.items()]
         for name, differs in zip(loaded, world.max(*others), strict=True):
             if differs:
-                raise _unreadable(model, f"its files hold another {name} than was loaded")
+                raise self._refuse(f"its files hold another {name} than was loaded")
 
-    def range(self, name: str, shard: FlatShard) -> Tensor:
-        """The original values of the range of ``shard``, 1-D float32 on its device. Local.
+    def _group(self, name: str) -> tuple[Group, str]:
+        """The group that makes a tensor, and the tensor's name in it."""
+        found = self.one_of(name, self.conversions.loads)
+        if found is None:
+            raise self._refuse(f"its files have no {name}")
+        return self.conversions.loads[found], found
 
-        Args:
-            name: the parameter's name.
-            shard: this rank's shard of it.
-        """
-        return self._read(name, shard, shard.local.numel()).to(shard.local.device)
+    def _dtype(self, group: Group) -> torch.dtype:
+        """The dtype that transformers casts the sources to: that of the first result."""
+        first = self.one_of(next(iter(group.results)), self.state)
+        return self.state[first].dtype if first else self.dtype
 
-    def _read(self, name: str, shard: FlatShard, count: int) -> Tensor:
+    def _elements(self, name: str, shard: FlatShard, count: int) -> Tensor:
         """The first ``count`` elements of the shard's range, 1-D float32 on the CPU."""
         if not count:
             return torch.empty(0)
-        file, key = self.locations[name]
-        cols = shard.shape[1]
-        first, start = divmod(shard.offset, cols)
-        with safe_open(file, framework="pt") as opened:
-            rows = opened.get_slice(key)[first : ceil_div(shard.offset + count, cols)]
-        return rows.to(self.dtype).float().view(-1)[start : start + count]
+        first, start = divmod(shard.offset, shard.shape[1])
+        rows = slice(first, ceil_div(shard.offset + count, shard.shape[1]))
+        group, _ = self._group(name)
+        if group.converter is None:  # a range of the file
+            (key,) = group.sources
+            values = self.files.read(key, rows).to(self._dtype(group))
+        else:
+            values = self.read(name)[rows]
+        return values.float().reshape(-1)[start : start + count]
 
     def _differs(self, name: str, shard: FlatShard) -> bool:
-        file, key = self.locations[name]
-        with safe_open(file, framework="pt") as opened:
-            if tuple(opened.get_slice(key).get_shape()) != shard.shape:
-                return True
+        group, found = self._group(name)
+        if tuple(group.results[found].shape) != shard.shape:
+            return True
         count = min(shard.local.numel(), shard.shape[1])
-        return not torch.equal(self._read(name, shard, count), shard.local[:count].float().cpu())
+        mine = shard.local[:count].float().cpu()
+        return not torch.equal(self._elements(name, shard, count), mine)
+
+    def _refuse(self, reason: str) -> UserError:
+        return UserError(
+            f"--model_name_or_path {self.args.model_name_or_path} is read again for the exports, "
+            f"and {reason}: save the model with save_pretrained"
+        )
 
 
-def _files(model: str) -> dict[str, str]:
-    """The model's safetensors files, {key: path of the file that contains it}."""
-    try:
-        if one := _cached(model, ONE_FILE):
-            with safe_open(one, framework="pt") as opened:
-                return dict.fromkeys(opened.keys(), one)
-        if index := _cached(model, INDEX_FILE):
-            keys = weight_map(Path(index))
-            files = {file: _cached(model, file) for file in set(keys.values())}
-            if missing := [file for file, path in files.items() if path is None]:
-                raise _unreadable(model, f"{missing[0]} is missing")
-            return {key: str(files[file]) for key, file in keys.items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(model, str(error).strip().splitlines()[0]) from error
-    raise _unreadable(model, "it has no safetensors files")
-
-
-def _cached(model: str, file: str) -> str | None:
-    return cached_file(model, file, _raise_exceptions_for_missing_entries=False)
-
-
-def find_key(name: str, files: Mapping[str, str]) -> str | None:
-    """The key of a parameter in the files; None if there is none, or no unique one.
-
-    A key may have another prefix than the parameter's name. So the only key that ends like the name
-    is taken. If several do (a vision tower's keys can), the only one that consists of the same
-    words is taken: Gemma 3's files have ``language_model.model.layers…`` for
-    ``model.language_model.layers…``.
+def saved_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What ``save_pretrained`` saves of a model, by the names in memory.
 
     Args:
-        name: the parameter's name in the model.
-        files: {key: path of the file that contains it}.
+        model: the model, without storage.
+        dtype: dtype that it is loaded in. Some families keep a few tensors in float32.
+
+    Returns:
+        {name: a meta tensor of its shape and dtype}. Of tied weights, one.
     """
-    if name in files:
-        return name
-    rest = name
-    while rest:
-        found = [key for key in files if key == rest or key.endswith(f".{rest}")]
-        if len(found) > 1:
-            words = sorted(name.split("."))
-            found = [key for key in found if sorted(key.split(".")) == words]
-            return found[0] if len(found) == 1 else None
-        if found:
-            return found[0]
-        rest = rest.partition(".")[2]
-    return None
+    ignored = model._keys_to_ignore_on_save or ()
+    patterns = [re.compile(x.replace("*", ".*")) for x in model._get_dtype_plan(dtype)]
+    state = {}
+    for name, tensor in model.state_dict().items():
+        kept = any(pattern.search(name) for pattern in patterns)
+        if name not in ignored:
+            state[name] = tensor.to(torch.float32) if kept else tensor
+    return remove_tied_weights_from_state_dict(state, model)
 
 
-def _unreadable(model: str, reason: str) -> UserError:
-    return UserError(
-        f"--adapter_rank reads --model_name_or_path {model} again at the end, and {reason}: save "
-        "the model with save_pretrained, or leave the option out"
-    )
+def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """{name of a parameter: all its names}."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: same for same in names.values() for name in same}

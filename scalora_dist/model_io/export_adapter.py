@@ -23,6 +23,7 @@ from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.model_io.base_weights import BaseWeights
 from scalora_dist.model_io.export_model import written_aside
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.parameters import EngineParameters
 from scalora_dist.model_io.peft_format import CONFIG_FILE, WEIGHTS_FILE, saved_config, saved_names
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 
@@ -63,11 +64,14 @@ class AdapterExport:
         own: whether the layers' own factors are the complete ΔW.
     """
 
-    def __init__(self, engine: Engine, options: Options, *, edits_weights: bool) -> None:
+    def __init__(
+        self, engine: Engine, options: Options, base: BaseWeights | None, *, edits_weights: bool
+    ) -> None:
         """
         Args:
             engine: the engine with the sharded model, before its weights change.
             options: the run's options.
+            base: the base model; only needed with ``--adapter_rank``, then on every rank.
             edits_weights: whether W changes although it is not trained.
 
         Raises:
@@ -77,12 +81,12 @@ class AdapterExport:
         self.args = options.method
         self.model = str(options.model.model_name_or_path)
         self.rank = options.train.adapter_rank
-        self.before = None
+        self.before = base if self.rank is not None else None
         kinds = (LowRankLinear, CoreLinear)
         self.own = not edits_weights and all(isinstance(x, kinds) for x in engine.adapted.values())
-        if self.rank is not None:
+        if self.before:
             weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
-            self.before = BaseWeights(self.model, weights, engine.dtype, engine.world)
+            self.before.check(weights, engine.world)
 
     @torch.no_grad()
     def write(self, folder: Path, low_halves: Mapping[str, Tensor]) -> bool:
@@ -100,8 +104,9 @@ class AdapterExport:
         if not self.own and self.before is None:
             return False
         engine, is_main = self.engine, self.engine.world.is_main
-        merged = MergedWeights(engine, low_halves)
-        sizes = {name: merged.shape(f"{name}.weight") for name in engine.adapted}
+        parameters = EngineParameters(engine, low_halves)
+        merged = MergedWeights(parameters)
+        sizes = {name: parameters.shape(f"{name}.weight") for name in engine.adapted}
         ranks, scalings = self._ranks(sizes)
         entries: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for name, (m, n) in sizes.items():
@@ -181,7 +186,7 @@ class AdapterExport:
         """
         assert self.before is not None
         key, device = f"{layer.name}.weight", self.engine.world.device
-        weight = merged.precise_shard(key)
+        weight = merged.parameters.shard(key)
         update = weight.like(weight.local.float() - self.before.range(key, weight))
         here = update.local.device
         a, b = (merged.precise(f"{layer.name}.{x}").float().to(here) for x in "AB")

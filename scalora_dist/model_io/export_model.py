@@ -1,98 +1,193 @@
-"""Writes the merged model in Hugging Face format, tensor by tensor from shards.
+"""Writes the merged model as ``save_pretrained`` would, a few tensors at a time, from shards.
 
-No rank ever holds the full model. Each tensor is gathered alone, and rank 0 appends it to a
-safetensors file. (The safetensors library can only write tensors that are all in memory.)
+No rank ever holds the full model. The tensors that are converted together are gathered, and rank 0
+appends what is made of them to a safetensors file. (The safetensors library can only write tensors
+that are all in memory.)
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
+from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.engines.base import Engine
+from scalora_dist.errors import UserError
+from scalora_dist.model_io.base_weights import BaseWeights, saved_state
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.model_files import write_model_files
+from scalora_dist.model_io.parameters import Parameters
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
+from scalora_dist.modeling.conversions import Group
+from scalora_dist.modeling.load import outline
+
+LARGEST_FILE = "50GB"  # save_pretrained's own
+CARD = "README.md"
 
 
-@torch.no_grad()
-def export_model(
-    folder: Path,
-    engine: Engine,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    low_halves: Mapping[str, Tensor],
-) -> None:
-    """Write all weights, those of adapted layers merged, in the engine's dtype.
+class ModelExport:
+    """Writes a trained model with the names, dtypes and files of ``save_pretrained``. On rank 0.
 
-    Collective: called on every rank, only rank 0 writes. Persistent buffers keep their own dtype.
+    Attributes:
+        base: the base model.
+        model: the model in the dtype of the files, without storage.
+        state: {name in memory: a meta tensor of its shape and of the dtype in the files}.
+        groups: how the tensors in the files are made, in their order.
+    """
+
+    def __init__(self, base: BaseWeights, dtype: torch.dtype) -> None:
+        """
+        Args:
+            base: the base model.
+            dtype: dtype of the floating-point weights in the files, but of those that the model
+                keeps in float32.
+        """
+        same = dtype == base.dtype
+        self.base = base
+        self.model = base.model if same else outline(base.args, dtype)
+        self.state = base.state if same else saved_state(self.model, dtype)
+        self.groups = base.conversions.saves(self.state)
+
+    def gathered(self, parameters: Parameters) -> list[str]:
+        """The parameters that ``write`` gathers, in its order. Local.
+
+        Not among them are buffers, and frozen weights that the engine stores in fewer bits than
+        they are saved in: they are read from the base model's files.
+        """
+        names = [name for group in self.groups for name in group.sources]
+        found = {name: self.base.one_of(name, parameters.loaded) for name in names}
+        return [x for name, x in found.items() if x and self._by_engine(parameters, name, x)]
+
+    @torch.no_grad()
+    def write(
+        self,
+        folder: Path,
+        parameters: Parameters,
+        buffers: Mapping[str, Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        card: str,
+    ) -> None:
+        """Write all weights, those of adapted layers merged, and a model's other files.
+
+        Meanwhile the other ranks call ``send_model``.
+
+        Args:
+            folder: folder of the model; replaced if it exists.
+            parameters: of the trained model and its method.
+            buffers: {name: persistent buffer}; others are read from the base model's files.
+            tokenizer: saved beside the model.
+            card: text of README.md.
+        """
+        gathered = dict.fromkeys(self.gathered(parameters))
+        merged = MergedWeights(parameters)
+
+        def source(name: str) -> Tensor:
+            loaded = self.base.one_of(name, gathered)
+            if loaded:
+                tensor = merged.full_tensor(loaded, on_rank=0)
+                assert tensor is not None
+            else:
+                tensor = buffers[name] if name in buffers else self.base.read(name)
+            return tensor.to("cpu", self.state[name].dtype)
+
+        with written_aside(folder, is_main=True) as aside:
+            write_model_files(aside, self.base.files, self.model, tokenizer)
+            (aside / CARD).write_text(card)
+            with _Files(aside, self.groups) as files:
+                for group in self.groups:
+                    tensors = {name: source(name) for name in group.sources}
+                    files.write(group, group.make(tensors, self.model))
+                    del tensors
+            files.write_index(self.model.num_parameters())
+
+    def _by_engine(self, parameters: Parameters, name: str, loaded: str) -> bool:
+        """Whether the engine has the parameter ``name`` as exact as it is to be saved."""
+        if loaded.rpartition(".")[0] in parameters.adapted:
+            return True
+        return parameters.shard(loaded).local.dtype.itemsize >= self.base.state[name].dtype.itemsize
+
+
+def send_model(names: Sequence[str], parameters: Parameters) -> None:
+    """Send parameters to rank 0, which calls ``ModelExport.write``. Collective.
 
     Args:
-        folder: folder of the model; replaced if it exists.
-        engine: the engine with the sharded model.
-        model: the model, for its config and buffers.
-        tokenizer: saved beside the model.
-        low_halves: {parameter: low halves of its 16-bit values}, int16.
+        names: what ``ModelExport.gathered`` returns on rank 0.
+        parameters: of the trained model and its method.
     """
-    merged = MergedWeights(engine, low_halves)
-    persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    entries = {name: (merged.shape(name), engine.dtype) for name in merged.base}
-    entries |= {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
-    # The plan only needs sizes, so meta tensors are enough.
-    plan = split_torch_state_dict_into_shards(
-        {name: torch.empty(shape, dtype=d, device="meta") for name, (shape, d) in entries.items()}
-    )
-    is_main = engine.world.is_main
-    progress = tqdm(
-        total=len(entries), desc="writing the model", disable=None if is_main else True, leave=False
-    )
-    with written_aside(folder, is_main=is_main) as aside:
-        for filename, names in plan.filename_to_tensors.items():
-            with open(aside / filename if is_main else os.devnull, "wb") as file:
-                writer = SafetensorsWriter(file, {name: entries[name] for name in names})
-                for name in names:
-                    tensor = (
-                        buffers[name] if name in buffers else merged.full_tensor(name, on_rank=0)
-                    )
-                    if is_main and tensor is not None:
-                        writer.write(tensor.to(entries[name][1]))
-                    progress.update()
-        progress.close()
-        if not is_main:
+    merged = MergedWeights(parameters)
+    for name in names:
+        merged.full_tensor(name, on_rank=0)
+
+
+class _Files:
+    """The safetensors files of a model and their index, each written tensor by tensor."""
+
+    def __init__(self, folder: Path, groups: Sequence[Group]) -> None:
+        self.folder = folder
+        self.results = {name: x for group in groups for name, x in group.results.items()}
+        self.plan = split_state_dict_into_shards_factory(
+            self.results,
+            get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+            # What is split from one tensor, as experts are, comes into one file.
+            get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=LARGEST_FILE,
+        )
+        self.writers: dict[str, SafetensorsWriter] = {}
+        self.open = ExitStack()
+
+    def __enter__(self) -> _Files:
+        total = len(self.results)
+        bar = tqdm(total=total, desc="writing the model", disable=None, leave=False)
+        self.progress = self.open.enter_context(bar)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.open.close()
+
+    def write(self, group: Group, tensors: Sequence[Tensor]) -> None:
+        """Write the results of a group. The groups come in the order of the plan."""
+        for name, tensor in zip(group.results, tensors, strict=True):
+            self._writer(self.plan.tensor_to_filename[name]).write(tensor)
+            self.progress.update()
+
+    def _writer(self, filename: str) -> SafetensorsWriter:
+        if filename not in self.writers:
+            file = self.open.enter_context((self.folder / filename).open("wb"))
+            entries = {
+                name: (tensor.shape, tensor.dtype)
+                for name, tensor in self.results.items()
+                if self.plan.tensor_to_filename[name] == filename
+            }
+            self.writers[filename] = SafetensorsWriter(file, entries)
+        return self.writers[filename]
+
+    def write_index(self, parameters: int) -> None:
+        """Write which file holds which tensor, if there are several files.
+
+        Args:
+            parameters: number of the model's parameters.
+        """
+        if not self.plan.is_sharded:
             return
-        if plan.is_sharded:
-            files = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(files, indent=2))
-        model.config.save_pretrained(aside)
-        if model.can_generate():
-            model.generation_config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if model.config.get_text_config() is not model.config:
-            # Servers need the processor files of a multimodal model.
-            for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
-                file = cached_file(
-                    model.name_or_path, name, _raise_exceptions_for_missing_entries=False
-                )
-                if file:
-                    shutil.copy(file, aside)
+        metadata = {"total_parameters": parameters, **self.plan.metadata}
+        index = {"metadata": metadata, "weight_map": self.plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (self.folder / "model.safetensors.index.json").write_text(f"{text}\n")
 
 
 @contextmanager
 def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
     """A temporary folder that is renamed to ``folder`` at the end, so ``folder`` is never partial.
 
-    Only rank 0 makes, renames and removes folders. After a full disk it frees what it took.
+    Only rank 0 makes, renames and removes folders. After an error it frees what it took.
     """
     aside = folder.with_name(f"{folder.name}.partial")
     if is_main:
@@ -100,7 +195,7 @@ def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
         aside.mkdir(parents=True)
     try:
         yield aside
-    except OSError:
+    except (OSError, UserError):
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if is_main:

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from scalora_dist.core.flat_shard import FlatShard
-from scalora_dist.core.split_precision import join_halves
-from scalora_dist.engines.base import Engine
 from scalora_dist.layers.adapted_linear import AdaptedLinear, adapted_linear, own_parameters
-from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.layers.peft_layers import merged_by_peft
+from scalora_dist.model_io.parameters import Parameters
 
 
 class MergedWeights:
-    """Gathers one parameter of the merged model at a time, and merges it on one rank.
+    """Gathers one parameter of the merged model at a time, and merges it on one rank."""
 
-    Attributes:
-        base: {name: this rank's shard of a parameter of the loaded model}.
-        added: {name: this rank's shard of a parameter that the method added}.
-        fourbit: {name of W: its 4-bit layer}.
-    """
-
-    def __init__(self, engine: Engine, low_halves: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Parameters) -> None:
         """
         Args:
-            low_halves: {parameter: low halves of its 16-bit values}, int16.
+            parameters: of the trained model and its method.
         """
-        self.engine = engine
-        self.low_halves = low_halves
-        self.device = engine.world.device
-        self.base = {p.name: p for p in engine.base_shards()}
-        self.added = {p.name: p for p in engine.added_shards()}
-        self.fourbit = {
-            f"{name}.weight": module
-            for name, module in engine.model.named_modules()
-            if isinstance(module, FourBitLinear)
-        }
+        self.parameters = parameters
 
     @torch.no_grad()
     def full_tensor(self, name: str, *, on_rank: int) -> Tensor | None:
@@ -51,17 +31,19 @@ class MergedWeights:
         Returns:
             The tensor: float32 for W of an adapted layer, else the same as from ``precise``.
         """
+        parameters = self.parameters
         layer, _, kind = name.rpartition(".")
-        if kind != "weight" or layer not in self.engine.adapted:
+        if kind != "weight" or layer not in parameters.adapted:
             whole = self.precise(name)
-            return whole if self.engine.world.rank == on_rank else None
-        weight = self.precise(name).float()
-        module = self.engine.adapted[layer]
+            return whole if parameters.rank == on_rank else None
+        shard = parameters.shard(name)
+        weight = parameters.dense(name, shard).float()
+        module = parameters.adapted[layer]
         own = {key: self.precise(f"{layer}.{key}").float() for key in own_parameters(module)}
-        if self.engine.world.rank != on_rank:
+        if parameters.rank != on_rank:
             return None
-        if weight.data_ptr() == self.base[name].shard.local.data_ptr():
-            weight = weight.clone()  # an fp32 W that is not sharded is the engine's own storage
+        if weight.data_ptr() == shard.local.data_ptr():
+            weight = weight.clone()  # an fp32 W that is not sharded is still in use there
         if isinstance(module, AdaptedLinear):
             module.merge_(weight, own)
             return weight
@@ -69,34 +51,10 @@ class MergedWeights:
             return weight  # W itself is trained
         return merged_by_peft(module, weight, own)
 
-    def shape(self, name: str) -> torch.Size:
-        """The shape of ``full_tensor(name)``."""
-        if fourbit := self.fourbit.get(name):
-            return torch.Size([fourbit.out_features, fourbit.in_features])
-        return (self.base.get(name) or self.added[name]).shape
-
     def precise(self, name: str) -> Tensor:
         """A full parameter without its adapter, on every rank. Collective.
 
         It is float32 if it has low halves (then exact) or is stored in 4 bits, else it keeps its
         dtype.
         """
-        return self.dense(name, self.precise_shard(name)).view(self.shape(name))
-
-    def precise_shard(self, name: str) -> FlatShard:
-        """This rank's shard of a parameter: exact in float32 if it has low halves. Local."""
-        shard = (self.base.get(name) or self.added[name]).shard
-        low = self.low_halves.get(name)
-        return shard if low is None else shard.like(join_halves(shard.local, low))
-
-    def dense(self, name: str, shard: FlatShard) -> Tensor:
-        """The full tensor of ``shard``; a 4-bit weight is dequantized to float32. Collective.
-
-        Args:
-            name: the parameter's name.
-            shard: this rank's shard of that parameter or of a copy.
-        """
-        whole = shard.full_tensor(self.device)
-        if fourbit := self.fourbit.get(name):
-            return fourbit.dense(whole, torch.float32)
-        return whole
+        return self.parameters.dense(name, self.parameters.shard(name))

@@ -12,10 +12,9 @@ from scalora_dist.checkpoint.manifest import prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
 from scalora_dist.methods.runner import MethodRunner
-from scalora_dist.model_io.export_adapter import AdapterExport
-from scalora_dist.model_io.export_model import export_model
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.training.evaluate import Evaluation
+from scalora_dist.training.exports import Exports
 from scalora_dist.training.output_dir import clear_partial, discard_replaced, set_aside
 from scalora_dist.training.phases import Phases
 from scalora_dist.training.run_log import disk_errors_told, write_json
@@ -44,9 +43,8 @@ class Results:
         self.runner = runner
         self.options = options
         self.folder = checkpoints.output_dir
-        engine = runner.engine
-        self.adapter = AdapterExport(engine, options, edits_weights=runner.edits_weights)
-        train = options.train
+        engine, train = runner.engine, options.train
+        self.exports = Exports(runner, options)
         self.update_rank = (
             UpdateRank(engine, train.update_rank_layers) if train.update_rank_layers else None
         )
@@ -123,17 +121,16 @@ class Results:
         Raises:
             UserError: on rank 0, where the disk is full or cannot be written.
         """
-        engine, low_halves = self.runner.engine, self.runner.low_halves
         if not self.phases.done("adapter"):
             folder = self.folder / "adapter"
             with disk_errors_told(folder):
-                written = self.adapter.write(folder, low_halves)
+                written = self.exports.write_adapter(folder)
             self.phases.finish("adapter", folder.glob("*") if written else ())
         if not self.phases.done("model"):
             folder = self.folder / "model"
             if self.options.train.save_model:
                 with disk_errors_told(folder):
-                    export_model(folder, engine, model, tokenizer, low_halves)
+                    self.exports.write_model(folder, model, tokenizer, "")
             self.phases.finish("model", folder.glob("*") if self.options.train.save_model else ())
         summary = self._summary(tally, before, chat_turns)
         if not self.phases.done("summary"):
@@ -144,7 +141,9 @@ class Results:
                     write_json(file, summary)
                 discard_replaced(self.folder)
 
-            engine.world.main_only(finish)  # the others wait: a signal must still reach them
+            self.runner.engine.world.main_only(
+                finish
+            )  # the others wait: a signal must still reach them
             self.phases.finish("summary", [file])
         return summary
 

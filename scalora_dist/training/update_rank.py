@@ -11,6 +11,7 @@ from scalora_dist.core.rank_sketch import numerical_rank
 from scalora_dist.engines.base import Engine
 from scalora_dist.methods.rank_monitor import spread_out
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.parameters import EngineParameters
 
 
 class UpdateRank:
@@ -34,10 +35,11 @@ class UpdateRank:
             low_halves: {parameter: low halves of its 16-bit values}, int16.
         """
         world = self.engine.world
-        merged = MergedWeights(self.engine, low_halves)
+        parameters = EngineParameters(self.engine, low_halves)
+        merged = MergedWeights(parameters)
         ranks = []
         for turn, (name, local) in enumerate(self.initial.items()):
-            before = merged.dense(name, merged.base[name].shard.like(local))
+            before = parameters.dense(name, parameters.shard(name).like(local))
             after = merged.full_tensor(name, on_rank=turn % world.size)
             ranks.append(0 if after is None else numerical_rank(after.sub_(before)))
         return [int(rank) for rank in world.sum(*ranks)]

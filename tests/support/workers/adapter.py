@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from scalora_dist.distributed.world import World
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.parameters import EngineParameters
 from scalora_dist.modeling.load import load_model
 from scalora_dist.training import build_model
 from tests.support import runs, tiny_models, tiny_runs
@@ -76,7 +77,7 @@ def train_and_merge(world: World, case: dict[str, Any]) -> dict[str, NDArray[np.
     """Train. Returns {layer: merged W (m, n), with low halves}, on rank 0 only."""
     made = runs.make(world, case)
     made.run()
-    merged = MergedWeights(made.engine, made.runner.low_halves)
+    merged = MergedWeights(EngineParameters(made.engine, made.runner.low_halves))
     wholes = {name: merged.full_tensor(f"{name}.weight", on_rank=0) for name in made.engine.adapted}
     return {name: whole.numpy() for name, whole in wholes.items() if whole is not None}
 

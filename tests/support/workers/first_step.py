@@ -14,6 +14,7 @@ from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, as_matrix
 from scalora_dist.methods.lora_pro import LoraPro
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.parameters import EngineParameters
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
@@ -84,9 +85,9 @@ def together(trainer: Trainer, indices: list[int]) -> Batch:
 
 
 def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
-    merged = MergedWeights(trainer.engine, trainer.runner.low_halves)
+    merged = MergedWeights(EngineParameters(trainer.engine, trainer.runner.low_halves))
     found = {}
-    for name in merged.base:
+    for name in merged.parameters.loaded:
         whole = merged.full_tensor(name, on_rank=trainer.world.rank)
         assert whole is not None
         found[name] = whole.numpy().copy()

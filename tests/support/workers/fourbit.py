@@ -17,6 +17,7 @@ from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.transform import TransformReport
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.parameters import EngineParameters
 from scalora_dist.modeling.load import load_model
 from scalora_dist.training import build_model
 from tests.support import runs, tiny_models, tiny_runs
@@ -71,7 +72,7 @@ def changes(world: World, case: dict[str, Any]) -> list[dict[str, dict[str, floa
     seen: list[dict[str, dict[str, float]]] = []
 
     def look() -> dict[str, tuple[Tensor, Tensor, float]]:
-        merged = MergedWeights(trainer.engine, trainer.runner.low_halves)
+        merged = MergedWeights(EngineParameters(trainer.engine, trainer.runner.low_halves))
         found = {}
         for name, layer in trainer.engine.adapted.items():
             assert isinstance(layer, LowRankLinear)

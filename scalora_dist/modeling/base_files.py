@@ -1,0 +1,95 @@
+"""The files of a base model's weights: which tensors are in them, read one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.modeling.index_files import weight_map
+
+# In the order in which transformers looks for them: a file, or the index of several.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class BaseFiles:
+    """The tensors in a base model's files. They are opened once and read when they are asked for.
+
+    Attributes:
+        outlines: {key in the files: a meta tensor of its shape and dtype}.
+    """
+
+    def __init__(self, args: ModelArguments) -> None:
+        """Find the files, and read what is in them. A file of the hub is downloaded first.
+
+        Raises:
+            ValueError: there are no weights, a file is missing or damaged.
+            OSError: a file cannot be read.
+        """
+        self.args = args
+        self.outlines: dict[str, Tensor] = {}
+        self._readers: dict[str, Any] = {}  # {key: an open file, or a dict of tensors}
+        for path in self._paths():
+            try:
+                self._open(path)
+            except SafetensorError as error:
+                raise ValueError(f"{path.name} is damaged: {error}") from error
+
+    def read(self, key: str, rows: slice = slice(None)) -> Tensor:
+        """A tensor, or some of its rows, on the CPU, in the file's dtype."""
+        reader = self._readers[key]
+        if isinstance(reader, dict):
+            return reader[key][rows]
+        if rows == slice(None):
+            return reader.get_tensor(key)
+        return reader.get_slice(key)[rows]
+
+    def cached(self, name: str) -> Path | None:
+        """A file of the base model on this machine. None: the model has no such file."""
+        path = cached_file(
+            str(self.args.model_name_or_path), name, _raise_exceptions_for_missing_entries=False
+        )
+        return path and Path(path)
+
+    def _paths(self) -> list[Path]:
+        for name in NAMES:
+            if not (found := self.cached(name)):
+                continue
+            if not name.endswith(".json"):
+                return [found]
+            files = {file: self.cached(file) for file in sorted(set(weight_map(found).values()))}
+            if missing := [file for file, path in files.items() if path is None]:
+                raise ValueError(f"{missing[0]} is missing")
+            return [path for path in files.values() if path]
+        raise ValueError(f"it has none of {', '.join(NAMES)}")
+
+    def _open(self, path: Path) -> None:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                size = torch.Size(part.get_shape())
+                self.outlines[key] = torch.empty(size, dtype=_dtype(part), device="meta")
+                self._readers[key] = file
+            return
+        mmap = is_zipfile(path)  # torch < 1.6 wrote another format
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        for key, tensor in tensors.items():
+            self.outlines[key] = torch.empty_like(tensor, device="meta")
+            self._readers[key] = tensors
+
+
+def _dtype(part: Any) -> torch.dtype:
+    """The dtype of a tensor in a safetensors file."""
+    return part[:0].dtype if part.get_shape() else part[...].dtype

@@ -1,0 +1,84 @@
+"""Exports what a run has trained, as a model and as an adapter, from an engine's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scalora_dist.config.options import Options
+from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.model_io.base_weights import BaseWeights
+from scalora_dist.model_io.export_adapter import AdapterExport
+from scalora_dist.model_io.export_model import ModelExport, send_model
+from scalora_dist.model_io.parameters import EngineParameters
+
+
+class Exports:
+    """Exports the model and the adapter. Both are planned before the first step.
+
+    Attributes:
+        engine: the engine with the sharded model.
+        adapter: writes the adapter.
+        model: writes the model; on rank 0 only, and None without ``--save_model``.
+        gathered: the parameters that rank 0 gathers for the model, the same on every rank.
+    """
+
+    def __init__(self, runner: MethodRunner, options: Options) -> None:
+        """
+        Args:
+            runner: the runner of the method. Its engine must hold the weights as loaded.
+
+        Raises:
+            UserError: on every rank, where the base model's files cannot be read again.
+        """
+        self.engine = engine = runner.engine
+        self.low_halves: Mapping[str, Tensor] = runner.low_halves
+        train, base = options.train, None
+
+        def read() -> BaseWeights:
+            return BaseWeights(options.model, engine.dtype)
+
+        if train.adapter_rank:
+            base = engine.world.node_first(read)
+        elif train.save_model:
+            base = engine.world.main_only(read)
+        self.adapter = AdapterExport(engine, options, base, edits_weights=runner.edits_weights)
+        self.model = None
+        gathered: list[list[str]] = [[]]
+        if train.save_model:
+            if engine.world.is_main:
+                assert base is not None
+                self.model = ModelExport(base, engine.dtype)
+                gathered = [self.model.gathered(EngineParameters(engine, self.low_halves))]
+            dist.broadcast_object_list(gathered, src=0)
+        (self.gathered,) = gathered
+
+    def write_adapter(self, folder: Path) -> bool:
+        """Write the adapter, if this run has one. Collective. Returns whether it has one."""
+        return self.adapter.write(folder, self.low_halves)
+
+    def write_model(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        card: str,
+    ) -> None:
+        """Write the merged model. Collective.
+
+        Args:
+            folder: folder of the model; replaced if it exists.
+            model: the engine's model, for its buffers.
+            tokenizer: saved beside the model.
+            card: text of README.md.
+        """
+        parameters = EngineParameters(self.engine, self.low_halves)
+        if self.model:
+            buffers = dict(model.named_buffers())
+            self.model.write(folder, parameters, buffers, tokenizer, card)
+        else:
+            send_model(self.gathered, parameters)

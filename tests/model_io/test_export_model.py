@@ -1,0 +1,162 @@
+"""The folder of an exported model against ``save_pretrained``'s of the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from scalora_dist.config.model import ModelArguments
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.engines.layer_shards import as_matrix
+from scalora_dist.errors import UserError
+from scalora_dist.model_io import export_model
+from scalora_dist.model_io.base_weights import BaseWeights
+from scalora_dist.model_io.export_model import ModelExport
+from tests.support import families
+from tests.support.refusals import one_sentence
+
+
+class Loaded:
+    """The parameters of a model of transformers, as an engine would give them."""
+
+    adapted: Mapping[str, nn.Module] = {}
+    rank, device = 0, torch.device("cpu")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.loaded = self.parameters.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        return self.parameters[name].shape
+
+    def shard(self, name: str) -> FlatShard:
+        tensor = self.parameters[name].detach()
+        return FlatShard(tensor.reshape(-1), 0, as_matrix(tensor.shape))
+
+    def dense(self, name: str, shard: FlatShard) -> Tensor:
+        return shard.local.view(self.shape(name))
+
+
+def export(
+    base: Path, folder: Path, dtype: torch.dtype, to: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Export a model that is as it was loaded. Returns it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    read = BaseWeights(ModelArguments(model_name_or_path=str(base)), dtype)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ModelExport(read, to or dtype).write(folder, Loaded(model), {}, tokenizer, "# A card\n")
+    return model
+
+
+def json_files(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def same_folders(ours: Path, theirs: Path) -> None:
+    mine, wanted = families.tensors(ours), families.tensors(theirs)
+    assert {n: (x.dtype, x.shape) for n, x in mine.items()} == {
+        n: (x.dtype, x.shape) for n, x in wanted.items()
+    }
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert json_files(ours) == json_files(theirs)
+    assert {x.name for x in ours.iterdir()} == {x.name for x in theirs.iterdir()} | {"README.md"}
+
+
+@pytest.mark.floors
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_names_dtypes_tensors_and_files_are_those_of_save_pretrained(
+    tmp_path: Path, family: str
+) -> None:
+    base = families.save(family, tmp_path / "base")
+    model = export(base, tmp_path / "ours", torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_large_model_is_in_the_same_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_model, "LARGEST_FILE", "12KB")
+    base = families.save("mixtral", tmp_path / "base")
+    model = export(base, tmp_path / "ours", torch.float32)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="12KB")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    assert len([*(tmp_path / "ours").glob("*.safetensors")]) > 3
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_the_files_may_have_another_dtype_and_keep_what_is_float32(
+    tmp_path: Path, family: str
+) -> None:
+    base = families.save(family, tmp_path / "base")
+    export(base, tmp_path / "ours", torch.float32, to=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    dtypes = {tensor.dtype for tensor in families.tensors(tmp_path / "ours").values()}
+    assert dtypes == {torch.bfloat16, torch.float32}
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_sample": False, "temperature": 0.9, "top_p": 0.6},  # as Llama-2-chat's
+        {"max_length": 5, "max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static", "num_beams": 1, "early_stopping": True},
+        {"eos_token_id": [1, 2, 3], "suppress_tokens": [4], "something_new": {"a": 1}},
+        None,
+    ],
+)
+def test_generation_configs_of_every_kind(tmp_path: Path, config: dict[str, Any] | None) -> None:
+    base = families.save("llama", tmp_path / "base")
+    file = base / "generation_config.json"
+    file.unlink()
+    if config:
+        file.write_text(json.dumps(config))
+    export(base, tmp_path / "ours", torch.float32)
+    written = json.loads((tmp_path / "ours" / file.name).read_text())
+    assert written.items() >= (config or {}).items()
+
+
+def test_generation_settings_in_an_older_models_config(tmp_path: Path) -> None:
+    base = families.save("llama", tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    config = json.loads((base / "config.json").read_text())
+    settings = {"do_sample": False, "temperature": 0.9, "num_beams": 1, "length_penalty": 2.0}
+    (base / "config.json").write_text(json.dumps(config | settings))
+    model = export(base, tmp_path / "ours", torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    written = json_files(tmp_path / "ours")
+    assert written["generation_config.json"].items() >= settings.items()
+    for name in ("generation_config.json", "config.json"):
+        assert written[name] == json_files(tmp_path / "theirs")[name]
+
+
+def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    base = families.save("llama", tmp_path / "base")
+    args = ModelArguments(model_name_or_path=str(base))
+    (base / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(UserError) as error:
+        BaseWeights(args, torch.float32)
+    assert "model.safetensors is damaged" in one_sentence(error)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        BaseWeights(args, torch.float32)
+    assert "it has none of model.safetensors" in one_sentence(error)
