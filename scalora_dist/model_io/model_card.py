@@ -27,6 +27,7 @@ NAME = "README.md"
 # A snapshot in the hub's cache, such as ~/.cache/huggingface/hub/models--org--name/snapshots/1a2b.
 SNAPSHOT = re.compile(r".*/(?:models|datasets)--([^/]+)/snapshots/[^/]+/?")
 THIS = {"model": "path/or/hub-name/of/this/model", "adapter": "path/or/hub-name/of/this/adapter"}
+BASE = "path/of/the/base/model"  # of one that is not on the hub
 SCALORA = "[ScaLoRA](https://arxiv.org/abs/2510.23818)"
 # Options of the training that a resume must keep, and that say nothing of the result; the dtype has
 # a line of its own.
@@ -140,7 +141,7 @@ def _introduction(kind: Kind, options: Options, summary: Mapping[str, Any]) -> s
     if model.adapter_name_or_path:
         said.append(f"It continues the adapter {code(public_name(model.adapter_name_or_path))}.")
     if model.load_in_4bit:
-        said.append(f"In training the base was in 4 bits ({model.bnb_4bit_quant_type}).")
+        said.append(f"In the training its base was in 4 bits ({model.bnb_4bit_quant_type}).")
     if kind == "model":
         said.append("All updates are merged into its weights: it needs no adapter.")
     elif train.adapter_rank is not None:
@@ -153,30 +154,47 @@ def _introduction(kind: Kind, options: Options, summary: Mapping[str, Any]) -> s
 
 
 def _loading(kind: Kind, options: Options) -> str:
-    """Lines of Python that load it."""
-    dtype = str(options.train.dtype).removeprefix("torch.")
-    trust = ", trust_remote_code=True" if options.model.trust_remote_code else ""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    """Lines of Python that load it. An adapter needs its base as the training had it."""
+    model, dtype = options.model, str(options.train.dtype).removeprefix("torch.")
+    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
     if kind == "model":
         return "\n".join(
             [
-                *lines,
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
                 f'name = "{THIS[kind]}"',
                 f"tokenizer = AutoTokenizer.from_pretrained(name{trust})",
                 f'model = AutoModelForCausalLM.from_pretrained(name, dtype="{dtype}"{trust})',
             ]
         )
-    hub = hub_name(str(options.model.model_name_or_path))
-    revision = _revision(options)
-    at = f", revision={revision!r}" if hub and revision else ""
-    base = f'"{hub}"' if hub else '"path/of/the/base/model"'
+    hub, revision = hub_name(str(model.model_name_or_path)), _revision(options)
+    rest = (f", revision={revision!r}" if hub and revision else "") + trust
+    quantized = model.load_in_4bit
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        + (", BitsAndBytesConfig" if quantized else ""),
+        "",
+        f'base = "{hub or BASE}"',
+        f"tokenizer = AutoTokenizer.from_pretrained(base{rest})",
+    ]
+    if quantized:
+        lines += [
+            "quantization = BitsAndBytesConfig(",
+            "    load_in_4bit=True,",
+            f'    bnb_4bit_quant_type="{model.bnb_4bit_quant_type}",',
+            f"    bnb_4bit_use_double_quant={model.bnb_4bit_use_double_quant},",
+            f'    bnb_4bit_compute_dtype="{model.bnb_4bit_compute_dtype or dtype}",',
+            ")",
+        ]
     return "\n".join(
         [
-            "from peft import PeftModel",
             *lines,
-            f"base = {base}",
-            f"tokenizer = AutoTokenizer.from_pretrained(base{at}{trust})",
-            f'model = AutoModelForCausalLM.from_pretrained(base, dtype="{dtype}"{at}{trust})',
+            "model = AutoModelForCausalLM.from_pretrained(",
+            f'    base, dtype="{dtype}"'
+            + (", quantization_config=quantization" if quantized else "")
+            + rest,
+            ")",
             f'model = PeftModel.from_pretrained(model, "{THIS[kind]}")',
         ]
     )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import option_words, parse_options
-from scalora_dist.model_io.model_card import NAME, THIS, Kind, code, hub_name, model_card
+from scalora_dist.model_io.model_card import BASE, NAME, THIS, Kind, code, hub_name, model_card
 from tests.support import tiny_models
 
 VERSIONS = {"scalora_dist": "0.2.0", "torch": "2.13.0+cpu"}
@@ -204,16 +204,19 @@ def test_its_code_loads_the_model_and_the_adapter(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     peft.get_peft_model(model, config).save_pretrained(str(adapter))
-    case = options(model_name_or_path=base, bf16=True)
-    cases: list[tuple[Kind, Path, type]] = [
-        ("model", base, type(model)),
-        ("adapter", adapter, peft.PeftModel),
+    cases: list[tuple[Kind, bool, Path, type]] = [
+        ("model", True, base, type(model)),
+        ("adapter", False, adapter, peft.PeftModel),
+        ("adapter", True, adapter, peft.PeftModel),
     ]
-    for kind, folder, made in cases:
+    for kind, fourbit, folder, made in cases:
+        case = options(model_name_or_path=base, bf16=True, load_in_4bit=fourbit)
         lines = block(model_card(kind, case, SUMMARY, VERSIONS), "python")
-        lines = lines.replace(THIS[kind], str(folder)).replace("path/of/the/base/model", str(base))
+        lines = lines.replace(THIS[kind], str(folder)).replace(BASE, str(base))
         names: dict[str, Any] = {}
         exec(lines, names)
-        assert isinstance(names["model"], made)
+        assert issubclass(type(names["model"]), made)
         assert names["model"].get_input_embeddings().weight.dtype == torch.bfloat16
+        weights = {type(module).__name__ for module in names["model"].modules()}
+        assert ("Linear4bit" in weights) == (fourbit and kind == "adapter")
         assert names["tokenizer"]("abc").input_ids
