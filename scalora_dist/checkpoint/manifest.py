@@ -7,13 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 LEFTOVER = re.compile(r"checkpoint-\d+\.(partial|old)")
 MANIFEST, STATE = "manifest.json", "state.json"
+FORMAT = 2  # of state.json and of the tensors' names
+RANDOM = "random."  # begins the names of the ranks' random states
+LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
 READ_BYTES = 2**24
 
 
@@ -116,15 +119,25 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | str:
         return f"{MANIFEST} is damaged"
 
 
-def faults(folder: Path, files: dict[str, FileRecord], names: Sequence[str]) -> list[str]:
-    """What is wrong with the files ``names``: one clause for each damaged file."""
+def faults(
+    folder: Path,
+    files: dict[str, FileRecord],
+    names: Sequence[str],
+    read: Callable[[int], object] | None = None,
+) -> list[str]:
+    """What is wrong with the files ``names``: one clause for each damaged file.
+
+    Args:
+        files: the manifest.
+        read: called with a number of bytes, whenever so many more are read.
+    """
     found = []
     for name in names:
         path, record = folder / name, files[name]
         try:
             if path.stat().st_size != record["bytes"]:
                 found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
-            elif sha256(path) != record["sha256"]:
+            elif sha256(path, read) != record["sha256"]:
                 found.append(f"{name} is damaged (its checksum differs)")
         except FileNotFoundError:
             found.append(f"{name} is missing")
@@ -139,11 +152,14 @@ def is_sound(folder: Path) -> bool:
     return not isinstance(files, str) and not faults(folder, files, list(files))
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, read: Callable[[int], object] | None = None) -> str:
+    """The checksum of a file in hexadecimal; ``read`` as for `faults`."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
+            if read:
+                read(len(block))
     return digest.hexdigest()
 
 

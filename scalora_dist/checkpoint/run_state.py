@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from scalora_dist.checkpoint.manifest import checkpoint_folder, is_sound, read_state, step_of
+from scalora_dist.checkpoint.manifest import (
+    FORMAT,
+    LIBRARIES,
+    RANDOM,
+    checkpoint_folder,
+    is_sound,
+    read_state,
+    step_of,
+)
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.replicas import check_replicas
 from scalora_dist.checkpoint.storage import Checkpoints
@@ -30,14 +38,11 @@ from scalora_dist.profiling.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-RANDOM = "random."  # begins the names of the ranks' random states
 # What else decides an option's value.
 ALSO = {
     "train_batch_size": ", or change --per_device_train_batch_size or "
     "--gradient_accumulation_steps",
 }
-LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
 
 
 class RunState:
