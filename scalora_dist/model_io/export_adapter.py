@@ -23,8 +23,16 @@ from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.model_io.base_weights import BaseWeights
 from scalora_dist.model_io.export_model import written_aside
 from scalora_dist.model_io.merged_weights import MergedWeights
-from scalora_dist.model_io.peft_format import CONFIG_FILE, WEIGHTS_FILE, saved_config, saved_names
+from scalora_dist.model_io.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    TrainedScaling,
+    saved_config,
+    saved_factors,
+    saved_names,
+)
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
+from scalora_dist.model_io.serving import vllm_objections
 
 logger = logging.getLogger(__name__)
 
@@ -102,33 +110,37 @@ class AdapterExport:
         engine, is_main = self.engine, self.engine.world.is_main
         merged = MergedWeights(engine, low_halves)
         sizes = {name: merged.shape(f"{name}.weight") for name in engine.adapted}
-        ranks, scalings = self._ranks(sizes)
+        rank, trained = self._rank(), self._trained_scaling()
         entries: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for name, (m, n) in sizes.items():
-            shapes = torch.Size([m, ranks[name]]), torch.Size([ranks[name], n])
+            shapes = torch.Size([m, rank]), torch.Size([rank, n])
             keys = zip(saved_names(name), shapes, strict=True)
-            entries |= {key: (shape, engine.dtype) for key, shape in keys}
+            entries |= {key: (shape, torch.float32) for key, shape in keys}
         errors: dict[str, float] = {}
         layers = {x.name: x for x in engine.layer_shards(gradients=False)}
         quiet = None if is_main else True
         with written_aside(folder, is_main=is_main) as aside:
             with open(aside / WEIGHTS_FILE if is_main else os.devnull, "wb") as file:
-                writer = SafetensorsWriter(file, entries)
+                writer = SafetensorsWriter(file, entries, trained)
                 for name in tqdm(sizes, "writing the adapter", disable=quiet, leave=False):
                     if self.before is None:
-                        a, b = self._own_factors(merged, name)
+                        a, b, scaling = self._own_factors(merged, name)
                     else:
-                        a, b, errors[name] = self._approximation(merged, layers[name], ranks[name])
+                        scaling = 1.0
+                        columns = min(rank, *sizes[name])
+                        a, b, errors[name] = self._approximation(merged, layers[name], columns)
                     if is_main:
-                        writer.write(a.to(engine.dtype))
-                        writer.write(b.T.to(engine.dtype))
+                        for tensor in saved_factors(a, b, scaling, rank):
+                            writer.write(tensor)
             if is_main:
                 modules = [name for name, _ in engine.model.named_modules()]
-                config = saved_config(self.model, modules, ranks, scalings)
+                config = saved_config(self.model, modules, sizes, rank)
                 (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2))
                 if errors:
                     report = {"rank": self.rank, "relative_error": errors}
                     (aside / "approximation.json").write_text(json.dumps(report, indent=2))
+        if is_main and (objections := vllm_objections(sizes, rank)):
+            logger.warning("vLLM may not serve the adapter: %s", objections)
         if errors:
             worst = max(errors, key=lambda name: errors[name])
             logger.info(
@@ -140,44 +152,42 @@ class AdapterExport:
             )
         return True
 
-    def _ranks(self, sizes: Mapping[str, torch.Size]) -> tuple[dict[str, int], dict[str, float]]:
-        """The saved adapter's ranks {layer: r} and scalings {layer: s}.
-
-        Args:
-            sizes: {layer: shape (m, n) of W}.
-        """
+    def _rank(self) -> int:
+        """r of the saved adapter."""
         if self.rank is not None:
-            ranks = {name: min(self.rank, *size) for name, size in sizes.items()}
-            return ranks, dict.fromkeys(sizes, 1.0)
+            return self.rank
         carried = (self.args.carry_rank or 0) if self.args.merge_target == "carry" else 0
-        scalings = {}
-        for name, module in self.engine.adapted.items():
-            assert isinstance(module, (LowRankLinear, CoreLinear))
-            scalings[name] = module.scaling
-        return dict.fromkeys(sizes, carried + self.args.rank), scalings
+        return carried + self.args.rank
 
-    def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor]:
-        """The full A (m, columns) and B (n, columns), float32, on every rank. Collective."""
+    def _trained_scaling(self) -> dict[str, str] | None:
+        """Metadata with the s of each layer, if the saved factors are those that are trained."""
+        layers = {n: x for n, x in self.engine.adapted.items() if isinstance(x, LowRankLinear)}
+        if self.rank is not None or len(layers) < len(self.engine.adapted):
+            return None
+        return TrainedScaling(self.args.rank, {n: x.scaling for n, x in layers.items()}).metadata()
+
+    def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor, float]:
+        """The full A (m, columns) and B (n, columns), float32, and s. Collective."""
 
         def part(key: str) -> Tensor:
             return merged.precise(f"{name}.{key}").float()
 
         module = self.engine.adapted[name]
         if isinstance(module, CoreLinear):
-            return part("U") @ part("R"), part("V")
+            return part("U") @ part("R"), part("V"), module.scaling
+        assert isinstance(module, LowRankLinear)
         a, b = part("A"), part("B")
         if isinstance(module, CarryLinear):  # compressed to carry_rank columns at the end
             kept = self.args.carry_rank
             a, b = torch.cat([part("C")[:, :kept], a], 1), torch.cat([part("D")[:, :kept], b], 1)
-        return a, b
+        return a, b, module.scaling
 
     def _approximation(
         self, merged: MergedWeights, layer: LayerShards, rank: int
     ) -> tuple[Tensor, Tensor, float]:
         """A = U √S (m, r) and B = V √S (n, r) of ΔW's truncated SVD, and ‖ΔW − A Bᵀ‖ / ‖ΔW‖.
 
-        A and B have the engine's dtype. Collective. Each rank uses its own range of W, and W is not
-        gathered.
+        A and B are float32. Collective. Each rank uses its own range of W, and W is not gathered.
         """
         assert self.before is not None
         key, device = f"{layer.name}.weight", self.engine.world.device
@@ -189,7 +199,7 @@ class AdapterExport:
         norm = global_norm([update], device)
         svd = truncated_svd(update, rank, device=device)
         root = svd.S.sqrt()
-        a, b = ((side * root).to(self.engine.dtype) for side in (svd.U, svd.V))
-        update.add_low_rank_(-a.float(), b.float())
+        a, b = ((side * root).float() for side in (svd.U, svd.V))
+        update.add_low_rank_(-a, b)
         missed = global_norm([update], device)
         return a, b, missed / norm if norm else 0.0
