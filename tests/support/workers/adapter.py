@@ -89,7 +89,8 @@ def train_and_gather(
         made = runs.make(world, case)
         made.run()
     merged = MergedWeights(made.engine, made.runner.low_halves)
-    return {name: merged.precise(name).float().cpu().numpy() for name in merged.added}, heard
+    with torch.no_grad():
+        return {name: merged.precise(name).float().cpu().numpy() for name in merged.added}, heard
 
 
 def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, int, list[str]]:
