@@ -29,6 +29,7 @@ OTHERS = {
     *("nproc_per_node", "partition", "signal", "help"),
     *("no-deps", "wheel-dir", "no-build-isolation", "extra-index-url", "no-index", "find-links"),
     *("rm", "gpus", "ipc", "shm-size", "entrypoint", "device", "ulimit"),
+    *("enable-lora", "lora-modules", "max-lora-rank", "model-path", "lora-paths", "model-id"),
     *("trajectories", "logdir", "layers", "parts", "limit", "target", "engine"),
 }
 

@@ -22,7 +22,7 @@ class _Part(NamedTuple):
     """A part of a flat tensor: its first element, its number of elements, its file."""
 
     start: int
-    count: int
+    size: int
     file: Any
 
 
@@ -59,17 +59,17 @@ class CheckpointTensors:
 
     def _joined(self, name: str, numel: int) -> Tensor:
         parts = sorted(self._parts[name], key=lambda part: part.start)
-        if len(parts) == 1 and parts[0].count == numel:
+        if len(parts) == 1 and parts[0].size == numel:
             return parts[0].file.get_tensor(name)
         whole, end = None, 0
         for part in parts:
             values = part.file.get_tensor(name)
             if whole is None:
                 whole = torch.empty(numel, dtype=values.dtype)
-            if part.start != end or end + part.count > numel:
+            if part.start != end or end + part.size > numel:
                 break
-            whole[end : end + part.count] = values
-            end += part.count
+            whole[end : end + part.size] = values
+            end += part.size
         if whole is None or end != numel:
             raise UserError(
                 f"{self.folder} holds {end} of the {numel} elements of {name}: it is of another "

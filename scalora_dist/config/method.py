@@ -118,7 +118,8 @@ class MethodArguments(Group):
     )
     carry_rank: Optional[int] = option(
         None,
-        "R, the rank that a full carry is compressed to; by default 8 × rank.",
+        "R, the rank that a full carry is compressed to; by default R + rank, the adapter's rank, "
+        "is the smallest of 64, 128, 256, 320 and 512 that is at least 8 × rank.",
         resume="fixed",
         methods=MERGING,
         at_least=1,

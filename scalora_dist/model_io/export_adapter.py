@@ -9,23 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from scalora_dist.config.options import Options
 from scalora_dist.core.flat_shard import global_norm
 from scalora_dist.core.sharded_svd import truncated_svd
-from scalora_dist.engines.base import Engine
-from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear
 from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.model_io.base_weights import BaseWeights
 from scalora_dist.model_io.export_model import written_aside
 from scalora_dist.model_io.merged_weights import MergedWeights
-from scalora_dist.model_io.parameters import EngineParameters
-from scalora_dist.model_io.peft_format import CONFIG_FILE, WEIGHTS_FILE, saved_config, saved_names
+from scalora_dist.model_io.model_card import NAME as CARD
+from scalora_dist.model_io.parameters import Parameters
+from scalora_dist.model_io.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    TrainedScaling,
+    saved_config,
+    saved_factors,
+    saved_names,
+)
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
+from scalora_dist.model_io.serving import vllm_objections
 
 logger = logging.getLogger(__name__)
 
@@ -59,81 +66,83 @@ class AdapterExport:
     A run that has none of these (PEFT's layers, MoRA, full) writes nothing.
 
     Attributes:
+        args: options of the method.
+        model: name of the base model.
         rank: value of ``--adapter_rank``; None: not given.
         before: reads W before training, for ``--adapter_rank``; else None.
-        own: whether the layers' own factors are the complete ΔW.
+        edits_weights: whether W changes although it is not trained.
     """
 
     def __init__(
-        self, engine: Engine, options: Options, base: BaseWeights | None, *, edits_weights: bool
+        self, options: Options, before: BaseWeights | None, *, edits_weights: bool
     ) -> None:
         """
         Args:
-            engine: the engine with the sharded model, before its weights change.
             options: the run's options.
-            base: the base model; only needed with ``--adapter_rank``, then on every rank.
-            edits_weights: whether W changes although it is not trained.
-
-        Raises:
-            UserError: on every rank, if W before training is needed and cannot be read again.
+            before: the base model; only needed with ``--adapter_rank``.
+            edits_weights: as the attribute.
         """
-        self.engine = engine
         self.args = options.method
         self.model = str(options.model.model_name_or_path)
         self.rank = options.train.adapter_rank
-        self.before = base if self.rank is not None else None
-        kinds = (LowRankLinear, CoreLinear)
-        self.own = not edits_weights and all(isinstance(x, kinds) for x in engine.adapted.values())
-        if self.before:
-            weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
-            self.before.check(weights, engine.world)
+        self.before = before if self.rank is not None else None
+        self.edits_weights = edits_weights
 
     @torch.no_grad()
-    def write(self, folder: Path, low_halves: Mapping[str, Tensor]) -> bool:
+    def write(
+        self,
+        folder: Path,
+        parameters: Parameters,
+        card: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> bool:
         """Write the adapter. Collective: called on every rank, only rank 0 writes.
 
         The factors are gathered one layer at a time.
 
         Args:
             folder: folder of the adapter; replaced if it exists.
-            low_halves: {parameter: low halves of its 16-bit values}, int16.
+            parameters: of the trained model and its method.
+            card: text of README.md.
+            dtype: dtype of the saved factors.
 
         Returns:
             whether this run has an adapter.
         """
-        if not self.own and self.before is None:
+        if not self.has_adapter(parameters.adapted):
             return False
-        engine, is_main = self.engine, self.engine.world.is_main
-        parameters = EngineParameters(engine, low_halves)
+        is_main, rank = parameters.rank == 0, self._rank()
         merged = MergedWeights(parameters)
-        sizes = {name: parameters.shape(f"{name}.weight") for name in engine.adapted}
-        ranks, scalings = self._ranks(sizes)
+        sizes = {name: parameters.shape(f"{name}.weight") for name in parameters.adapted}
         entries: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for name, (m, n) in sizes.items():
-            shapes = torch.Size([m, ranks[name]]), torch.Size([ranks[name], n])
+            shapes = torch.Size([m, rank]), torch.Size([rank, n])
             keys = zip(saved_names(name), shapes, strict=True)
-            entries |= {key: (shape, engine.dtype) for key, shape in keys}
+            entries |= {key: (shape, dtype) for key, shape in keys}
         errors: dict[str, float] = {}
-        layers = {x.name: x for x in engine.layer_shards(gradients=False)}
         quiet = None if is_main else True
         with written_aside(folder, is_main=is_main) as aside:
             with open(aside / WEIGHTS_FILE if is_main else os.devnull, "wb") as file:
-                writer = SafetensorsWriter(file, entries)
+                writer = SafetensorsWriter(file, entries, self._trained(parameters.adapted))
                 for name in tqdm(sizes, "writing the adapter", disable=quiet, leave=False):
                     if self.before is None:
-                        a, b = self._own_factors(merged, name)
+                        a, b, scaling = self._own_factors(merged, name)
                     else:
-                        a, b, errors[name] = self._approximation(merged, layers[name], ranks[name])
+                        scaling = 1.0
+                        columns = min(rank, *sizes[name])
+                        a, b, errors[name] = self._approximation(merged, name, columns)
                     if is_main:
-                        writer.write(a.to(engine.dtype))
-                        writer.write(b.T.to(engine.dtype))
+                        for tensor in saved_factors(a, b, scaling, rank):
+                            writer.write(tensor.to(dtype))
             if is_main:
-                modules = [name for name, _ in engine.model.named_modules()]
-                config = saved_config(self.model, modules, ranks, scalings)
+                config = saved_config(self.model, parameters.modules, sizes, rank)
                 (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+                (aside / CARD).write_text(card)
                 if errors:
                     report = {"rank": self.rank, "relative_error": errors}
                     (aside / "approximation.json").write_text(json.dumps(report, indent=2))
+        if is_main and (objections := vllm_objections(sizes, rank)):
+            logger.warning("vLLM may not serve the adapter: %s", objections)
         if errors:
             worst = max(errors, key=lambda name: errors[name])
             logger.info(
@@ -145,56 +154,61 @@ class AdapterExport:
             )
         return True
 
-    def _ranks(self, sizes: Mapping[str, torch.Size]) -> tuple[dict[str, int], dict[str, float]]:
-        """The saved adapter's ranks {layer: r} and scalings {layer: s}.
+    def has_adapter(self, layers: Mapping[str, nn.Module]) -> bool:
+        """Whether a run that adapts these layers has an adapter: ΔW, or an approximation of it."""
+        kinds = (LowRankLinear, CoreLinear)
+        own = not self.edits_weights and all(isinstance(x, kinds) for x in layers.values())
+        return own or self.before is not None
 
-        Args:
-            sizes: {layer: shape (m, n) of W}.
-        """
+    def _rank(self) -> int:
+        """r of the saved adapter."""
         if self.rank is not None:
-            ranks = {name: min(self.rank, *size) for name, size in sizes.items()}
-            return ranks, dict.fromkeys(sizes, 1.0)
+            return self.rank
         carried = (self.args.carry_rank or 0) if self.args.merge_target == "carry" else 0
-        scalings = {}
-        for name, module in self.engine.adapted.items():
-            assert isinstance(module, (LowRankLinear, CoreLinear))
-            scalings[name] = module.scaling
-        return dict.fromkeys(sizes, carried + self.args.rank), scalings
+        return carried + self.args.rank
 
-    def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor]:
-        """The full A (m, columns) and B (n, columns), float32, on every rank. Collective."""
+    def _trained(self, layers: Mapping[str, nn.Module]) -> dict[str, str] | None:
+        """Metadata with the s of each layer, if the saved factors are those that are trained."""
+        scalings = {n: x.scaling for n, x in layers.items() if isinstance(x, LowRankLinear)}
+        if self.rank is not None or len(scalings) < len(layers):
+            return None
+        return TrainedScaling(self.args.rank, scalings).metadata()
+
+    def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor, float]:
+        """The full A (m, columns) and B (n, columns), float32, and s. Collective."""
 
         def part(key: str) -> Tensor:
             return merged.precise(f"{name}.{key}").float()
 
-        module = self.engine.adapted[name]
+        module = merged.parameters.adapted[name]
         if isinstance(module, CoreLinear):
-            return part("U") @ part("R"), part("V")
+            return part("U") @ part("R"), part("V"), module.scaling
+        assert isinstance(module, LowRankLinear)
         a, b = part("A"), part("B")
         if isinstance(module, CarryLinear):  # compressed to carry_rank columns at the end
             kept = self.args.carry_rank
             a, b = torch.cat([part("C")[:, :kept], a], 1), torch.cat([part("D")[:, :kept], b], 1)
-        return a, b
+        return a, b, module.scaling
 
     def _approximation(
-        self, merged: MergedWeights, layer: LayerShards, rank: int
+        self, merged: MergedWeights, name: str, rank: int
     ) -> tuple[Tensor, Tensor, float]:
         """A = U √S (m, r) and B = V √S (n, r) of ΔW's truncated SVD, and ‖ΔW − A Bᵀ‖ / ‖ΔW‖.
 
-        A and B have the engine's dtype. Collective. Each rank uses its own range of W, and W is not
-        gathered.
+        A and B are float32. Collective. Each rank uses its own range of W, and W is not gathered.
         """
-        assert self.before is not None
-        key, device = f"{layer.name}.weight", self.engine.world.device
+        module = merged.parameters.adapted[name]
+        assert self.before is not None and isinstance(module, LowRankLinear)
+        key, device = f"{name}.weight", merged.parameters.device
         weight = merged.parameters.shard(key)
         update = weight.like(weight.local.float() - self.before.range(key, weight))
         here = update.local.device
-        a, b = (merged.precise(f"{layer.name}.{x}").float().to(here) for x in "AB")
-        update.add_low_rank_(layer.scaling * a, b)
+        a, b = (merged.precise(f"{name}.{x}").float().to(here) for x in "AB")
+        update.add_low_rank_(module.scaling * a, b)
         norm = global_norm([update], device)
         svd = truncated_svd(update, rank, device=device)
         root = svd.S.sqrt()
-        a, b = ((side * root).to(self.engine.dtype) for side in (svd.U, svd.V))
-        update.add_low_rank_(-a.float(), b.float())
+        a, b = ((side * root).float() for side in (svd.U, svd.V))
+        update.add_low_rank_(-a, b)
         missed = global_norm([update], device)
         return a, b, missed / norm if norm else 0.0

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from scalora_dist.errors import UserError
 from scalora_dist.model_io.base_weights import BaseWeights, saved_state
 from scalora_dist.model_io.merged_weights import MergedWeights
+from scalora_dist.model_io.model_card import NAME as CARD
 from scalora_dist.model_io.model_files import write_model_files
 from scalora_dist.model_io.parameters import Parameters
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
@@ -29,7 +30,6 @@ from scalora_dist.modeling.conversions import Group
 from scalora_dist.modeling.load import outline
 
 LARGEST_FILE = "50GB"  # save_pretrained's own
-CARD = "README.md"
 
 
 class ModelExport:

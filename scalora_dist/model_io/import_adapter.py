@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.options import Options
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
@@ -22,10 +24,12 @@ from scalora_dist.model_io.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     SavedScaling,
+    TrainedScaling,
     layer_of,
     not_plain_lora,
     saved_names,
     shortest_names,
+    unscaled,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,8 @@ class SavedAdapter:
 
     Attributes:
         sizes: {layer: (m, n, columns)}.
-        scaling: each layer's s.
+        scaling: each layer's s in the file, where our own adapters have s = 1.
+        trained: rank and s with which A and B were trained, where the file says so; else None.
     """
 
     def __init__(self, options: Options) -> None:
@@ -55,13 +60,13 @@ class SavedAdapter:
         Raises:
             UserError: there is no LoRA adapter, or its ranks do not agree with the options.
         """
-        args = options.method
+        self.args = args = options.method
         self.name = str(options.model.adapter_name_or_path)
         if self.name.startswith(("/", ".", "~")) and not Path(self.name).is_dir():
             raise self._refuse("there is no such folder")
         self.scaling = self._read_scaling()
         self.file = self._find(WEIGHTS_FILE, "save it with PEFT, which then writes safetensors")
-        self.sizes = self._read_sizes()
+        self.sizes, self.trained = self._read_header()
         carried = args.carry_rank if args.merge_target == "carry" else None
         for layer, (_, _, rank) in self.sizes.items():
             if rank in (args.rank, args.rank + (carried or 0)):
@@ -110,13 +115,14 @@ class SavedAdapter:
         Raises:
             UserError: on every rank, if a factor is not finite.
         """
-        engine = runner.engine
+        engine, scalings = runner.engine, dict[str, float]()
         with engine.writing(), safe_open(self.file, framework="pt") as file:
             for layer in engine.layer_shards(gradients=False):
-                left, right = (file.get_tensor(key).float() for key in saved_names(layer.name))
+                left, right = (file.get_tensor(key) for key in saved_names(layer.name))
                 rank = left.shape[1]
                 scaling = self.scaling.of(layer.name, rank)
-                left, right = left * (scaling / layer.scaling), right.T
+                left, right = unscaled(left, scaling, layer.scaling), right.float().T
+                scalings[layer.name] = layer.scaling
                 if not (left.isfinite().all() and right.isfinite().all()):
                     raise self._refuse(
                         f"A or B of {layer.name} is not finite, or not after it is scaled by s = "
@@ -129,6 +135,13 @@ class SavedAdapter:
                 layer.A.write_(left[:, carried:])
                 layer.B.write_(right[:, carried:])
         logger.info("starting from the adapter %s", self.name)
+        columns = max(columns for _, _, columns in self.sizes.values())
+        if self.trained and (change := as_trained(self.trained, columns, self.args, scalings)):
+            logger.warning(
+                "the adapter was trained with other options, so this run's steps differ from "
+                "those: to train as before, set %s",
+                change,
+            )
 
     def _read_scaling(self) -> SavedScaling:
         path = self._find(CONFIG_FILE, "name a folder that an adapter was saved in")
@@ -149,12 +162,13 @@ class SavedAdapter:
                 f"its lora_alpha or alpha_pattern is damaged: {error}: correct {CONFIG_FILE}"
             ) from error
 
-    def _read_sizes(self) -> dict[str, tuple[int, int, int]]:
+    def _read_header(self) -> tuple[dict[str, tuple[int, int, int]], TrainedScaling | None]:
         try:
             with safe_open(self.file, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
                 dtypes = {key: x.get_dtype() for key, x in slices.items()}
+                metadata = file.metadata()
         except OSError as error:
             raise self._refuse(f"{WEIGHTS_FILE} cannot be read: {error}") from error
         except SafetensorError as error:
@@ -175,7 +189,14 @@ class SavedAdapter:
             sizes[layer] = (a[0], b[1], a[1])
         if not sizes:
             raise self._refuse(f"{WEIGHTS_FILE} is empty: name another adapter")
-        return sizes
+        try:
+            ranks = {layer: rank for layer, (_, _, rank) in sizes.items()}
+            return sizes, TrainedScaling.read(metadata, ranks)
+        except ValueError as error:
+            raise self._refuse(
+                f"the {TrainedScaling.KEY} entry of its metadata is damaged: {error}: save the "
+                "tensors without it"
+            ) from error
 
     def _find(self, file: str, hint: str) -> str:
         try:
@@ -190,6 +211,36 @@ class SavedAdapter:
         # Names and values of the files may have line breaks, or codes that a terminal acts on.
         printable = "".join(x if x.isprintable() else " " for x in reason)
         return UserError(f"--adapter_name_or_path {self.name}: {printable}")
+
+
+def as_trained(
+    trained: TrainedScaling, columns: int, args: MethodArguments, scalings: Mapping[str, float]
+) -> str | None:
+    """The options with which a run trains A and B as they were trained before.
+
+    Args:
+        trained: rank and s of the training before.
+        columns: rank of the saved adapter; what exceeds that of the training is a carry.
+        args: the method's options of this run.
+        scalings: {layer: s} of this run.
+
+    Returns:
+        the options to set; None: this run's rank and scales are those already.
+    """
+    first = next(iter(trained.scalings.values()))
+    alpha = f"--lora_alpha {trained.rank * first:.12g}"
+    if not all(math.isclose(s, first) for s in trained.scalings.values()):
+        alpha = "--method lora-alpha --alpha_variant II"
+    if trained.rank != args.rank:  # so this run has a carry, and s = lora_alpha / rank
+        carry = f" --carry_rank {columns - trained.rank}" if columns > trained.rank else ""
+        return f"--rank {trained.rank}{carry} {alpha}"
+    ratios = [trained.scalings[layer] / s for layer, s in scalings.items()]
+    if not all(math.isclose(ratio, ratios[0]) for ratio in ratios):
+        return alpha if alpha.startswith("--method") else f"--method lora {alpha}"
+    if math.isclose(ratios[0], 1):
+        return None
+    option = "lora_alpha" if args.reads("lora_alpha") else "alpha_multiplier"
+    return f"--{option} {getattr(args, option) * ratios[0]:.12g}"
 
 
 def _carry(merger: Merger, layer: LayerShards, left: Tensor, right: Tensor) -> None:

@@ -120,7 +120,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _revision(options: Options) -> str | None:
     """The revision of the base model on the hub, if it was chosen."""
-    return asdict(options.model).get("model_revision")
+    return options.model.model_revision
 
 
 def _introduction(kind: Kind, options: Options, summary: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ class Parameters(Protocol):
     Attributes:
         adapted: {name: layer that the method adapts}, in model order.
         loaded: names of the parameters of the loaded model. Of tied ones, one.
+        modules: names of all modules of the model.
         rank: this process's rank.
         device: device that full tensors are gathered on.
     """
@@ -29,6 +30,9 @@ class Parameters(Protocol):
 
     @property
     def loaded(self) -> Collection[str]: ...
+
+    @property
+    def modules(self) -> Collection[str]: ...
 
     @property
     def rank(self) -> int: ...
@@ -65,6 +69,7 @@ class EngineParameters:
         self.low_halves = low_halves
         self.adapted = engine.adapted
         self.rank, self.device = engine.world.rank, engine.world.device
+        self.modules = dict(engine.model.named_modules()).keys()
         base = {p.name: p for p in engine.base_shards()}
         self.loaded = base.keys()
         self._shards = base | {p.name: p for p in engine.added_shards()}

@@ -1,13 +1,22 @@
-"""PEFT's file format of a LoRA adapter: tensor names and adapter_config.json. Needs no PEFT."""
+"""PEFT's file format of a LoRA adapter: tensors and adapter_config.json. Needs no PEFT.
+
+The scale s of a layer is written into A, and ``lora_alpha`` is r. So readers of ``r`` and
+``lora_alpha`` alone compute the update of every layer, whatever its s. ``TrainedScaling`` keeps
+the s of the training beside the tensors.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 import sys
-from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from scalora_dist.model_io.name_patterns import NamePattern
 
@@ -49,28 +58,57 @@ def layer_of(key: str) -> str | None:
     return found and found[1]
 
 
+def saved_factors(a: Tensor, b: Tensor, scaling: float, rank: int) -> tuple[Tensor, Tensor]:
+    """The tensors of s·A Bᵀ as they are saved, in the order of ``saved_names``.
+
+    Args:
+        a: A (m, columns).
+        b: B (n, columns).
+        scaling: s.
+        rank: r of the saved adapter; the columns from ``columns`` on are zero.
+
+    Returns:
+        s·A (m, r) and Bᵀ (r, n), float32.
+    """
+    added = (0, rank - a.shape[1])
+    left = (a.double() * scaling).float()
+    return F.pad(left, added), F.pad(b.float(), added).T
+
+
+def unscaled(left: Tensor, saved: float, scaling: float) -> Tensor:
+    """The A of ``scaling``·A Bᵀ = ``saved``·left Bᵀ, float32. It is exact if the two are equal.
+
+    Undoes the product in ``saved_factors``: exactly for an s that is a power of two, else to one
+    rounding.
+
+    Args:
+        left: saved A (m, r).
+        saved: the saved adapter's s.
+        scaling: s of the layer that gets A.
+    """
+    return (left.double() * saved / scaling).float()
+
+
 def saved_config(
-    base: str, modules: Collection[str], ranks: Mapping[str, int], scalings: Mapping[str, float]
+    base: str, modules: Collection[str], layers: Collection[str], rank: int
 ) -> dict[str, Any]:
-    """The content of adapter_config.json of a LoRA adapter.
+    """The content of adapter_config.json of a LoRA adapter whose A are scaled.
 
     Args:
         base: name of the base model.
         modules: the names of all modules of the model.
-        ranks: {layer: r}.
-        scalings: {layer: s}.
+        layers: the names of the adapted layers.
+        rank: r of all layers.
     """
-    alphas = {layer: _number(scalings[layer] * rank) for layer, rank in ranks.items()}
-    (rank, _), (alpha, _) = (Counter(x.values()).most_common(1)[0] for x in (ranks, alphas))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "target_modules": shortest_names(ranks, modules),
+        "target_modules": shortest_names(layers, modules),
         "r": rank,
-        "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
-        "lora_alpha": alpha,
-        "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
+        "rank_pattern": {},
+        "lora_alpha": rank,
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -80,6 +118,62 @@ def saved_config(
         "modules_to_save": None,
         "inference_mode": True,
     }
+
+
+@dataclass(frozen=True)
+class TrainedScaling:
+    """The rank and the scales with which A and B were trained, kept in the tensors' file.
+
+    They are in the metadata of adapter_model.safetensors, because PEFT warns of unknown keys in
+    adapter_config.json.
+
+    Attributes:
+        rank: the columns of A and B, without those of a carry.
+        scalings: {layer: s}.
+    """
+
+    rank: int
+    scalings: dict[str, float]
+
+    KEY = "scalora_dist"
+
+    def metadata(self) -> dict[str, str]:
+        """The entries of the file's metadata: one s if all layers share it."""
+        different = set(self.scalings.values())
+        scaling = self.scalings if len(different) > 1 else different.pop()
+        return {self.KEY: json.dumps({"rank": self.rank, "scaling": scaling})}
+
+    @classmethod
+    def read(
+        cls, metadata: Mapping[str, str] | None, ranks: Mapping[str, int]
+    ) -> TrainedScaling | None:
+        """What a file's metadata say; None: nothing, as in a file of PEFT's.
+
+        Args:
+            metadata: metadata of the file, which may come from anyone.
+            ranks: {layer: r of the saved adapter}.
+
+        Raises:
+            ValueError: the entry is not what ``metadata`` writes, or is of another adapter.
+        """
+        text = (metadata or {}).get(cls.KEY)
+        if text is None:
+            return None
+        try:
+            found = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        rank, scaling = found.get("rank"), found.get("scaling")
+        if type(rank) is not int or not 0 < rank <= min(ranks.values()):
+            raise ValueError(f"rank {reprlib.repr(rank)} is none of this adapter's")
+        if not isinstance(scaling, dict):
+            scaling = dict.fromkeys(ranks, scaling)
+        for layer in ranks:
+            if layer not in scaling:
+                raise ValueError(f"it has no scaling of {layer}")
+        return cls(rank, {x: _positive(scaling[x], f"scaling of {x}") for x in ranks})
 
 
 def shortest_names(layers: Collection[str], modules: Collection[str]) -> list[str]:
@@ -139,9 +233,3 @@ def _positive(value: Any, name: str) -> float:
     if not is_number or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} {reprlib.repr(value)} is no positive number")
     return float(value)
-
-
-def _number(value: float) -> float | int:
-    """``value`` in 12 digits, without rounding errors; an integer as int, as some readers need."""
-    rounded = float(f"{value:.12g}")
-    return int(rounded) if rounded.is_integer() else rounded

@@ -46,7 +46,10 @@ class Exports:
             base = engine.world.node_first(read)
         elif train.save_model:
             base = engine.world.main_only(read)
-        self.adapter = AdapterExport(engine, options, base, edits_weights=runner.edits_weights)
+        self.adapter = AdapterExport(options, base, edits_weights=runner.edits_weights)
+        if self.adapter.before:
+            weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
+            self.adapter.before.check(weights, engine.world)
         self.model = None
         gathered: list[list[str]] = [[]]
         if train.save_model:
@@ -57,9 +60,15 @@ class Exports:
             dist.broadcast_object_list(gathered, src=0)
         (self.gathered,) = gathered
 
-    def write_adapter(self, folder: Path) -> bool:
-        """Write the adapter, if this run has one. Collective. Returns whether it has one."""
-        return self.adapter.write(folder, self.low_halves)
+    def write_adapter(self, folder: Path, card: str) -> bool:
+        """Write the adapter, if this run has one. Collective. Returns whether it has one.
+
+        Args:
+            folder: folder of the adapter; replaced if it exists.
+            card: text of README.md.
+        """
+        parameters = EngineParameters(self.engine, self.low_halves)
+        return self.adapter.write(folder, parameters, card)
 
     def write_model(
         self,

@@ -10,6 +10,7 @@ from scalora_dist.config.training import TrainArguments
 from scalora_dist.engines.build import check_engine_choice
 from scalora_dist.errors import UserError
 from scalora_dist.methods.registry import METHODS
+from scalora_dist.model_io.serving import served_rank
 from scalora_dist.modeling.load import BaseModelSpec
 
 
@@ -94,7 +95,7 @@ def resolve_merges(args: MethodArguments, *, quantized: bool) -> MethodArguments
     args = replace(
         args,
         merge_target="carry",
-        carry_rank=8 * args.rank if args.carry_rank is None else args.carry_rank,
+        carry_rank=default_carry_rank(args.rank) if args.carry_rank is None else args.carry_rank,
         carry_room=4 * args.rank if args.carry_room is None else args.carry_room,
     )
     for name in ("carry_rank", "carry_room"):
@@ -104,3 +105,11 @@ def resolve_merges(args: MethodArguments, *, quantized: bool) -> MethodArguments
                 f"one merge: set at least {args.rank}"
             )
     return args
+
+
+def default_carry_rank(rank: int) -> int:
+    """R such that R + r is a rank that servers take: the smallest of at least 8·r and 64.
+
+    Above r = 64 none is that large, and R + r = 8·r.
+    """
+    return (served_rank(max(8 * rank, 64)) or 8 * rank) - rank

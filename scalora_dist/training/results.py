@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalora_dist.checkpoint.manifest import prune, step_of
+from scalora_dist.checkpoint.manifest import LIBRARIES, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
 from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.model_io.model_card import model_card
 from scalora_dist.profiling.memory import peak_memory_bytes
+from scalora_dist.profiling.versions import installed_versions
 from scalora_dist.training.evaluate import Evaluation
 from scalora_dist.training.exports import Exports
 from scalora_dist.training.output_dir import clear_partial, discard_replaced, set_aside
@@ -121,18 +124,24 @@ class Results:
         Raises:
             UserError: on rank 0, where the disk is full or cannot be written.
         """
+        summary = self._summary(tally, before, chat_turns)
+        card = partial(
+            model_card,
+            options=self.options,
+            summary=summary,
+            versions=installed_versions(*LIBRARIES),
+        )
         if not self.phases.done("adapter"):
             folder = self.folder / "adapter"
             with disk_errors_told(folder):
-                written = self.exports.write_adapter(folder)
+                written = self.exports.write_adapter(folder, card("adapter"))
             self.phases.finish("adapter", folder.glob("*") if written else ())
         if not self.phases.done("model"):
             folder = self.folder / "model"
             if self.options.train.save_model:
                 with disk_errors_told(folder):
-                    self.exports.write_model(folder, model, tokenizer, "")
+                    self.exports.write_model(folder, model, tokenizer, card("model"))
             self.phases.finish("model", folder.glob("*") if self.options.train.save_model else ())
-        summary = self._summary(tally, before, chat_turns)
         if not self.phases.done("summary"):
             file = self.folder / "summary.json"
 
@@ -141,9 +150,8 @@ class Results:
                     write_json(file, summary)
                 discard_replaced(self.folder)
 
-            self.runner.engine.world.main_only(
-                finish
-            )  # the others wait: a signal must still reach them
+            world = self.runner.engine.world
+            world.main_only(finish)  # the others wait: a signal must still reach them
             self.phases.finish("summary", [file])
         return summary
 

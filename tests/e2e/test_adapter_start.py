@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,12 +54,52 @@ def test_a_run_goes_on_from_an_adapter(
 ) -> None:
     case = options(odd, tmp_path / "run", engine, max_steps=2, **others)
     case["adapter_name_or_path"] = left / "adapter"
-    ranks(size(engine)).run(runs.run, case)
+    _, _, heard = ranks(size(engine)).run(tiny_runs.train, case)[0]
+    told = [text.rpartition(": ")[2] for text in heard if "was trained with" in text]
+    assert told == (["to train as before, set --lora_alpha 8"] if "lora_alpha" in others else [])
     first, last = work.held_out(left)
     start, end = work.held_out(tmp_path / "run")
     assert last < first - 0.1
     assert start == pytest.approx(last, rel=1e-5)
     assert end < start
+
+
+@pytest.mark.parametrize(
+    ("engine", "others"),
+    [
+        ("local", {"method": "lora"}),
+        ("fsdp", {"method": "lora", "rank": 5, "lora_alpha": 12, "bf16": True}),
+        ("zero3", {"method": "lora-alpha", "alpha_variant": "II", "lora_alpha": None}),
+        pytest.param("local", {"method": "rslora", "bf16": True}, marks=HEAVY),
+        pytest.param("zero2", {"method": "lora-plus", "bf16": True}, marks=HEAVY),
+    ],
+)
+def test_a_run_goes_on_as_if_it_had_not_ended(
+    ranks: GetRanks, odd: Path, tmp_path: Path, engine: str, others: dict[str, Any]
+) -> None:
+    """A and B are those of the run before: exactly for an s that is a power of two (8/4 = 2)."""
+    group = ranks(size(engine))
+    others = {"learning_rate": 1e-3, "eval_steps": 2} | others
+    half = options(odd, tmp_path / "half", engine, **others, max_steps=2)
+    before, _ = group.run(work.train_and_gather, half)[0]
+    group.run(runs.run, options(odd, tmp_path / "all", engine, **others, max_steps=4))
+    # A step so small that it changes nothing.
+    still = options(
+        odd, tmp_path / "on", engine, **others | {"learning_rate": 1e-30, "max_steps": 1}
+    )
+    still["adapter_name_or_path"] = tmp_path / "half" / "adapter"
+    after, heard = group.run(work.train_and_gather, still)[0]
+    exact = others["method"] in ("lora", "lora-plus") and "rank" not in others
+    for name, value in before.items():
+        assert value.any()
+        if exact or name.endswith(".B"):
+            np.testing.assert_array_equal(after[name], value)
+        else:
+            np.testing.assert_array_max_ulp(after[name], value, maxulp=1)
+    reached = work.held_out(tmp_path / "all")[1]
+    start = work.held_out(tmp_path / "on")[0]
+    assert start == reached if exact else start == pytest.approx(reached, rel=1e-6)
+    assert not [text for text in heard if "was trained with" in text]
 
 
 @pytest.mark.floors
@@ -83,21 +124,25 @@ def test_a_run_goes_on_from_peft_s_adapter(ranks: GetRanks, odd: Path, tmp_path:
 
 
 @pytest.mark.parametrize("engine", ["local", "zero3", pytest.param("fsdp", marks=HEAVY)])
-@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=HEAVY)])
+@pytest.mark.parametrize(
+    ("bf16", "alpha"),
+    [(False, 3), pytest.param(True, 3, marks=HEAVY), pytest.param(True, 8, marks=HEAVY)],
+)
 def test_a_carry_goes_on(
-    ranks: GetRanks, even: Path, tmp_path: Path, engine: str, bf16: bool
+    ranks: GetRanks, even: Path, tmp_path: Path, engine: str, bf16: bool, alpha: int
 ) -> None:
     """On another engine than it came from, its empty columns left out; then from a checkpoint."""
     case = options(even, tmp_path / "a", **CARRY, bf16=bf16, max_steps=2)
     ranks(1).run(runs.run, case | {"carry_rank": 12})
     case = options(even, tmp_path / "b", engine, **CARRY, bf16=bf16, save_steps=2)
-    case |= {"carry_rank": 12, "lora_alpha": 3, "adapter_name_or_path": tmp_path / "a" / "adapter"}
+    case |= {"carry_rank": 12, "lora_alpha": alpha}
+    case |= {"adapter_name_or_path": tmp_path / "a" / "adapter"}
     group = ranks(size(engine))
     group.run(runs.run, case)
     _, last = work.held_out(tmp_path / "a")
     start, end = work.held_out(tmp_path / "b")
-    # Factors of 16 bits are written in 16 bits.
-    assert start == pytest.approx(last, rel=1e-3 if bf16 else 1e-5)
+    # The forward reads A in 16 bits, which another s rounds differently.
+    assert start == pytest.approx(last, rel=1e-3 if bf16 and alpha == 3 else 1e-5)
     assert end < start
     records = [x for x in runs.metrics(tmp_path / "b") if "carry" in x]
     # 8 columns of 16 are used: two more merges fit.
@@ -192,6 +237,17 @@ def change(key: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
     return spoil
 
 
+def describe(entry: Any) -> Spoil:
+    """Write our entry of the file's metadata: a text, or what becomes one."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        text = entry if isinstance(entry, str) else json.dumps(entry)
+        save_file(load_file(path), path, {"format": "pt", "scalora_dist": text})
+
+    return spoil
+
+
 def write(file: str, text: str) -> Spoil:
     return lambda folder: (folder / file).write_text(text)
 
@@ -241,6 +297,18 @@ def remove(file: str) -> Spoil:
         (change(FACTOR, lambda x: x[:0]), {}, "do not fit together"),
         (change("weight", lambda x: x[..., :0] if len(x) != RANK else x[:0]), {}, "do not fit"),
         (change(FACTOR, lambda x: x.to(torch.int8)), {}, "has dtype I8: save it in one of F64"),
+        (describe("{"), {}, "the scalora_dist entry of its metadata is damaged: "),
+        (describe("[" * 100_000), {}, "it is nested too deeply: save the tensors without it"),
+        (describe([2.0]), {}, "it is no JSON object"),
+        *(
+            (describe({"rank": bad, "scaling": 2.0}), {}, "is none of this adapter's: save")
+            for bad in (None, 0, -4, 4.0, True, "4", 5)
+        ),
+        *(
+            (describe({"rank": 4, "scaling": bad}), {}, "is no positive number: save the tensors")
+            for bad in (None, 0, -2, True, "2", [2], float("nan"), float("inf"), 10**400)
+        ),
+        (describe({"rank": 4, "scaling": {"a": 2.0}}), {}, "it has no scaling of model.layers.0."),
         (set_config(modules_to_save=["lm_head"]), {}, "modules_to_save"),
         (set_config(init_lora_weights="pissa_niter_4"), {}, "changed its base"),
         (rename(FACTOR, FACTOR.replace("_A", "_embedding_A")), {}, "lora_embedding_A"),

@@ -32,6 +32,7 @@ class Loaded:
     def __init__(self, model: PreTrainedModel) -> None:
         self.parameters = dict(model.named_parameters())
         self.loaded = self.parameters.keys()
+        self.modules = dict(model.named_modules()).keys()
 
     def shape(self, name: str) -> torch.Size:
         return self.parameters[name].shape

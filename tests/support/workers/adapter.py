@@ -82,6 +82,19 @@ def train_and_merge(world: World, case: dict[str, Any]) -> dict[str, NDArray[np.
     return {name: whole.numpy() for name, whole in wholes.items() if whole is not None}
 
 
+def train_and_gather(
+    world: World, case: dict[str, Any]
+) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
+    """Train. Returns {parameter that the method added: its exact value}, and the warnings."""
+    with tiny_runs.warnings_of() as heard:
+        made = runs.make(world, case)
+        made.run()
+    merged = MergedWeights(EngineParameters(made.engine, made.runner.low_halves))
+    names = [added.name for added in made.engine.added_shards()]
+    with torch.no_grad():
+        return {name: merged.precise(name).float().cpu().numpy() for name in names}, heard
+
+
 def refusal_of_another_base(world: World, case: dict[str, Any]) -> tuple[str, int, list[str]]:
     """The refusal of a run whose loaded model differs from the base's files."""
 
@@ -116,6 +129,13 @@ def base(task: Path, *, fourbit: bool = False) -> Any:
 def by_peft(task: Path, run: Path, *, fourbit: bool = False) -> NDArray[np.float32]:
     """The logits of the base model with a run's adapter, loaded by PEFT."""
     return logits(PeftModel.from_pretrained(base(task, fourbit=fourbit), str(run / "adapter")))
+
+
+def by_transformers(task: Path, run: Path) -> NDArray[np.float32]:
+    """The logits of the base model with a run's adapter, loaded by transformers."""
+    model = base(task)
+    model.load_adapter(str(run / "adapter"))
+    return logits(model)
 
 
 def config(run: Path) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""The scale that a saved adapter's A contains, and the options that train as before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.model_io.import_adapter import as_trained
+from scalora_dist.model_io.peft_format import TrainedScaling, saved_factors, unscaled
+
+LORA = MethodArguments(method="lora", rank=8, lora_alpha=16)
+ALL = {"a": 2.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("scaling", [2.0, 0.25, 2.4, 256 / 3, 1e-3])
+def test_a_scaled_factor_comes_back(scaling: float) -> None:
+    a, b = torch.randn(50, 3), torch.randn(40, 3)
+    left, right = saved_factors(a, b, scaling, 5)
+    assert left.dtype == right.dtype == torch.float32
+    assert not left[:, 3:].any() and not right[3:].any()
+    torch.testing.assert_close(left[:, :3], scaling * a)
+    assert torch.equal(right[:3].T, b)
+    back = unscaled(left[:, :3], 1.0, scaling)
+    ulps = (back.view(torch.int32) - a.view(torch.int32)).abs().max()
+    assert ulps <= (0 if scaling in (2.0, 0.25) else 1)
+    assert torch.equal(unscaled(a, scaling, scaling), a)
+
+
+@pytest.mark.parametrize("scalings", [ALL, {"a": 2.4, "b": 1 / 3}])
+def test_what_is_written_is_read(scalings: dict[str, float]) -> None:
+    trained = TrainedScaling(8, scalings)
+    metadata = trained.metadata()
+    assert ('"a"' in metadata[TrainedScaling.KEY]) == (len(set(scalings.values())) > 1)
+    assert TrainedScaling.read(metadata, {"a": 64, "b": 64}) == trained
+    assert TrainedScaling.read({"format": "pt"}, {"a": 8}) is None
+    assert TrainedScaling.read(None, {"a": 8}) is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "columns", "args", "ours", "expected"),
+    [
+        (TrainedScaling(8, ALL), 8, LORA, ALL, None),
+        (
+            TrainedScaling(8, {"a": 2.4, "b": 2.4}),
+            8,
+            replace(LORA, lora_alpha=19.2),
+            {"a": 19.2 / 8, "b": 19.2 / 8},
+            None,
+        ),
+        (
+            TrainedScaling(8, ALL),
+            8,
+            replace(LORA, lora_alpha=24),
+            {"a": 3.0, "b": 3.0},
+            "--lora_alpha 16",
+        ),
+        (
+            TrainedScaling(4, ALL),
+            4,
+            replace(LORA, method="rslora", rank=4, lora_alpha=6),
+            {"a": 3.0, "b": 3.0},
+            "--lora_alpha 4",
+        ),
+        (
+            TrainedScaling(8, {"a": 10.0, "b": 30.0}),
+            8,
+            MethodArguments(method="lora-alpha", alpha_variant="II", alpha_multiplier=0.5),
+            {"a": 5.0, "b": 15.0},
+            "--alpha_multiplier 1",
+        ),
+        (
+            TrainedScaling(8, {"a": 10.0, "b": 30.0}),
+            8,
+            LORA,
+            ALL,
+            "--method lora-alpha --alpha_variant II",
+        ),
+        (
+            TrainedScaling(8, ALL),
+            8,
+            MethodArguments(method="lora-alpha", alpha_variant="II"),
+            {"a": 10.0, "b": 30.0},
+            "--method lora --lora_alpha 16",
+        ),
+        (
+            TrainedScaling(8, ALL),
+            64,
+            MethodArguments(rank=4, lora_alpha=8),
+            ALL,
+            "--rank 8 --carry_rank 56 --lora_alpha 16",
+        ),
+        (
+            TrainedScaling(64, ALL),
+            64,
+            MethodArguments(rank=4, lora_alpha=8),
+            ALL,
+            "--rank 64 --lora_alpha 128",
+        ),
+    ],
+)
+def test_the_options_that_train_as_before(
+    trained: TrainedScaling,
+    columns: int,
+    args: MethodArguments,
+    ours: dict[str, float],
+    expected: str | None,
+) -> None:
+    assert as_trained(trained, columns, args, ours) == expected
