@@ -38,13 +38,14 @@ LIBRARIES = (
 )
 # Those of the extra `compare`.
 OF_EXTRAS = {"compare": ("matplotlib", "scipy"), "reproduce": ("matplotlib",)}
-COMMANDS = ("train", "plan", "doctor", "checkpoint", "compare", "reproduce")
+COMMANDS = ("train", "plan", "doctor", "checkpoint", "export", "compare", "reproduce")
 USAGE = """usage: scalora COMMAND [--option value ...]
 
   scalora train       fine-tune a model
   scalora plan        what a run will need: memory, messages, least times
   scalora doctor      check the machine, the network between the ranks, and the engines
   scalora checkpoint  what is in a checkpoint, and whether it is sound
+  scalora export      write the model or the adapter of a checkpoint
   scalora compare     compare methods: a study of learning rates and seeds
   scalora reproduce   compute figures of the ScaLoRA paper on a CPU
 
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             doctor(words)
         elif command == "checkpoint":
             checkpoint(words)
+        elif command == "export":
+            export(words)
         elif command == "compare":
             compare(words, signals)
         elif command == "reproduce":
@@ -186,6 +189,13 @@ def checkpoint(words: Sequence[str]) -> None:
     from scalora_dist.checkpoint.command import checkpoint_command
 
     checkpoint_command(words)
+
+
+def export(words: Sequence[str]) -> None:
+    """Write the model or the adapter of a checkpoint, in one process."""
+    from scalora_dist.export.command import export_command
+
+    export_command(words)
 
 
 def compare(words: Sequence[str], signals: StopSignals) -> None:

@@ -21,6 +21,7 @@ ORDER = (
         "methods",
         "model_io",
         "checkpoint",
+        "export",
         "training",
         "planning",
         "doctor",

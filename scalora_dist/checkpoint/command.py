@@ -89,14 +89,7 @@ def describe(folder: Path) -> tuple[list[Row], list[str]]:
     rows: list[Row] = [("checkpoint", [str(folder)]), ("written", [written(folder)])]
     found: list[str] = []
     files = read_manifest(folder)
-    if isinstance(files, str):
-        found.append(files)
-    else:
-        total = sum(record["bytes"] for record in files.values())
-        with tqdm(
-            total=total, desc="reading", unit="B", unit_scale=True, delay=SHOW_AFTER, leave=False
-        ) as progress:
-            found += faults(folder, files, list(files), progress.update)
+    found += [files] if isinstance(files, str) else all_faults(folder, files)
     state = read_whole_state(folder)
     told = state if isinstance(state, str) else describe_state(state)
     if isinstance(told, str):
@@ -114,6 +107,15 @@ def describe(folder: Path) -> tuple[list[Row], list[str]]:
     if not isinstance(files, str):
         rows.append(("files", listed(files)))
     return rows, list(dict.fromkeys(found))
+
+
+def all_faults(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+    """What is wrong with a checkpoint's files, one clause each. Shows its progress."""
+    total = sum(record["bytes"] for record in files.values())
+    with tqdm(
+        total=total, desc="reading", unit="B", unit_scale=True, delay=SHOW_AFTER, leave=False
+    ) as progress:
+        return faults(folder, files, list(files), progress.update)
 
 
 def listed(files: dict[str, FileRecord]) -> list[str]:

@@ -46,6 +46,12 @@ class CheckpointTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype that a tensor is saved in; None: the checkpoint does not hold it."""
+        if name not in self:
+            return None
+        return self._parts[name][0].file.get_slice(name)[:0].dtype
+
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """A full tensor on the CPU: float32 if it has low halves (then exact), else as it is saved.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional, get_type_hints
 
@@ -72,6 +73,25 @@ class Options:
         if values:
             raise TypeError(f"no such option: {', '.join(values)}")
         return replace(self, **changed)
+
+    @classmethod
+    def saved(cls, groups: Mapping[str, Mapping[str, Any]]) -> Options:
+        """The options that a checkpoint's state.json holds.
+
+        Args:
+            groups: {group: {option: value}}. An option that this version does not know is left out;
+                one that is not there has its default.
+
+        Raises:
+            UserError: a value is out of its bounds.
+            TypeError: a value has another type.
+        """
+        made = {}
+        for name, group in get_type_hints(cls).items():
+            known = {each.name for each in fields(group)}
+            values = groups.get(name, {})
+            made[name] = group(**{k: v for k, v in values.items() if k in known})
+        return cls(**made)
 
     def __post_init__(self) -> None:
         """Check options of different groups against each other.

@@ -8,6 +8,7 @@ sizes are replicated: about 0.016 bytes per element, without double quantization
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,19 @@ class FourBitLinear(nn.Linear):
         """Quantize a dense ``linear`` and change it to a FourBitLinear in place."""
         codes, sizes = quantize(linear.weight.detach(), fourbit)
         return cls.of(linear, fourbit, codes, sizes)
+
+    @classmethod
+    def saved(
+        cls, linear: nn.Linear, fourbit: FourBit, codes: Tensor, saved: Mapping[str, Tensor]
+    ) -> FourBitLinear:
+        """Change ``linear`` in place to one with the codes and sizes of a file of bitsandbytes.
+
+        Args:
+            codes: the codes, in a tensor of any dtype.
+            saved: {key in the file, without the weight's own key before it: tensor}.
+        """
+        state = _bnb().QuantState.from_dict(dict(saved), device=codes.device)
+        return cls.of(linear, fourbit, codes, _taken_sizes("a layer", state, fourbit))
 
     def forward(self, x: Tensor) -> Tensor:
         # A method may have changed the class; that class's forward then calls this one.

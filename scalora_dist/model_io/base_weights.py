@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Container, Mapping
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -16,6 +17,7 @@ from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
+from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.modeling.base_files import BaseFiles
 from scalora_dist.modeling.conversions import Conversions, Group
 from scalora_dist.modeling.load import outline
@@ -30,26 +32,36 @@ class BaseWeights:
         model: the model, without storage.
         state: {name in memory: a meta tensor of its shape and its dtype in memory}. Of tied
             weights, one: what is saved of the model.
-        files: the model's files.
-        conversions: how the tensors in the files become those in memory.
     """
 
     def __init__(self, args: ModelArguments, dtype: torch.dtype) -> None:
         """
         Raises:
-            UserError: the model or its files cannot be read.
+            UserError: the model's config cannot be read.
         """
         self.args = args
         self.dtype = dtype
         self.model = outline(args, dtype)
         self.state = saved_state(self.model, dtype)
-        try:
-            self.files = BaseFiles(args)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._refuse(str(error).strip().splitlines()[0]) from error
-        self.conversions = Conversions(self.model, self.files.outlines)
         self._tied = _tied_names(self.model)
         self._read: tuple[Group | None, dict[str, Tensor]] = (None, {})
+
+    @cached_property
+    def files(self) -> BaseFiles:
+        """The model's files, opened when they are first asked for.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        try:
+            return BaseFiles(self.args)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._refuse(str(error).strip().splitlines()[0]) from error
+
+    @cached_property
+    def conversions(self) -> Conversions:
+        """How the tensors in the files become those in memory."""
+        return Conversions(self.model, self.files.outlines)
 
     def one_of(self, name: str, known: Container[str]) -> str | None:
         """The name in ``known`` of the parameter ``name``. Tied parameters have several names."""
@@ -71,6 +83,23 @@ class BaseWeights:
             made = group.make(sources, self.model)
             self._read = group, dict(zip(group.results, made, strict=True))
         return self._read[1][name]
+
+    def quantized(self, name: str, layer: FourBitLinear) -> FourBitLinear:
+        """A weight as training has it in 4 bits: quantized now, or in the files. On the CPU.
+
+        Args:
+            name: name of the weight (m, n).
+            layer: the layer in the trained model, which may have no storage.
+        """
+        m, n = layer.out_features, layer.in_features
+        linear = nn.Linear(n, m, bias=False, device="meta")
+        key = next(iter(self._group(name)[0].sources))
+        saved = [each for each in self.files.outlines if each.startswith(f"{key}.")]
+        if saved:
+            tensors = {each.removeprefix(f"{key}."): self.files.read(each) for each in saved}
+            return FourBitLinear.saved(linear, layer.fourbit, self.files.read(key), tensors)
+        linear.weight = nn.Parameter(self.read(name), requires_grad=False)
+        return FourBitLinear.quantize(linear, layer.fourbit)
 
     def range(self, name: str, shard: FlatShard) -> Tensor:
         """The values in the range of ``shard``, 1-D float32 on its device. Local.

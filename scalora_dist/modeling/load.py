@@ -314,3 +314,15 @@ def _known_model(args: ModelArguments) -> Iterator[str]:
             f"--model_name_or_path {name} cannot be loaded: its config.json has a pad_token_id "
             "that its embedding has no row for: set it to null there"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the log lines of loading and adapting, where no weights are loaded."""
+    ours = logging.getLogger("scalora_dist")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)

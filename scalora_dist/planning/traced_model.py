@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +18,7 @@ from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.layers.target_modules import ALL_LINEAR, decoder_blocks
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import METHODS
-from scalora_dist.modeling.load import BaseModelSpec, load_model
+from scalora_dist.modeling.load import BaseModelSpec, load_model, quiet
 from scalora_dist.modeling.tables import tables_of
 from scalora_dist.planning.residency import Part, Weight
 from scalora_dist.planning.trace import Trace, trace_micro_batch
@@ -67,7 +64,7 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         UserError: the trainer would refuse this model, method or these options.
     """
     train, method = options.train, METHODS[options.method.name]
-    with _quiet():
+    with quiet():
         model, args = _make(options, base, compute)
         length = tables_of(model).longest(options.data.max_length)
         for module in model.modules():
@@ -133,15 +130,3 @@ def _make(
 def _dense(layer: FourBitLinear, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty W (m, n) instead of the dequantized one: a traced layer's codes have no values."""
     return codes.new_empty(layer.out_features, layer.in_features, dtype=dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the log lines of loading and adapting, which a plan does not need."""
-    logger = logging.getLogger("scalora_dist")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

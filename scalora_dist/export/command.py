@@ -1,0 +1,101 @@
+"""``scalora export``: writes the model or the adapter of a checkpoint, in one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import torch
+
+from scalora_dist.checkpoint.command import all_faults, find
+from scalora_dist.checkpoint.manifest import read_manifest
+from scalora_dist.config.option import Group, tool_option
+from scalora_dist.config.parser import Parser
+from scalora_dist.errors import UserError
+from scalora_dist.export.trained import Trained
+
+DESCRIPTION = """Write the model or the adapter of a checkpoint of any engine and number of ranks.
+It needs one process, no GPU, the base model, and not the data of the training."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportArguments(Group):
+    _argument_group_name = "export"
+
+    output: Optional[str] = tool_option(None, "The folder to write, which does not exist yet.")
+    adapter: bool = tool_option(False, "Write the adapter, not the model.")
+    adapter_rank: Optional[int] = tool_option(
+        None,
+        "Write what was merged into W as an adapter, its best approximation of this rank.",
+        at_least=1,
+    )
+    dtype: Optional[Literal["float32", "bfloat16", "float16"]] = tool_option(
+        None, "Dtype of the weights; by default the training's, and float32 for an adapter."
+    )
+    model_name_or_path: Optional[str] = tool_option(
+        None, "The base model, where it is not where the training found it."
+    )
+    trust_remote_code: bool = tool_option(
+        False, "Run the base model's own Python code. What the checkpoint says does not count."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.output:
+            raise UserError("--output is missing: name the folder to write")
+        if os.path.lexists(self.output):
+            raise UserError(f"--output {self.output} is there already: name another folder")
+
+
+def export_command(words: Sequence[str]) -> None:
+    """Export from a checkpoint.
+
+    Args:
+        words: the checkpoint and the options.
+
+    Raises:
+        UserError: a mistake in the options, a damaged checkpoint, another base model, a full disk.
+    """
+    parser = Parser(
+        [ExportArguments],
+        allow_abbrev=False,
+        prog="scalora export",
+        usage="scalora export CHECKPOINT --output FOLDER [--adapter] [--option value ...]",
+        description=DESCRIPTION,
+    )
+    named = [*words[:1]] if words and not words[0].startswith("-") else []
+    (args,) = parser.parse_args_into_dataclasses([*words[len(named) :]])
+    if not named:
+        raise UserError("scalora export: name a checkpoint, or the output_dir of a run, first")
+    folder = Path(args.output)
+    trained = Trained(sound(Path(named[0])), args.model_name_or_path, args.trust_remote_code)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        if args.adapter or args.adapter_rank:
+            trained.write_adapter(folder, args.adapter_rank, dtype)
+        else:
+            trained.write_model(folder, dtype)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
+    print(f"{folder} is written")
+
+
+def sound(named: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest sound one of a run. Reads its files.
+
+    Raises:
+        UserError: none is there, or none is sound.
+    """
+    newest, others = find(named)
+    for folder in (newest, *others):
+        files = read_manifest(folder)
+        found = [files] if isinstance(files, str) else all_faults(folder, files)
+        if not found:
+            return folder
+        logger.warning("%s cannot be used: %s", folder, "; ".join(found))
+    raise UserError(f"{named} has no sound checkpoint: name another")

@@ -1,0 +1,141 @@
+"""What a checkpoint says was trained: its options, its model, and the exports of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalora_dist.checkpoint.contents import read_whole_state
+from scalora_dist.checkpoint.manifest import STATE
+from scalora_dist.checkpoint.tensors import CheckpointTensors
+from scalora_dist.config.options import Options
+from scalora_dist.errors import UserError
+from scalora_dist.export.checkpoint_parameters import CheckpointParameters
+from scalora_dist.methods.method import AddContext
+from scalora_dist.methods.registry import METHODS
+from scalora_dist.model_io.base_weights import BaseWeights
+from scalora_dist.model_io.export_adapter import AdapterExport, check_adapter_rank
+from scalora_dist.model_io.export_model import ModelExport
+from scalora_dist.model_io.model_card import Kind, model_card
+from scalora_dist.modeling.load import load_model, load_tokenizer, quiet, read_base_model
+
+
+class Trained:
+    """The trained model of a sound checkpoint. Its tensors are read while they are exported.
+
+    Attributes:
+        folder: the checkpoint.
+        state: the contents of its state.json.
+        options: the run's options.
+        method: the run's method.
+        base: the base model.
+        parameters: of the trained model and its method.
+    """
+
+    def __init__(self, folder: Path, model: str | None, trust_remote_code: bool) -> None:
+        """Build the model without storage.
+
+        Args:
+            folder: the checkpoint.
+            model: name of the base model; None: the run's own.
+            trust_remote_code: whether to run the base model's own code.
+
+        Raises:
+            UserError: the checkpoint is of another version, or the base model cannot be read.
+        """
+        self.folder = folder
+        state = read_whole_state(folder)
+        if isinstance(state, str):
+            raise UserError(f"{folder}: {state}")
+        self.state = state
+        self.options = options = self._options(model, trust_remote_code)
+        self.method = METHODS[options.method.name]
+        dtype = options.train.dtype
+        with quiet():
+            spec = read_base_model(options.model, dtype, torch.device("cpu"))
+            whole = load_model(options.model, spec, dtype, weights=False)
+            context = AddContext(options.method, options.train.seed, dtype)
+            adapted = self.method.add(whole, context)
+        self.base = BaseWeights(options.model, dtype)
+        self.parameters = CheckpointParameters(
+            whole,
+            adapted,
+            CheckpointTensors(folder),
+            self.base,
+            used=state["merges"].get("used", {}),
+            carry_rank=options.method.carry_rank or 0,
+        )
+
+    def write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write the merged model.
+
+        Args:
+            folder: the folder to write.
+            dtype: dtype of the weights; None: the training's.
+
+        Raises:
+            UserError: the base model is not the run's, or cannot be read.
+        """
+        self.parameters.check_base(self.state["base"])
+        export = ModelExport(self.base, dtype or self.options.train.dtype)
+        tokenizer = load_tokenizer(self.options.model)
+        export.write(folder, self.parameters, {}, tokenizer, self._card("model"))
+
+    def write_adapter(self, folder: Path, rank: int | None, dtype: torch.dtype | None) -> None:
+        """Write the adapter.
+
+        Args:
+            folder: the folder to write.
+            rank: rank of an approximation of what was merged into W; None: the run's own option.
+            dtype: dtype of the factors; None: float32.
+
+        Raises:
+            UserError: the run has no adapter, the base model is not the run's, or cannot be read.
+        """
+        if rank is not None:
+            self.options = self.options.having(adapter_rank=rank)
+        options, method = self.options, self.method
+        check_adapter_rank(options, merges=method.merges)
+        edits = method.edits_weights and options.method.merge_target != "carry"
+        export = AdapterExport(options, self.base, edits_weights=edits)
+        if not export.has_adapter(self.parameters.adapted):
+            merged = method.merges and options.method.merge_target == "weight"
+            raise UserError(
+                f"--method {options.method.name} leaves no adapter: "
+                + ("set --adapter_rank, or export the model" if merged else "export the model")
+            )
+        if export.before:
+            self.parameters.check_base(self.state["base"])
+        card = self._card("adapter")
+        export.write(folder, self.parameters, card, dtype or torch.float32)
+
+    def _options(self, model: str | None, trust_remote_code: bool) -> Options:
+        try:
+            options = Options.saved(self.state["options"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder}: {STATE} does not hold the options of a run") from error
+        given: dict[str, Any] = {"model_name_or_path": model} if model else {}
+        return replace(
+            options,
+            # Attention does not matter here, and this machine may lack the run's.
+            model=replace(
+                options.model,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+                **given,
+            ),
+        )
+
+    def _card(self, kind: Kind) -> str:
+        tally = self.state["progress"]["tally"]
+        summary = {
+            "steps": tally["steps"],
+            "skipped_steps": tally["skipped"],
+            "loss_first": tally["loss_first"],
+            "loss_last": tally["loss_last"],
+            "world_size": self.state["world_size"],
+        }
+        return model_card(kind, self.options, summary, self.state["versions"])
