@@ -29,7 +29,7 @@ OTHERS = {
     *("nproc_per_node", "partition", "signal", "help"),
     *("no-deps", "wheel-dir", "no-build-isolation", "extra-index-url", "no-index", "find-links"),
     *("rm", "gpus", "ipc", "shm-size", "entrypoint", "device", "ulimit"),
-    *("trajectories", "logdir", "layers", "parts", "limit", "target", "engine"),
+    *("trajectories", "logdir", "layers", "parts", "limit", "target", "engine", "private"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from scalora_dist.config.option import Group, option
 
@@ -14,6 +14,11 @@ class ModelArguments(Group):
 
     model_name_or_path: Optional[str] = option(
         None, "A folder in Hugging Face format or a hub name.", resume="free"
+    )
+    model_revision: Optional[str] = option(
+        None,
+        "Branch, tag or commit of a model of the hub; by default its main branch.",
+        resume="fixed",
     )
     attn_implementation: Optional[str] = option(
         None,
@@ -50,3 +55,9 @@ class ModelArguments(Group):
     adapter_name_or_path: Optional[str] = option(
         None, "Continue from this PEFT LoRA adapter (a folder, or a hub name).", resume="free"
     )
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keywords of every ``from_pretrained`` that reads the base model, beside its name."""
+        revision = self.model_revision or "main"
+        return {"revision": revision, "trust_remote_code": self.trust_remote_code}
