@@ -127,6 +127,7 @@ def _reason(error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = re.sub(r"Bearer .*", "Bearer …", lines[0])  # a header with a damaged token
+    line = re.sub(r"(https?://[^\s?]*)\?[^\s']*", r"\1", line)  # signed addresses of storage
     line = "".join(x if x.isprintable() else " " for x in line).rstrip(".:")
     if isinstance(error, RuntimeError) and error.__cause__:  # of a thread that sends a file
         line += f": {_reason(error.__cause__)}"

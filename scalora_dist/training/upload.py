@@ -31,8 +31,8 @@ def prepare_upload(options: Options, checkpoints: Checkpoints) -> str | None:
         return None
     if not options.train.save_model and not _writes_adapter(options):
         raise UserError(
-            f"--push_to_hub has nothing to upload: --save_model is false, and --method "
-            f"{options.method.name} writes no adapter: leave one of them out"
+            f"--push_to_hub has nothing to upload: this --method {options.method.name} writes no "
+            "adapter: leave --save_model false out"
         )
     name = hub.hub_model_id or checkpoints.output_dir.absolute().name
     private, adapter = hub.hub_private_repo, not options.train.save_model

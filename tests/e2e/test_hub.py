@@ -20,6 +20,7 @@ from scalora_dist.distributed.stop_signals import PREEMPTED
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import Preempted, UserError
 from scalora_dist.methods.registry import METHODS
+from scalora_dist.model_io.hub import HubError, _errors_told
 from scalora_dist.modeling.load import load_model, read_base_model
 from scalora_dist.training.phases import FILE
 from scalora_dist.training.upload import upload
@@ -271,6 +272,15 @@ def test_what_is_told_of_a_run_that_cannot_be_resumed(
     message = one_sentence(error)
     assert "resume" not in message
     assert message.endswith(f"upload it with `hf upload me/run {tmp_path}/model . --private`")
+
+
+def test_no_secret_is_told() -> None:
+    """Addresses of a storage are signed, and a header that cannot be sent is quoted."""
+    signed = "Client error '403 Forbidden' for url 'https://s3.org/a/b?Signature=secret&x=1'"
+    for error in (ValueError(signed), ValueError("Illegal header value b'Bearer secret\\x01'")):
+        with pytest.raises(HubError) as told, _errors_told():
+            raise error
+        assert "secret" not in str(told.value) and str(told.value).startswith("ValueError: ")
 
 
 @pytest.mark.heavy
