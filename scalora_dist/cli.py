@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     level = logging.INFO if is_rank_0() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
+    for name in ("httpx", "httpx2"):  # of huggingface_hub: one line for each request to a hub
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Renamed functions that DeepSpeed, or the oldest transformers we run with, has by the old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -30,7 +30,7 @@ OTHERS = {
     *("no-deps", "wheel-dir", "no-build-isolation", "extra-index-url", "no-index", "find-links"),
     *("rm", "gpus", "ipc", "shm-size", "entrypoint", "device", "ulimit"),
     *("enable-lora", "lora-modules", "max-lora-rank", "model-path", "lora-paths", "model-id"),
-    *("trajectories", "logdir", "layers", "parts", "limit", "target", "engine"),
+    *("trajectories", "logdir", "layers", "parts", "limit", "target", "engine", "private"),
 }
 
 

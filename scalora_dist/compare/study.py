@@ -24,6 +24,7 @@ SET_BY_THE_STUDY = frozenset(
     | {"seed", "learning_rate", "rank", "config"}
     | {"eval_dataset", "eval_dataset_config_name", "eval_dataset_split", "eval_size"}
     | {"adapter_rank", "profile", "profile_window", "peak_tflops"}
+    | {"push_to_hub", "hub_model_id", "hub_private_repo"}
 )
 # Where the data is read from, before it is cut.
 SOURCE = frozenset(
@@ -35,7 +36,7 @@ READ = frozenset({"prompt_template", "completion_template"})
 # What must be equal for all methods.
 SHARED = (
     frozenset(each.name for each, _ in declarations(DataArguments))
-    | {"model_name_or_path", "adapter_name_or_path"}
+    | {"model_name_or_path", "model_revision", "adapter_name_or_path"}
     | {"max_steps", "num_train_epochs", "train_batch_size"}
 )
 # Without train_batch_size these decide how many examples a step has.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional, get_type_hints
 
 from scalora_dist.config.data import DataArguments
+from scalora_dist.config.hub import HubArguments
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.option import Group, option
@@ -58,6 +59,7 @@ class Options:
     train: TrainArguments
     launch: LaunchArguments
     profile: ProfileArguments = field(default_factory=ProfileArguments)
+    hub: HubArguments = field(default_factory=HubArguments)
 
     def having(self, **values: Any) -> Options:
         """A copy with other values of some options, by name, whichever group they are in.

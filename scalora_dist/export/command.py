@@ -13,10 +13,12 @@ import torch
 
 from scalora_dist.checkpoint.command import all_faults, find
 from scalora_dist.checkpoint.manifest import read_manifest
+from scalora_dist.config.hub import HubArguments
 from scalora_dist.config.option import Group, tool_option
 from scalora_dist.config.parser import Parser
 from scalora_dist.errors import UserError
 from scalora_dist.export.trained import Trained
+from scalora_dist.model_io.hub import HubError, check_hub, push, upload_command
 
 DESCRIPTION = """Write the model or the adapter of a checkpoint of any engine and number of ranks.
 It needs one process, no GPU, the base model, and not the data of the training."""
@@ -38,7 +40,7 @@ class ExportArguments(Group):
         None, "Dtype of the weights; by default the training's, and float32 for an adapter."
     )
     model_name_or_path: Optional[str] = tool_option(
-        None, "The base model, where it is not where the training found it."
+        None, "The base model, if it is not where the training found it."
     )
     trust_remote_code: bool = tool_option(
         False, "Run the base model's own Python code. What the checkpoint says does not count."
@@ -59,30 +61,53 @@ def export_command(words: Sequence[str]) -> None:
         words: the checkpoint and the options.
 
     Raises:
-        UserError: a mistake in the options, a damaged checkpoint, another base model, a full disk.
+        UserError: a mistake in the options, a damaged checkpoint, another base model, a full disk,
+            a hub that refuses.
     """
     parser = Parser(
-        [ExportArguments],
+        [ExportArguments, HubArguments],
         allow_abbrev=False,
         prog="scalora export",
         usage="scalora export CHECKPOINT --output FOLDER [--adapter] [--option value ...]",
         description=DESCRIPTION,
     )
     named = [*words[:1]] if words and not words[0].startswith("-") else []
-    (args,) = parser.parse_args_into_dataclasses([*words[len(named) :]])
+    args, hub = parser.parse_args_into_dataclasses([*words[len(named) :]])
     if not named:
         raise UserError("scalora export: name a checkpoint, or the output_dir of a run, first")
     folder = Path(args.output)
     trained = Trained(sound(Path(named[0])), args.model_name_or_path, args.trust_remote_code)
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    adapter = args.adapter or args.adapter_rank is not None
+    repository = None
+    if hub.push_to_hub:
+        name = hub.hub_model_id or folder.absolute().name
+        repository = check_hub(name, private=hub.hub_private_repo, adapter=adapter)
     try:
-        if args.adapter or args.adapter_rank:
+        if adapter:
             trained.write_adapter(folder, args.adapter_rank, dtype)
         else:
             trained.write_model(folder, dtype)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
     print(f"{folder} is written")
+    if repository:
+        upload(folder, repository, private=hub.hub_private_repo)
+
+
+def upload(folder: Path, repository: str, *, private: bool) -> None:
+    """Upload what is written.
+
+    Raises:
+        UserError: not all files are uploaded. It says how to repeat the upload.
+    """
+    try:
+        print(f"uploaded: {push(folder, repository, 'Export with scalora')}")
+    except HubError as error:
+        raise UserError(
+            f"{folder} is whole, but could not be uploaded to {repository} ({error}): upload it "
+            f"with `{upload_command(folder, repository, private=private)}`"
+        ) from error
 
 
 def sound(named: Path) -> Path:

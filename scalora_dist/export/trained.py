@@ -17,7 +17,11 @@ from scalora_dist.export.checkpoint_parameters import CheckpointParameters
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.model_io.base_weights import BaseWeights
-from scalora_dist.model_io.export_adapter import AdapterExport, check_adapter_rank
+from scalora_dist.model_io.export_adapter import (
+    AdapterExport,
+    check_adapter_rank,
+    writes_adapter,
+)
 from scalora_dist.model_io.export_model import ModelExport
 from scalora_dist.model_io.model_card import Kind, model_card
 from scalora_dist.modeling.load import load_model, load_tokenizer, quiet, read_base_model
@@ -31,6 +35,7 @@ class Trained:
         state: the contents of its state.json.
         options: the run's options.
         method: the run's method.
+        trained_parameters: number of trained parameters.
         base: the base model.
         parameters: of the trained model and its method.
     """
@@ -59,6 +64,7 @@ class Trained:
             whole = load_model(options.model, spec, dtype, weights=False)
             context = AddContext(options.method, options.train.seed, dtype)
             adapted = self.method.add(whole, context)
+        self.trained_parameters = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         self.base = BaseWeights(options.model, dtype)
         self.parameters = CheckpointParameters(
             whole,
@@ -99,14 +105,13 @@ class Trained:
             self.options = self.options.having(adapter_rank=rank)
         options, method = self.options, self.method
         check_adapter_rank(options, merges=method.merges)
-        edits = method.edits_weights and options.method.merge_target != "carry"
-        export = AdapterExport(options, self.base, edits_weights=edits)
-        if not export.has_adapter(self.parameters.adapted):
+        if not writes_adapter(options):
             merged = method.merges and options.method.merge_target == "weight"
             raise UserError(
                 f"--method {options.method.name} leaves no adapter: "
                 + ("set --adapter_rank, or export the model" if merged else "export the model")
             )
+        export = AdapterExport(options, self.base)
         if export.before:
             self.parameters.check_base(self.state["base"])
         card = self._card("adapter")
@@ -136,6 +141,7 @@ class Trained:
             "skipped_steps": tally["skipped"],
             "loss_first": tally["loss_first"],
             "loss_last": tally["loss_last"],
+            "trained_parameters": self.trained_parameters,
             "world_size": self.state["world_size"],
         }
         return model_card(kind, self.options, summary, self.state["versions"])

@@ -54,6 +54,8 @@ class Method:
         edits_weights: whether its initialization or its merges change a W that is not trained. If
             they do, checkpoints hold W.
         merges: whether it merges while training, and needs a Merger.
+        own_factors: whether its layers hold A and B, or a core between them. They are the adapter
+            at the end of a run, if W does not change besides.
         needs_dense: whether it reads, trains or edits W as numbers. Then it cannot train a 4-bit
             base model.
         rate: the factor on the learning rate of a trained parameter, by its name.
@@ -65,5 +67,6 @@ class Method:
     restart: Callable[[Merger, MethodArguments, int], Restart] | None = None
     edits_weights: bool = False
     merges: bool = False
+    own_factors: bool = True
     needs_dense: bool = False
     rate: Callable[[str, MethodArguments], float] = lambda name, args: 1.0

@@ -171,16 +171,24 @@ METHODS: dict[MethodName, Method] = {
         _zero_initialized(CoreLinear, _unscaled),
         initialize=init_lora_sb,
     ),
-    "mora": Method(_zero_initialized(SquareLinear, _unscaled)),
-    "full": Method(_all_parameters, needs_dense=True),
-    "peft-lora": Method(_by_peft("lora"), needs_dense=True),  # PEFT has its own 4-bit layers
-    "dora": Method(_by_peft("dora"), needs_dense=True),
-    "hira": Method(_by_peft("hira"), needs_dense=True),
-    "pissa": Method(_by_peft("lora"), initialize=init_pissa, edits_weights=True, needs_dense=True),
+    "mora": Method(_zero_initialized(SquareLinear, _unscaled), own_factors=False),
+    "full": Method(_all_parameters, own_factors=False, needs_dense=True),
+    # PEFT has its own 4-bit layers.
+    "peft-lora": Method(_by_peft("lora"), own_factors=False, needs_dense=True),
+    "dora": Method(_by_peft("dora"), own_factors=False, needs_dense=True),
+    "hira": Method(_by_peft("hira"), own_factors=False, needs_dense=True),
+    "pissa": Method(
+        _by_peft("lora"),
+        initialize=init_pissa,
+        edits_weights=True,
+        own_factors=False,
+        needs_dense=True,
+    ),
     "lora-ga": Method(
         _by_peft("lora", directions=2),  # B takes the gradient's first r directions, A the next r
         initialize=init_lora_ga,
         edits_weights=True,
+        own_factors=False,
         needs_dense=True,
     ),
 }

@@ -18,6 +18,7 @@ from scalora_dist.core.sharded_svd import truncated_svd
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear
 from scalora_dist.layers.carry_linear import CarryLinear
+from scalora_dist.methods.registry import METHODS
 from scalora_dist.model_io.base_weights import BaseWeights
 from scalora_dist.model_io.export_model import written_aside
 from scalora_dist.model_io.merged_weights import MergedWeights
@@ -57,36 +58,42 @@ def check_adapter_rank(options: Options, *, merges: bool) -> None:
     )
 
 
+def writes_adapter(options: Options) -> bool:
+    """Whether a run leaves an adapter: its layers' own factors are ΔW, or it approximates ΔW.
+
+    Args:
+        options: the options after ``resolve``.
+    """
+    method, carried = METHODS[options.method.name], options.method.merge_target == "carry"
+    own = method.own_factors and (not method.edits_weights or carried)
+    return own or options.train.adapter_rank is not None
+
+
 class AdapterExport:
     """Writes the adapter of a run.
 
     The adapter has A and B. For a core, A = U R and B = V. The columns of a carry come before those
     of A and B. With ``--adapter_rank``, it is the best approximation of ΔW of that rank instead.
 
-    A run that has none of these (PEFT's layers, MoRA, full) writes nothing.
+    A run that has none of these (PEFT's layers, MoRA, full) has no adapter.
 
     Attributes:
         args: options of the method.
         model: name of the base model.
         rank: value of ``--adapter_rank``; None: not given.
         before: reads W before training, for ``--adapter_rank``; else None.
-        edits_weights: whether W changes although it is not trained.
     """
 
-    def __init__(
-        self, options: Options, before: BaseWeights | None, *, edits_weights: bool
-    ) -> None:
+    def __init__(self, options: Options, before: BaseWeights | None) -> None:
         """
         Args:
-            options: the run's options.
+            options: the run's options, with which it writes an adapter.
             before: the base model; only needed with ``--adapter_rank``.
-            edits_weights: as the attribute.
         """
         self.args = options.method
         self.model = str(options.model.model_name_or_path)
         self.rank = options.train.adapter_rank
         self.before = before if self.rank is not None else None
-        self.edits_weights = edits_weights
 
     @torch.no_grad()
     def write(
@@ -95,7 +102,7 @@ class AdapterExport:
         parameters: Parameters,
         card: str,
         dtype: torch.dtype = torch.float32,
-    ) -> bool:
+    ) -> None:
         """Write the adapter. Collective: called on every rank, only rank 0 writes.
 
         The factors are gathered one layer at a time.
@@ -105,12 +112,7 @@ class AdapterExport:
             parameters: of the trained model and its method.
             card: text of README.md.
             dtype: dtype of the saved factors.
-
-        Returns:
-            whether this run has an adapter.
         """
-        if not self.has_adapter(parameters.adapted):
-            return False
         is_main, rank = parameters.rank == 0, self._rank()
         merged = MergedWeights(parameters)
         sizes = {name: parameters.shape(f"{name}.weight") for name in parameters.adapted}
@@ -152,13 +154,6 @@ class AdapterExport:
                 errors[worst],
                 worst,
             )
-        return True
-
-    def has_adapter(self, layers: Mapping[str, nn.Module]) -> bool:
-        """Whether a run that adapts these layers has an adapter: ΔW, or an approximation of it."""
-        kinds = (LowRankLinear, CoreLinear)
-        own = not self.edits_weights and all(isinstance(x, kinds) for x in layers.values())
-        return own or self.before is not None
 
     def _rank(self) -> int:
         """r of the saved adapter."""

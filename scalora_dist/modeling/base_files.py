@@ -58,7 +58,10 @@ class BaseFiles:
     def cached(self, name: str) -> Path | None:
         """A file of the base model on this machine. None: the model has no such file."""
         path = cached_file(
-            str(self.args.model_name_or_path), name, _raise_exceptions_for_missing_entries=False
+            str(self.args.model_name_or_path),
+            name,
+            revision=self.args.model_revision,
+            _raise_exceptions_for_missing_entries=False,
         )
         return path and Path(path)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import is_flash_attn_2_available
 
@@ -67,7 +69,7 @@ def read_base_model(
     """
     with _known_model(args) as name:
         check_index_files(Path(name))
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, **args.source)
         attention = pick_attention(
             args.attn_implementation,
             # FlashAttention 2 needs an Ampere GPU or a later one.
@@ -75,7 +77,7 @@ def read_base_model(
             and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)),
             device=device,
             dtype=dtype,
-            supported=lambda: _builds_with(FLASH, config, dtype, args.trust_remote_code),
+            supported=lambda: _builds_with(FLASH, config, dtype, args),
         )
     width = config.get_text_config().hidden_size
     saved = _saved_quantization(config)
@@ -135,7 +137,7 @@ def pick_attention(
 
 
 def _builds_with(
-    attention: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+    attention: str, config: PreTrainedConfig, dtype: torch.dtype, args: ModelArguments
 ) -> bool:
     """Whether transformers can build this model with ``attention``. Tried on the meta device."""
     try:
@@ -144,12 +146,29 @@ def _builds_with(
                 copy.deepcopy(config),
                 dtype=dtype,
                 attn_implementation=attention,
-                trust_remote_code=trust_remote_code,
+                **_code(args, config),
             )
     except (ValueError, ImportError) as error:
         logger.info("no %s for this model: %s", attention, str(error).strip().splitlines()[0])
         return False
     return True
+
+
+def _code(args: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
+    """Keywords of a ``from_config``, which does not know the revision that ``config`` is from.
+
+    Without them, the model's own code would be that of the main branch. Only such a model takes the
+    revision, and only until transformers has registered its class.
+    """
+    given: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    source = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    registered = known is not None and not known.__module__.startswith("transformers.")
+    if args.trust_remote_code and source and not registered:
+        repository, _, name = source.rpartition("--")
+        if name and repository in ("", args.model_name_or_path):
+            given["code_revision"] = args.source["revision"]
+    return given
 
 
 def _check_unread(args: ModelArguments, *names: str) -> None:
@@ -164,7 +183,7 @@ def _check_unread(args: ModelArguments, *names: str) -> None:
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     with _known_model(args) as name:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, **args.source)
 
 
 def load_model(
@@ -194,7 +213,6 @@ def load_model(
     given: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": base.attention,
-        "trust_remote_code": args.trust_remote_code,
     }
     quantization = None
     if base.fourbit and not base.quantized:
@@ -203,16 +221,16 @@ def load_model(
         if weights:
             if device is not None and base.fourbit is None:
                 given["device_map"] = {"": device}
-            model = AutoModelForCausalLM.from_pretrained(name, **given)
+            model = AutoModelForCausalLM.from_pretrained(name, **args.source, **given)
         else:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+            config = AutoConfig.from_pretrained(name, **args.source)
             given.pop("quantization_config", None)
             saved = _saved_quantization(config)
             if saved is not None:
                 quantization = BitsAndBytesConfig.from_dict(saved)
                 _forget_quantization(config)
             with init_empty_weights():
-                model = AutoModelForCausalLM.from_config(config, **given)
+                model = AutoModelForCausalLM.from_config(config, **_code(args, config), **given)
             if quantization:
                 quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=base.quantized)
                 quantizer.preprocess_model(model=model, device_map=None)
@@ -228,14 +246,14 @@ def load_model(
 def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
     """The full model on "meta", dense and with eager attention. Only for counting operations."""
     with _known_model(args) as name:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, **args.source)
         _forget_quantization(config)
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
                 attn_implementation="eager",
-                trust_remote_code=args.trust_remote_code,
+                **_code(args, config),
             )
         model.tie_weights()
     return model.eval()  # some models need more inputs in training mode
@@ -302,11 +320,17 @@ def _known_model(args: ModelArguments) -> Iterator[str]:
         raise UserError("--model_name_or_path is missing: name a folder or a model of the hub")
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise UserError(f"--model_name_or_path {name}: there is no such folder")
+    if args.model_revision and Path(name).is_dir():
+        raise UserError(
+            f"--model_revision {args.model_revision} is for a model of the hub, and "
+            f"--model_name_or_path {name} is a folder: leave it out"
+        )
     try:
         yield name
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {name} cannot be loaded: {reason}") from error
+        at = f" --model_revision {args.model_revision}" if args.model_revision else ""
+        raise UserError(f"--model_name_or_path {name}{at} cannot be loaded: {reason}") from error
     except AssertionError as error:
         if "Padding_idx" not in str(error):
             raise

@@ -53,16 +53,17 @@ class PlanArguments(JsonFile):
         return self.nodes * self.gpus_per_node
 
 
-def config_folder(model: str) -> str:
+def config_folder(model: str, revision: str | None = None) -> str:
     """The folder or hub name from which transformers reads the config of ``model``.
 
     Args:
         model: a model with a shipped config, a hub name, a folder, or a config.json.
+        revision: a revision of the hub; the shipped configs are those of the main branches.
 
     Raises:
         UserError: a JSON file is given that does not exist or is not called config.json.
     """
-    if (SHIPPED / model / "config.json").is_file():
+    if revision is None and (SHIPPED / model / "config.json").is_file():
         return str(SHIPPED / model)
     path = Path(model)
     if path.suffix == ".json":

@@ -36,7 +36,7 @@ def report(options: Options, where: PlanArguments) -> str:
     if not model:
         raise UserError("--model is missing: name one of the hub, a folder or a config.json")
     where = replace(where, model=model)
-    options = options.having(model_name_or_path=config_folder(model))
+    options = options.having(model_name_or_path=config_folder(model, options.model.model_revision))
     planner = Planner(options, where)
     plan = planner.plan(options, where.gpus)
     times, fits = least_times_of(plan, where), planner.fits(plan)

@@ -116,7 +116,7 @@ def _make(
 ) -> tuple[PreTrainedModel, MethodArguments]:
     """The model, and the method's options with the layers that an encoder adapts."""
     name = options.model.model_name_or_path
-    config = AutoConfig.from_pretrained(name, trust_remote_code=options.model.trust_remote_code)
+    config = AutoConfig.from_pretrained(name, **options.model.source)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or base.fourbit:
         return load_model(options.model, base, dtype, weights=False), options.method
     with init_empty_weights():  # an encoder, with the head for GLUE's tasks

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalora_dist.config.options import Options
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.base_weights import BaseWeights
-from scalora_dist.model_io.export_adapter import AdapterExport
+from scalora_dist.model_io.export_adapter import AdapterExport, writes_adapter
 from scalora_dist.model_io.export_model import ModelExport, send_model
 from scalora_dist.model_io.parameters import EngineParameters
 
@@ -22,7 +22,7 @@ class Exports:
 
     Attributes:
         engine: the engine with the sharded model.
-        adapter: writes the adapter.
+        adapter: writes the adapter; None: the run has none.
         model: writes the model; on rank 0 only, and None without ``--save_model``.
         gathered: the parameters that rank 0 gathers for the model, the same on every rank.
     """
@@ -46,8 +46,8 @@ class Exports:
             base = engine.world.node_first(read)
         elif train.save_model:
             base = engine.world.main_only(read)
-        self.adapter = AdapterExport(options, base, edits_weights=runner.edits_weights)
-        if self.adapter.before:
+        self.adapter = AdapterExport(options, base) if writes_adapter(options) else None
+        if self.adapter and self.adapter.before:
             weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
             self.adapter.before.check(weights, engine.world)
         self.model = None
@@ -67,8 +67,10 @@ class Exports:
             folder: folder of the adapter; replaced if it exists.
             card: text of README.md.
         """
-        parameters = EngineParameters(self.engine, self.low_halves)
-        return self.adapter.write(folder, parameters, card)
+        if self.adapter:
+            parameters = EngineParameters(self.engine, self.low_halves)
+            self.adapter.write(folder, parameters, card)
+        return self.adapter is not None
 
     def write_model(
         self,

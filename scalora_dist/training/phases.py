@@ -15,7 +15,7 @@ from scalora_dist.training.run_log import write_json
 logger = logging.getLogger(__name__)
 
 # In order. Before "start" is finished, an earlier run's results are being moved out of the way.
-PHASES = ("start", "training", "evaluation", "adapter", "model", "summary")
+PHASES = ("start", "training", "evaluation", "adapter", "model", "summary", "upload")
 FILE = "phase.json"
 
 

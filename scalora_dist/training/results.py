@@ -1,4 +1,4 @@
-"""Writes the results of a run, in phases that a resume repeats alone: adapter, model, summary."""
+"""Writes the results of a run, in phases that a resume repeats alone; the last one uploads them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from scalora_dist.training.phases import Phases
 from scalora_dist.training.run_log import disk_errors_told, write_json
 from scalora_dist.training.summary import Tally, summarize
 from scalora_dist.training.update_rank import UpdateRank
+from scalora_dist.training.upload import upload
 
 
 class Results:
@@ -32,13 +33,21 @@ class Results:
 
     Attributes:
         folder: the run's ``output_dir``.
+        repository: where the results are uploaded to, account/name; None: nowhere.
         phases: which phases of the run are finished.
     """
 
-    def __init__(self, runner: MethodRunner, options: Options, checkpoints: Checkpoints) -> None:
+    def __init__(
+        self,
+        runner: MethodRunner,
+        options: Options,
+        checkpoints: Checkpoints,
+        repository: str | None = None,
+    ) -> None:
         """
         Args:
             runner: the runner of the method. Its engine must hold the weights as loaded.
+            repository: as the attribute.
 
         Raises:
             UserError: on every rank, where the initial weights must be read again and cannot be.
@@ -46,6 +55,7 @@ class Results:
         self.runner = runner
         self.options = options
         self.folder = checkpoints.output_dir
+        self.repository = repository
         engine, train = runner.engine, options.train
         self.exports = Exports(runner, options)
         self.update_rank = (
@@ -119,10 +129,11 @@ class Results:
             chat_turns: as `Prepared.turns`.
 
         Returns:
-            the contents of summary.json, which is written last.
+            the contents of summary.json, the last file that is written.
 
         Raises:
-            UserError: on rank 0, where the disk is full or cannot be written.
+            UserError: on rank 0, where the disk is full or cannot be written; on every rank, where
+                the upload fails.
         """
         summary = self._summary(tally, before, chat_turns)
         card = partial(
@@ -153,7 +164,20 @@ class Results:
             world = self.runner.engine.world
             world.main_only(finish)  # the others wait: a signal must still reach them
             self.phases.finish("summary", [file])
+        self._upload()
         return summary
+
+    def _upload(self) -> None:
+        """Upload the results, unless an earlier process of this run has done it."""
+        repository, phases = self.repository, self.phases
+        if repository and phases.found.get("uploaded_to") != repository:
+            world, resumable = self.runner.engine.world, phases.saved
+            world.main_only(
+                lambda: upload(self.folder, repository, self.options, resumable=resumable)
+            )
+            phases.finish("upload", uploaded_to=repository)
+        elif not phases.done("upload"):
+            phases.finish("upload")
 
     def _summary(
         self, tally: Tally, before: Evaluation | None, chat_turns: dict[str, int]

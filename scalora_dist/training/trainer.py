@@ -40,6 +40,7 @@ from scalora_dist.training.resume import check_not_beyond, checkpoint_to_resume,
 from scalora_dist.training.run_log import RunLog, disk_errors_told, read_history
 from scalora_dist.training.saving import SavePolicy, StopAsked
 from scalora_dist.training.step_profile import make_profile
+from scalora_dist.training.upload import prepare_upload
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Trainer:
         self.signals = signals or StopSignals()
         if self.resumes_from and goes_on_in(self.resumes_from, self.output_dir):
             self._advise(step_of(self.resumes_from) or 0)
+        repository = prepare_upload(options, self.checkpoints)
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
@@ -121,7 +123,7 @@ class Trainer:
             len(self.engine.adapted),
             self.runner.parameters,
         )
-        self.results = Results(self.runner, options, self.checkpoints)
+        self.results = Results(self.runner, options, self.checkpoints, repository)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
         self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
         self.profile = self.runner.clock = make_profile(options, self.runner, self.feed.steps)

@@ -91,6 +91,8 @@ MISTAKES = {
     "unknown key 'rank': did you mean ranks": changed(rank=[2]),
     "geometric": changed(learning_rates=[1e-3, 2e-3, 1e-2]),
     "seed cannot be set here; the study sets it": changed("common", seed=3),
+    "push_to_hub cannot be set here; the study": changed("common", push_to_hub=True),
+    "model_revision cannot be set here; put it": changed("methods", "LoRA", model_revision="v1"),
     "max_steps cannot be set here; put it into common": changed("methods", "LoRA", max_steps=9),
     "full in task: --method full does not read --lora_alpha": changed(
         "methods", "full", lora_alpha=16.5

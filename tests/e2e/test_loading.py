@@ -102,7 +102,7 @@ def test_flash_attention_is_taken_where_it_can_be(
 def test_a_model_is_asked_what_it_can_do(config: Any, attention: str, fits: bool) -> None:
     """By transformers' own check; the config is left as it was."""
     before = config.to_dict()
-    assert models._builds_with(attention, config, torch.bfloat16, False) is fits
+    assert models._builds_with(attention, config, torch.bfloat16, ModelArguments()) is fits
     assert config.to_dict() == before and config._attn_implementation is None
 
 

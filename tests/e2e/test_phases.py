@@ -80,7 +80,7 @@ def check_whole(folder: Path, alone: Path) -> None:
     """Nothing is missing, nothing is left over, and all is as in the run that was left alone."""
     assert outputs(folder) == outputs(alone)
     assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
-    assert phase(folder) == "summary"
+    assert phase(folder) == "upload"
 
 
 def phase(folder: Path) -> Any:

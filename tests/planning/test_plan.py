@@ -110,6 +110,7 @@ def test_the_papers_models_are_here(model: str) -> None:
     billions = (sum(p.numel() for p in found.parameters()) + head) / 1e9
     assert billions == pytest.approx(PARAMETERS[model], rel=0.005)
     assert config_folder(model) == str(SHIPPED / model)
+    assert config_folder(model, "a-revision") == model  # of the hub: ours is the main branch's
 
 
 def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:

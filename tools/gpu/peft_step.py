@@ -34,7 +34,10 @@ def wrapped(options: Options, config: dict[str, Any], world: World) -> Any:
     if config["zero_optimization"]["stage"] == 3:
         keep, on_device = HfDeepSpeedConfig(config), {}  # from_pretrained shards while it lives
     model = AutoModelForCausalLM.from_pretrained(
-        options.model.model_name_or_path, dtype=options.train.dtype, **on_device
+        options.model.model_name_or_path,
+        dtype=options.train.dtype,
+        **options.model.source,
+        **on_device,
     )
     del keep
     model.gradient_checkpointing_enable({"use_reentrant": False})
