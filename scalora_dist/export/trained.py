@@ -15,13 +15,9 @@ from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
 from scalora_dist.export.checkpoint_parameters import CheckpointParameters
 from scalora_dist.methods.method import AddContext
-from scalora_dist.methods.registry import METHODS
+from scalora_dist.methods.registry import METHODS, writes_adapter
 from scalora_dist.model_io.base_weights import BaseWeights
-from scalora_dist.model_io.export_adapter import (
-    AdapterExport,
-    check_adapter_rank,
-    writes_adapter,
-)
+from scalora_dist.model_io.export_adapter import AdapterExport, check_adapter_rank
 from scalora_dist.model_io.export_model import ModelExport
 from scalora_dist.model_io.model_card import Kind, model_card
 from scalora_dist.modeling.load import load_model, load_tokenizer, quiet, read_base_model

@@ -192,3 +192,14 @@ METHODS: dict[MethodName, Method] = {
         needs_dense=True,
     ),
 }
+
+
+def writes_adapter(options: Options) -> bool:
+    """Whether a run leaves an adapter: its layers' own factors are ΔW, or it approximates ΔW.
+
+    Args:
+        options: the options after ``resolve``.
+    """
+    method, carried = METHODS[options.method.name], options.method.merge_target == "carry"
+    own = method.own_factors and (not method.edits_weights or carried)
+    return own or options.train.adapter_rank is not None

@@ -18,9 +18,7 @@ from scalora_dist.core.sharded_svd import truncated_svd
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear
 from scalora_dist.layers.carry_linear import CarryLinear
-from scalora_dist.methods.registry import METHODS
 from scalora_dist.model_io.base_weights import BaseWeights
-from scalora_dist.model_io.export_model import written_aside
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.model_io.model_card import NAME as CARD
 from scalora_dist.model_io.parameters import Parameters
@@ -34,6 +32,7 @@ from scalora_dist.model_io.peft_format import (
 )
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 from scalora_dist.model_io.serving import vllm_objections
+from scalora_dist.model_io.whole_folder import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +55,6 @@ def check_adapter_rank(options: Options, *, merges: bool) -> None:
         f"--adapter_rank is for runs that merge into W: --method {args.name}{target} writes its "
         "own adapter, if it has one; leave it out"
     )
-
-
-def writes_adapter(options: Options) -> bool:
-    """Whether a run leaves an adapter: its layers' own factors are ΔW, or it approximates ΔW.
-
-    Args:
-        options: the options after ``resolve``.
-    """
-    method, carried = METHODS[options.method.name], options.method.merge_target == "carry"
-    own = method.own_factors and (not method.edits_weights or carried)
-    return own or options.train.adapter_rank is not None
 
 
 class AdapterExport:

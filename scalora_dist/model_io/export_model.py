@@ -8,9 +8,8 @@ that are all in memory.)
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.errors import UserError
 from scalora_dist.model_io.base_weights import BaseWeights, saved_state
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.model_io.model_card import NAME as CARD
 from scalora_dist.model_io.model_files import write_model_files
 from scalora_dist.model_io.parameters import Parameters
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
+from scalora_dist.model_io.whole_folder import written_aside
 from scalora_dist.modeling.conversions import Group
 from scalora_dist.modeling.load import outline
 
@@ -181,23 +180,3 @@ class _Files:
         index = {"metadata": metadata, "weight_map": self.plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True)
         (self.folder / "model.safetensors.index.json").write_text(f"{text}\n")
-
-
-@contextmanager
-def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``folder`` at the end, so ``folder`` is never partial.
-
-    Only rank 0 makes, renames and removes folders. After an error it frees what it took.
-    """
-    aside = folder.with_name(f"{folder.name}.partial")
-    if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    try:
-        yield aside
-    except (OSError, UserError):
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)

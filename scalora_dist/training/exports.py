@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalora_dist.config.options import Options
+from scalora_dist.methods.registry import writes_adapter
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.base_weights import BaseWeights
-from scalora_dist.model_io.export_adapter import AdapterExport, writes_adapter
+from scalora_dist.model_io.export_adapter import AdapterExport
 from scalora_dist.model_io.export_model import ModelExport, send_model
 from scalora_dist.model_io.parameters import EngineParameters
 

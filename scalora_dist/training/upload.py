@@ -8,7 +8,7 @@ from pathlib import Path
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
-from scalora_dist.model_io.export_adapter import writes_adapter
+from scalora_dist.methods.registry import writes_adapter
 from scalora_dist.model_io.hub import HubError, check_hub, push, upload_command
 
 logger = logging.getLogger(__name__)

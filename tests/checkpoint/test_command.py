@@ -179,7 +179,7 @@ def test_all_tensors_are_counted_by_kind(
 
 def test_a_carry_has_a_line(run: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = shown(capsys, run("carry"))["carry"]
-    assert line.startswith("16 to 16 columns used of 14 layers, of 48 each; lost at most ")
+    assert line.startswith("16 to 16 columns used of 14 layers, of 76 each; lost at most ")
 
 
 @pytest.mark.parametrize(

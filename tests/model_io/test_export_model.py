@@ -155,9 +155,9 @@ def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
     args = ModelArguments(model_name_or_path=str(base))
     (base / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(UserError) as error:
-        BaseWeights(args, torch.float32)
+        _ = BaseWeights(args, torch.float32).conversions
     assert "model.safetensors is damaged" in one_sentence(error)
     (base / "model.safetensors").unlink()
     with pytest.raises(UserError) as error:
-        BaseWeights(args, torch.float32)
+        _ = BaseWeights(args, torch.float32).conversions
     assert "it has none of model.safetensors" in one_sentence(error)

@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
     **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 12),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     **dict.fromkeys(("mamba_num_heads", "mamba_n_heads"), 2),
     "head_dim": 8,
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
 }
 NEEDS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"q_lora_rank": None},
+    "deepseek_v3": {"q_lora_rank": None, "num_key_value_heads": 2},
     "gptj": {"rotary_dim": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["mamba", "moe"]},
@@ -77,7 +77,7 @@ def _seeing(vocabulary: int) -> Gemma3Config:
 
 
 def save(family: str, folder: Path) -> Path:
-    """Save a random model with its tokenizer, and texts in ``folder/train.jsonl``."""
+    """Save a random model with its tokenizer, and texts in ``folder/texts.jsonl``."""
     tokenizer = tiny_models.byte_tokenizer()
     model = build(family, len(tokenizer))
     for name, tensor in model.state_dict().items():

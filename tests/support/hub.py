@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
+import yaml
 from huggingface_hub import constants, hf_api
 from transformers.utils import hub as transformers_hub
 
@@ -266,6 +267,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = found[1][file]
         self._send(200, content, ETag=f'"{_git_id(content)}"', X_Repo_Commit=found[0])
 
+    def validate_card(self, body: bytes) -> None:
+        """The head of a README.md is YAML with keys."""
+        head = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+        errors = [] if isinstance(head, dict) else [{"message": "the head has no keys"}]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
         if (found := self._at(repo, revision)) is None or not self._may_write(repo):
             return
@@ -319,6 +326,7 @@ def _git_id(content: bytes) -> str:
 _REPO, _REVISION = r"(?P<repo>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
 ROUTES: dict[str, Callable[..., None]] = {
     r"POST /api/repos/create": _Handler.create,
+    r"POST /api/validate-yaml": _Handler.validate_card,
     rf"GET /api/models/{_REPO}/auth-check/write": _Handler.check_write,
     r"GET /api/models/(?P<name>[^/]+)": _Handler.nobodys,
     rf"GET /api/models/{_REPO}(/revision/{_REVISION})?": _Handler.info,
