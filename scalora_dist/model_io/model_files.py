@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import (
+    GENERATION_CONFIG_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
@@ -34,23 +35,26 @@ def write_model_files(
         model: the model in the dtype of the saved weights, which may have no storage.
         tokenizer: the run's tokenizer.
     """
-    if model.can_generate():
-        model.generation_config = _generation_config(files)
+    generation_config = _generation_config(files) if model.can_generate() else None
+    model.generation_config = GenerationConfig()
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder, state_dict={})  # writes no weights
     if shows_progress:
         transformers_logging.enable_progress_bar()
+    if generation_config:
+        try:
+            generation_config.save_pretrained(folder)
+        except ValueError:  # older versions write none that contradicts itself
+            if file := files.cached(GENERATION_CONFIG_NAME):
+                shutil.copy(file, folder / file.name)
     tokenizer.save_pretrained(folder)
     if model.config.get_text_config() is not model.config:
         _copy_processors(folder, files)
 
 
 def _generation_config(files: BaseFiles) -> GenerationConfig:
-    """The base model's generation config, read as ``from_pretrained`` reads it.
-
-    What is unchanged since then is saved again even where it contradicts itself.
-    """
+    """The base model's generation config, read as ``from_pretrained`` reads it."""
     name, revision = str(files.args.model_name_or_path), files.args.model_revision or "main"
     try:
         return GenerationConfig.from_pretrained(name, revision=revision)

@@ -19,8 +19,6 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -94,9 +92,13 @@ class Conversions:
         renamings, converters = _by_kind([x.reverse_transform() for x in reversed(self.used)])
         found: dict[str, dict[str, str | None]] = {}
         for name in sorted(state, key=dot_natural_key):
-            key, pattern = apply_converters(name, converters)
-            if pattern is None:
-                key = apply_renamings(name, renamings)
+            key, pattern = name, None
+            for converter in converters:  # at most one fits
+                key, pattern = converter.rename_source_key(name)
+                if pattern is not None:
+                    break
+            else:
+                key = _renamed(name, renamings)
             found.setdefault(key, {})[name] = pattern
         return list(_groups(found, converters, state, self.model, renamings))
 
@@ -106,6 +108,12 @@ def _by_kind(
 ) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
     return renamings, [x for x in transforms if isinstance(x, WeightConverter)]
+
+
+def _renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def _groups(
@@ -125,7 +133,7 @@ def _groups(
         converter = of_pattern[pattern]
         sources = {name: str(pattern) for name, pattern in patterns.items()}
         made = _convert(converter, first, sources, tensors, model)
-        results = {apply_renamings(key, [*renamings]): tensor for key, tensor in made.items()}
+        results = {_renamed(key, renamings): tensor for key, tensor in made.items()}
         yield Group(sources, results, converter, first)
 
 
