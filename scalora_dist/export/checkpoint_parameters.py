@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from scalora_dist.checkpoint.tensors import CheckpointTensors
-from scalora_dist.core.checksum import bits
+from scalora_dist.core.checksum import CHUNK, bits
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.engines.layer_shards import as_matrix
 from scalora_dist.errors import UserError
@@ -131,5 +131,5 @@ class CheckpointParameters:
 
 
 def _sum(tensor: Tensor) -> int:
-    """The sum of a tensor's bit patterns as integers."""
-    return int(bits(tensor.reshape(-1)).sum(dtype=torch.int64))
+    """The sum of a tensor's bit patterns as integers. They are widened a chunk at a time."""
+    return sum(int(x.sum(dtype=torch.int64)) for x in bits(tensor.reshape(-1)).split(CHUNK))
