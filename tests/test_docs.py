@@ -12,6 +12,7 @@ from scalora_dist.compare.command import CompareArguments
 from scalora_dist.config.option import declarations
 from scalora_dist.config.options import GROUPS
 from scalora_dist.doctor.command import DoctorArguments
+from scalora_dist.export.command import ExportArguments
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.reproduce.command import Figure1Arguments, Figure2Arguments
@@ -67,6 +68,7 @@ def test_options_in_pages_exist() -> None:
         PlanArguments,
         DoctorArguments,
         CompareArguments,
+        ExportArguments,
         Figure1Arguments,
         Figure2Arguments,
     )
