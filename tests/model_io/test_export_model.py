@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    dynamic_module_utils,
+)
 
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.core.flat_shard import FlatShard
@@ -87,6 +94,71 @@ def test_names_dtypes_tensors_and_files_are_those_of_save_pretrained(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_names_are_those_of_the_base_s_files(tmp_path: Path) -> None:
+    """Google's Gemma 3 has older names than a new model that transformers saves."""
+    base = families.save("gemma3", tmp_path / "base")
+    older = {}
+    for name, tensor in families.tensors(base).items():
+        name = name.removeprefix("model.").replace("language_model.", "language_model.model.")
+        older[name.replace("lm_head", "language_model.lm_head")] = tensor
+    save_file(older, base / "model.safetensors", {"format": "pt"})
+    model = export(base, tmp_path / "ours", torch.bfloat16)
+    assert families.tensors(tmp_path / "ours").keys() == older.keys()
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+
+
+CONFIG = (
+    "from transformers import LlamaConfig\nclass Config(LlamaConfig):\n    model_type = 'own'\n"
+)
+MODEL = """from transformers import LlamaForCausalLM
+from .own_config import Config
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_a_models_own_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    base = families.save("llama", tmp_path / "base")
+    own = {"AutoConfig": "own_config.Config", "AutoModelForCausalLM": "own_model.Model"}
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["Model"], "auto_map": own}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "own_config.py").write_text(CONFIG)
+    (base / "own_model.py").write_text(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    args = ModelArguments(model_name_or_path=str(base), trust_remote_code=True)
+    made = ModelExport(BaseWeights(args, torch.float32), torch.float32)
+    made.write(
+        tmp_path / "ours", Loaded(model), {}, AutoTokenizer.from_pretrained(base), "# Card\n"
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+    assert (tmp_path / "ours" / "own_model.py").read_text() == MODEL
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    assert type(again).__name__ == "Model"
+
+
+def test_processor_files_are_copied_or_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = families.save("gemma3", tmp_path / "base")
+    export(base, tmp_path / "without", torch.float32)
+    assert "has no processor files" in caplog.text
+    caplog.clear()
+    names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    for name in names:
+        (base / name).write_text('{"processor_class": "Gemma3Processor"}')
+    export(base, tmp_path / "with", torch.float32)
+    assert not caplog.text
+    for name in names:
+        assert (tmp_path / "with" / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_a_large_model_is_in_the_same_several_files(
