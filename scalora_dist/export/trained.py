@@ -84,7 +84,8 @@ class Trained:
         self.parameters.check_base(self.state["base"])
         export = ModelExport(self.base, dtype or self.options.train.dtype)
         tokenizer = load_tokenizer(self.options.model)
-        export.write(folder, self.parameters, {}, tokenizer, self._card("model"))
+        gathered = export.gathered(self.parameters)
+        export.write(folder, self.parameters, gathered, {}, tokenizer, self._card("model"))
 
     def write_adapter(self, folder: Path, rank: int | None, dtype: torch.dtype | None) -> None:
         """Write the adapter.

@@ -63,6 +63,15 @@ class BaseWeights:
         """How the tensors in the files become those in memory."""
         return Conversions(self.model, self.files.outlines)
 
+    def opened(self) -> BaseWeights:
+        """Itself, once its files are found and are known to hold the model's tensors by name.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        self.conversions  # noqa: B018 - opens the files
+        return self
+
     def one_of(self, name: str, known: Container[str]) -> str | None:
         """The name in ``known`` of the parameter ``name``. Tied parameters have several names."""
         return next((each for each in self._tied.get(name, [name]) if each in known), None)

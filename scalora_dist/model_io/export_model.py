@@ -69,6 +69,7 @@ class ModelExport:
         self,
         folder: Path,
         parameters: Parameters,
+        gathered: Sequence[str],
         buffers: Mapping[str, Tensor],
         tokenizer: PreTrainedTokenizerBase,
         card: str,
@@ -80,15 +81,16 @@ class ModelExport:
         Args:
             folder: folder of the model; replaced if it exists.
             parameters: of the trained model and its method.
+            gathered: what ``gathered`` returned, and the other ranks send.
             buffers: {name: persistent buffer}; others are read from the base model's files.
             tokenizer: saved beside the model.
             card: text of README.md.
         """
-        gathered = dict.fromkeys(self.gathered(parameters))
+        sent = frozenset(gathered)
         merged = MergedWeights(parameters)
 
         def source(name: str) -> Tensor:
-            loaded = self.base.one_of(name, gathered)
+            loaded = self.base.one_of(name, sent)
             if loaded:
                 tensor = merged.full_tensor(loaded, on_rank=0)
                 assert tensor is not None
@@ -117,7 +119,7 @@ def send_model(names: Sequence[str], parameters: Parameters) -> None:
     """Send parameters to rank 0, which calls ``ModelExport.write``. Collective.
 
     Args:
-        names: what ``ModelExport.gathered`` returns on rank 0.
+        names: what ``ModelExport.gathered`` returned on rank 0.
         parameters: of the trained model and its method.
     """
     merged = MergedWeights(parameters)

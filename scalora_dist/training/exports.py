@@ -38,27 +38,25 @@ class Exports:
         """
         self.engine = engine = runner.engine
         self.low_halves: Mapping[str, Tensor] = runner.low_halves
-        train, base = options.train, None
+        train = options.train
+        base: BaseWeights | None = None
 
         def read() -> BaseWeights:
-            return BaseWeights(options.model, engine.dtype)
+            return BaseWeights(options.model, engine.dtype).opened()
+
+        def plan() -> ModelExport:
+            return ModelExport(base or read(), engine.dtype)
 
         if train.adapter_rank:
             base = engine.world.node_first(read)
-        elif train.save_model:
-            base = engine.world.main_only(read)
         self.adapter = AdapterExport(options, base) if writes_adapter(options) else None
         if self.adapter and self.adapter.before:
             weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
             self.adapter.before.check(weights, engine.world)
-        self.model = None
-        gathered: list[list[str]] = [[]]
-        if train.save_model:
-            if engine.world.is_main:
-                assert base is not None
-                self.model = ModelExport(base, engine.dtype)
-                gathered = [self.model.gathered(EngineParameters(engine, self.low_halves))]
-            dist.broadcast_object_list(gathered, src=0)
+        self.model = engine.world.main_only(plan) if train.save_model else None
+        parameters = EngineParameters(engine, self.low_halves)
+        gathered = [self.model.gathered(parameters) if self.model else []]
+        dist.broadcast_object_list(gathered, src=0)
         (self.gathered,) = gathered
 
     def write_adapter(self, folder: Path, card: str) -> bool:
@@ -91,6 +89,6 @@ class Exports:
         parameters = EngineParameters(self.engine, self.low_halves)
         if self.model:
             buffers = dict(model.named_buffers())
-            self.model.write(folder, parameters, buffers, tokenizer, card)
+            self.model.write(folder, parameters, self.gathered, buffers, tokenizer, card)
         else:
             send_model(self.gathered, parameters)

@@ -59,7 +59,8 @@ def export(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     read = BaseWeights(ModelArguments(model_name_or_path=str(base)), dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ModelExport(read, to or dtype).write(folder, Loaded(model), {}, tokenizer, "# A card\n")
+    made, loaded = ModelExport(read, to or dtype), Loaded(model)
+    made.write(folder, loaded, made.gathered(loaded), {}, tokenizer, "# A card\n")
     return model
 
 
@@ -134,9 +135,9 @@ def test_a_models_own_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
     args = ModelArguments(model_name_or_path=str(base), trust_remote_code=True)
     made = ModelExport(BaseWeights(args, torch.float32), torch.float32)
-    made.write(
-        tmp_path / "ours", Loaded(model), {}, AutoTokenizer.from_pretrained(base), "# Card\n"
-    )
+    tokenizer, loaded = AutoTokenizer.from_pretrained(base), Loaded(model)
+    names = made.gathered(loaded)
+    made.write(tmp_path / "ours", loaded, names, {}, tokenizer, "# A card\n")
     model.save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     same_folders(tmp_path / "ours", tmp_path / "theirs")
@@ -227,9 +228,9 @@ def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
     args = ModelArguments(model_name_or_path=str(base))
     (base / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(UserError) as error:
-        _ = BaseWeights(args, torch.float32).conversions
+        BaseWeights(args, torch.float32).opened()
     assert "model.safetensors is damaged" in one_sentence(error)
     (base / "model.safetensors").unlink()
     with pytest.raises(UserError) as error:
-        _ = BaseWeights(args, torch.float32).conversions
+        BaseWeights(args, torch.float32).opened()
     assert "it has none of model.safetensors" in one_sentence(error)
