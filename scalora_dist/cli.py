@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif command == "checkpoint":
             checkpoint(words)
         elif command == "export":
+            signals.advice = "delete the folder *.partial, if it is there, and start it again"
             export(words)
         elif command == "compare":
             compare(words, signals)

@@ -22,7 +22,8 @@ from typing import Any
 
 from scalora_dist.config.option import JsonFile
 from scalora_dist.config.options import Options
-from scalora_dist.config.parser import Parser, parse_options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.config.words import Parser
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.build import join
 from scalora_dist.errors import exit_with_one_sentence

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from scalora_dist.config.option import JsonFile, tool_option
-from scalora_dist.config.parser import Parser, parse_options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.config.words import Parser
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.core.split_precision import add_low_rank_, join_halves, zero_low_half

@@ -34,6 +34,7 @@ from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.model_io.model_card import names_on_hub
 from scalora_dist.profiling.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class RunState:
             "base": self.base,
             "data": self.data,
             "options": options_as_json(self.options),
+            "names_on_hub": names_on_hub(self.options),
             "versions": installed_versions(*LIBRARIES),
         }
         checkpoints.save(step, self.parts(), state)

@@ -36,8 +36,8 @@ from scalora_dist.compare.schedule import CellPlan, plan
 from scalora_dist.compare.study import Study, method_options, parse_folderless, read_study, words_of
 from scalora_dist.compare.workers import Workers
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.parser import Parser
 from scalora_dist.config.training import TrainArguments
+from scalora_dist.config.words import Parser
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import Preempted, UserError
 from scalora_dist.training.resolve import resolve_batch

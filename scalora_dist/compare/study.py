@@ -14,7 +14,8 @@ from scalora_dist.config.data import DataArguments
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.option import declarations
 from scalora_dist.config.options import Options
-from scalora_dist.config.parser import option_words, parse_options, read_yaml
+from scalora_dist.config.parser import parse_options, read_yaml
+from scalora_dist.config.words import option_words
 from scalora_dist.engines.build import check_engine_choice
 from scalora_dist.errors import UserError
 

@@ -17,14 +17,14 @@ class HubArguments(Group):
 
     push_to_hub: bool = option(
         False,
-        "At the end, upload the merged model to the hub, or the adapter with --save_model false; "
+        "At the end, upload the merged model to the hub, or the adapter where no model is written; "
         "the token is that of HF_TOKEN or of `hf auth login`.",
         resume="free",
     )
     hub_model_id: Optional[str] = option(
         None,
         "Repository to upload to: a name in the token's account, or account/name; by default the "
-        "name of output_dir.",
+        "name of the folder that is written.",
         resume="free",
     )
     hub_private_repo: bool = option(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
-from scalora_dist.config.option import declarations
 from scalora_dist.config.options import GROUPS, Options
 from scalora_dist.config.shipped import find, names
+from scalora_dist.config.words import Parser, option_words, unknown_option
 from scalora_dist.errors import UserError
 
 
@@ -29,53 +25,6 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
-
-
-class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is taken as Any
-    """Raises a UserError instead of printing the usage and exiting."""
-
-    source = ""  # what is being parsed, for messages
-
-    @staticmethod
-    def _parse_dataclass_field(parser: Any, field: Any) -> None:
-        # All metadata becomes argparse's keywords, and argparse knows no declarations.
-        known = copy.copy(field)
-        known.metadata = {"help": field.metadata["help"]}
-        HfArgumentParser._parse_dataclass_field(parser, known)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.source}{message}; --help lists the options")
-
-    def parse_args_into_dataclasses(
-        self, args: Sequence[str] | None = None, return_remaining_strings: bool = False
-    ) -> tuple[Any, ...]:
-        """As HfArgumentParser's, for the words of a command line alone.
-
-        Raises:
-            UserError: a word belongs to no option, and is not asked for.
-        """
-        *parsed, left = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
-        if return_remaining_strings:
-            return (*parsed, left)
-        if left:
-            self.refuse(left[0])
-        return tuple(parsed)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all options."""
-        return sorted(
-            each.name for group in self.dataclass_types for each, _ in declarations(group)
-        )
-
-    def refuse(self, word: str) -> NoReturn:
-        """
-        Raises:
-            UserError: always; it says why a word is no option.
-        """
-        if not word.startswith("-"):
-            raise UserError(f"{word!r} belongs to no option: write --option value")
-        raise UserError(_unknown_option(word.lstrip("-").partition("=")[0], self.names))
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -104,7 +53,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     known, words = parser.names, []
     for name, value in _read_recipe(recipe).items() if recipe else ():
         if name not in known:
-            raise UserError(f"{recipe}: {_unknown_option(str(name), known)}")
+            raise UserError(f"{recipe}: {unknown_option(str(name), known)}")
         if name == "config":
             raise UserError(f"{recipe}: a recipe cannot name another: remove `config`")
         parser.source = f"{recipe}, {name}: "
@@ -148,19 +97,3 @@ def read_yaml(path: str, what: str, instead: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{what} must hold lines of `option: value`")
     return content
-
-
-def option_words(name: str, value: Any) -> list[str]:
-    """One option of a YAML file as command-line words; none for null, which keeps the default."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
-def _unknown_option(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    if close:
-        return f"unknown option {name!r}: did you mean {close[0]}? --help lists the options"
-    return f"unknown option {name!r}; the options are {', '.join(known)}"

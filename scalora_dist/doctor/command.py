@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.parser import Parser
+from scalora_dist.config.words import Parser
 from scalora_dist.distributed.world import World
 from scalora_dist.doctor import machine
 from scalora_dist.doctor.checkup import Checkup

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,7 @@ class CheckpointParameters:
         self.tensors = tensors
         self.base = base
         self.used, self.carry_rank = used, carry_rank
-        self._shapes = {name: p.shape for name, p in base.model.named_parameters()}
-        self.loaded = dict(self._shapes).keys()
-        self._shapes |= {
+        self._added = {
             f"{name}.{key}": p.shape
             for name, layer in adapted.items()
             for key, p in own_parameters(layer).items()
@@ -78,7 +77,7 @@ class CheckpointParameters:
             UserError: it has others.
         """
         kept = cast = 0
-        for name in tqdm(self.loaded, "checking the base model", leave=False):
+        for name in tqdm(self.loaded, "checking the base model", disable=None, leave=False):
             if fourbit := self._fourbit.get(name):
                 quantized = self.base.quantized(name, fourbit)
                 codes = quantized.weight.detach().view(-1).view(torch.uint8)
@@ -95,8 +94,19 @@ class CheckpointParameters:
                 "from: name its base model with --model_name_or_path"
             )
 
+    @cached_property
+    def loaded(self) -> Collection[str]:
+        self.base.opened()  # decides which parameters are tied
+        return dict(self.base.model.named_parameters()).keys()
+
     def shape(self, name: str) -> torch.Size:
-        return self._shapes[name]
+        if name in self._added:
+            return self._added[name]
+        return self.base.model.get_parameter(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a weight that the checkpoint does not hold, that of the loaded model."""
+        return self.tensors.dtype(name) or self.base.state[name].dtype
 
     def shard(self, name: str) -> FlatShard:
         """The full parameter. A weight in 4 bits is dequantized to float32."""
@@ -121,7 +131,7 @@ class CheckpointParameters:
         """C and D of a layer, float32. They have at most R columns that are not zero."""
         if self._compressed[0] != layer:
             C, D = (self.tensors.read(f"{layer}.{x}", self.shape(f"{layer}.{x}")) for x in "CD")
-            if self.used[layer] > self.carry_rank:
+            if self.used.get(layer, 0) > self.carry_rank:
                 wide = C.double(), D.double()
                 gram_c, gram_d = (factor.T @ factor for factor in wide)
                 done = compression(gram_c, gram_d, self.carry_rank)

@@ -15,13 +15,16 @@ from scalora_dist.checkpoint.command import all_faults, find
 from scalora_dist.checkpoint.manifest import read_manifest
 from scalora_dist.config.hub import HubArguments
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.parser import Parser
+from scalora_dist.config.words import Parser
 from scalora_dist.errors import UserError
 from scalora_dist.export.trained import Trained
-from scalora_dist.model_io.hub import HubError, check_hub, push, upload_command
+from scalora_dist.model_io.hub import check_hub, upload
+from scalora_dist.model_io.whole_folder import aside_of
 
 DESCRIPTION = """Write the model or the adapter of a checkpoint of any engine and number of ranks.
-It needs one process, no GPU, the base model, and not the data of the training."""
+CHECKPOINT is a folder checkpoint-<step>, or a run's output_dir: then its newest sound checkpoint is
+taken. It needs one process, no GPU, the base model, and not the data of the training.
+docs/export.md says more, and which runs have an adapter."""
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +55,8 @@ class ExportArguments(Group):
             raise UserError("--output is missing: name the folder to write")
         if os.path.lexists(self.output):
             raise UserError(f"--output {self.output} is there already: name another folder")
+        if os.path.lexists(aside := aside_of(Path(self.output))):
+            raise UserError(f"{aside} is there already: delete it, or name another --output")
 
 
 def export_command(words: Sequence[str]) -> None:
@@ -71,12 +76,15 @@ def export_command(words: Sequence[str]) -> None:
         usage="scalora export CHECKPOINT --output FOLDER [--adapter] [--option value ...]",
         description=DESCRIPTION,
     )
-    named = [*words[:1]] if words and not words[0].startswith("-") else []
-    args, hub = parser.parse_args_into_dataclasses([*words[len(named) :]])
-    if not named:
-        raise UserError("scalora export: name a checkpoint, or the output_dir of a run, first")
-    folder = Path(args.output)
-    trained = Trained(sound(Path(named[0])), args.model_name_or_path, args.trust_remote_code)
+    if not words or (words[0].startswith("-") and not {"-h", "--help"} & set(words)):
+        raise UserError(
+            "scalora export: name a checkpoint, or the output_dir of a run, before the options"
+        )
+    args, hub = parser.parse_args_into_dataclasses([*words[not words[0].startswith("-") :]])
+    folder, checkpoint = Path(args.output), sound(Path(words[0]))
+    if checkpoint.resolve() in folder.resolve().parents:
+        raise UserError(f"--output {folder} is in the checkpoint itself: name another folder")
+    trained = Trained(checkpoint, args.model_name_or_path, args.trust_remote_code)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     adapter = args.adapter or args.adapter_rank is not None
     repository = None
@@ -90,24 +98,9 @@ def export_command(words: Sequence[str]) -> None:
             trained.write_model(folder, dtype)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
-    print(f"{folder} is written")
+    print(f"{folder} is written, from {checkpoint}")
     if repository:
-        upload(folder, repository, private=hub.hub_private_repo)
-
-
-def upload(folder: Path, repository: str, *, private: bool) -> None:
-    """Upload what is written.
-
-    Raises:
-        UserError: not all files are uploaded. It says how to repeat the upload.
-    """
-    try:
-        print(f"uploaded: {push(folder, repository, 'Export with scalora')}")
-    except HubError as error:
-        raise UserError(
-            f"{folder} is whole, but could not be uploaded to {repository} ({error}): upload it "
-            f"with `{upload_command(folder, repository, private=private)}`"
-        ) from error
+        upload(folder, repository, "Export with scalora", private=hub.hub_private_repo)
 
 
 def sound(named: Path) -> Path:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from scalora_dist.checkpoint.contents import read_whole_state
-from scalora_dist.checkpoint.manifest import STATE
+from scalora_dist.checkpoint.contents import describe_state, read_whole_state
 from scalora_dist.checkpoint.tensors import CheckpointTensors
 from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
@@ -17,9 +16,9 @@ from scalora_dist.export.checkpoint_parameters import CheckpointParameters
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.registry import METHODS, writes_adapter
 from scalora_dist.model_io.base_weights import BaseWeights
-from scalora_dist.model_io.export_adapter import AdapterExport, check_adapter_rank
+from scalora_dist.model_io.export_adapter import AdapterExport
 from scalora_dist.model_io.export_model import ModelExport
-from scalora_dist.model_io.model_card import Kind, model_card
+from scalora_dist.model_io.model_card import Kind, model_card, without_paths
 from scalora_dist.modeling.load import load_model, load_tokenizer, quiet, read_base_model
 
 
@@ -49,8 +48,9 @@ class Trained:
         """
         self.folder = folder
         state = read_whole_state(folder)
-        if isinstance(state, str):
-            raise UserError(f"{folder}: {state}")
+        damage = state if isinstance(state, str) else describe_state(state)
+        if isinstance(state, str) or isinstance(damage, str):
+            raise UserError(f"{folder}: {damage}")
         self.state = state
         self.options = options = self._options(model, trust_remote_code)
         self.method = METHODS[options.method.name]
@@ -81,10 +81,10 @@ class Trained:
         Raises:
             UserError: the base model is not the run's, or cannot be read.
         """
-        self.parameters.check_base(self.state["base"])
         export = ModelExport(self.base, dtype or self.options.train.dtype)
+        gathered = export.gathered(self.parameters, ())
         tokenizer = load_tokenizer(self.options.model)
-        gathered = export.gathered(self.parameters)
+        self.parameters.check_base(self.state["base"])
         export.write(folder, self.parameters, gathered, {}, tokenizer, self._card("model"))
 
     def write_adapter(self, folder: Path, rank: int | None, dtype: torch.dtype | None) -> None:
@@ -96,30 +96,40 @@ class Trained:
             dtype: dtype of the factors; None: float32.
 
         Raises:
-            UserError: the run has no adapter, the base model is not the run's, or cannot be read.
+            UserError: the run has no adapter; for an approximation, the base model is not the run's
+                or cannot be read. Other adapters need none of its weights.
         """
+        method = self.options.method
+        merges = self.method.merges and method.merge_target == "weight"
         if rank is not None:
+            if not merges:
+                raise UserError(
+                    f"--adapter_rank is for runs that merge into W, and --method {method.name} of "
+                    "this run does not: set --adapter instead, or export the model"
+                )
             self.options = self.options.having(adapter_rank=rank)
-        options, method = self.options, self.method
-        check_adapter_rank(options, merges=method.merges)
-        if not writes_adapter(options):
-            merged = method.merges and options.method.merge_target == "weight"
+        if not writes_adapter(self.options):
             raise UserError(
-                f"--method {options.method.name} leaves no adapter: "
-                + ("set --adapter_rank, or export the model" if merged else "export the model")
+                f"--method {method.name} leaves no adapter: "
+                + ("set --adapter_rank, or export the model" if merges else "export the model")
             )
-        export = AdapterExport(options, self.base)
+        export = AdapterExport(self.options, self.base)
         if export.before:
             self.parameters.check_base(self.state["base"])
         card = self._card("adapter")
         export.write(folder, self.parameters, card, dtype or torch.float32)
 
     def _options(self, model: str | None, trust_remote_code: bool) -> Options:
-        try:
-            options = Options.saved(self.state["options"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.folder}: {STATE} does not hold the options of a run") from error
-        given: dict[str, Any] = {"model_name_or_path": model} if model else {}
+        options = Options.saved(self.state["options"])
+        name = str(model or options.model.model_name_or_path)
+        if not (model or self._is_on_hub(name) or Path(name).is_dir()):
+            raise UserError(
+                f"the run's base model {name} is not here: name its folder with "
+                "--model_name_or_path"
+            )
+        given: dict[str, Any] = {}
+        if model:
+            given = {"model_name_or_path": model, "model_revision": None}
         return replace(
             options,
             # Attention does not matter here, and this machine may lack the run's.
@@ -141,4 +151,9 @@ class Trained:
             "trained_parameters": self.trained_parameters,
             "world_size": self.state["world_size"],
         }
-        return model_card(kind, self.options, summary, self.state["versions"])
+        options = without_paths(self.options, self.state.get("names_on_hub", ()))
+        return model_card(kind, options, summary, self.state["versions"])
+
+    def _is_on_hub(self, name: str) -> bool:
+        """Whether the run's base model was read from the hub; older checkpoints do not know."""
+        return name in self.state.get("names_on_hub", [name])

@@ -30,8 +30,6 @@ class BaseWeights:
         args: the model's options.
         dtype: dtype of the training.
         model: the model, without storage.
-        state: {name in memory: a meta tensor of its shape and its dtype in memory}. Of tied
-            weights, one: what is saved of the model.
     """
 
     def __init__(self, args: ModelArguments, dtype: torch.dtype) -> None:
@@ -42,8 +40,6 @@ class BaseWeights:
         self.args = args
         self.dtype = dtype
         self.model = outline(args, dtype)
-        self.state = saved_state(self.model, dtype)
-        self._tied = _tied_names(self.model)
         self._read: tuple[Group | None, dict[str, Tensor]] = (None, {})
 
     @cached_property
@@ -54,23 +50,65 @@ class BaseWeights:
             UserError: they cannot be read.
         """
         try:
-            return BaseFiles(self.args)
+            return BaseFiles(self.args, getattr(self.model.config, "transformers_weights", None))
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._refuse(str(error).strip().splitlines()[0]) from error
+            raise self.refuse(str(error).strip().splitlines()[0]) from error
 
     @cached_property
     def conversions(self) -> Conversions:
         """How the tensors in the files become those in memory."""
         return Conversions(self.model, self.files.outlines)
 
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """{name in memory: a meta tensor of its shape and its dtype in memory}: what is saved.
+
+        Of tied weights, one. Weights that the config ties and the files hold with different values
+        are not tied, as in ``from_pretrained``.
+        """
+        for target, source in self.model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            loads = self.conversions.loads
+            if target in loads and source in loads:
+                first, second = (self._convert(loads[name])[name] for name in (target, source))
+                if not torch.equal(first, second):
+                    holder, _, attribute = target.rpartition(".")
+                    alone = nn.Parameter(torch.empty_like(second, device="meta"))
+                    setattr(self.model.get_submodule(holder), attribute, alone)
+        return saved_state(self.model, self.dtype)
+
+    @cached_property
+    def quantized_before(self) -> bool:
+        """Whether the files have weights in 4 bits. Then all others are loaded in their dtype."""
+        return any(".quant_state." in key for key in self.files.outlines)
+
+    @cached_property
+    def _tied(self) -> dict[str, list[str]]:
+        """{name of a parameter: all its names}."""
+        names = defaultdict(list)
+        self.state  # noqa: B018 - decides what is tied
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        return {name: same for same in names.values() for name in same}
+
     def opened(self) -> BaseWeights:
-        """Itself, once its files are found and are known to hold the model's tensors by name.
+        """Itself, once its files are found and their headers are read.
 
         Raises:
             UserError: they cannot be read.
         """
         self.conversions  # noqa: B018 - opens the files
+        self.state  # noqa: B018 - reads what may be tied
         return self
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """All names of all parameters."""
+        self.state  # noqa: B018 - decides what is tied
+        return frozenset(dict(self.model.named_parameters(remove_duplicate=False)))
+
+    def has(self, name: str) -> bool:
+        """Whether the files have a parameter or buffer."""
+        return self.one_of(name, self.conversions.loads) is not None
 
     def one_of(self, name: str, known: Container[str]) -> str | None:
         """The name in ``known`` of the parameter ``name``. Tied parameters have several names."""
@@ -87,11 +125,17 @@ class BaseWeights:
         group, name = self._group(name)
         if group is not self._read[0]:
             self._read = (None, {})  # free what is there
-            dtype = self._dtype(group)
-            sources = {key: self.files.read(key).to(dtype) for key in group.sources}
-            made = group.make(sources, self.model)
-            self._read = group, dict(zip(group.results, made, strict=True))
+            self._read = group, self._convert(group, self._dtype(group))
         return self._read[1][name]
+
+    def _convert(self, group: Group, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """{name: tensor} that a group makes of the files.
+
+        Args:
+            dtype: dtype that the files' tensors are cast to first; None: their own.
+        """
+        sources = {key: self.files.read(key).to(dtype=dtype) for key in group.sources}
+        return dict(zip(group.results, group.make(sources, self.model), strict=True))
 
     def quantized(self, name: str, layer: FourBitLinear) -> FourBitLinear:
         """A weight as training has it in 4 bits: quantized now, or in the files. On the CPU.
@@ -132,17 +176,19 @@ class BaseWeights:
         others = [self._differs(name, shard) for name, shard in loaded.items()]
         for name, differs in zip(loaded, world.max(*others), strict=True):
             if differs:
-                raise self._refuse(f"its files hold another {name} than was loaded")
+                raise self.refuse(f"its files hold another {name} than was loaded")
 
     def _group(self, name: str) -> tuple[Group, str]:
         """The group that makes a tensor, and the tensor's name in it."""
         found = self.one_of(name, self.conversions.loads)
         if found is None:
-            raise self._refuse(f"its files have no {name}")
+            raise self.refuse(f"its files have no {name}")
         return self.conversions.loads[found], found
 
-    def _dtype(self, group: Group) -> torch.dtype:
+    def _dtype(self, group: Group) -> torch.dtype | None:
         """The dtype that transformers casts the sources to: that of the first result."""
+        if self.quantized_before:
+            return None
         first = self.one_of(next(iter(group.results)), self.state)
         return self.state[first].dtype if first else self.dtype
 
@@ -155,7 +201,7 @@ class BaseWeights:
         group, _ = self._group(name)
         if group.converter is None:  # a range of the file
             (key,) = group.sources
-            values = self.files.read(key, rows).to(self._dtype(group))
+            values = self.files.read(key, rows).to(dtype=self._dtype(group))
         else:
             values = self.read(name)[rows]
         return values.float().reshape(-1)[start : start + count]
@@ -168,7 +214,8 @@ class BaseWeights:
         mine = shard.local[:count].float().cpu()
         return not torch.equal(self._elements(name, shard, count), mine)
 
-    def _refuse(self, reason: str) -> UserError:
+    def refuse(self, reason: str) -> UserError:
+        """The error of a base model that cannot be read again for the exports."""
         return UserError(
             f"--model_name_or_path {self.args.model_name_or_path} is read again for the exports, "
             f"and {reason}: save the model with save_pretrained"
@@ -193,11 +240,3 @@ def saved_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
         if name not in ignored:
             state[name] = tensor.to(torch.float32) if kept else tensor
     return remove_tied_weights_from_state_dict(state, model)
-
-
-def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
-    """{name of a parameter: all its names}."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    return {name: same for same in names.values() for name in same}

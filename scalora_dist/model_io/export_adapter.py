@@ -132,7 +132,9 @@ class AdapterExport:
                     report = {"rank": self.rank, "relative_error": errors}
                     (aside / "approximation.json").write_text(json.dumps(report, indent=2))
         if is_main and (objections := vllm_objections(sizes, rank)):
-            logger.warning("vLLM may not serve the adapter: %s", objections)
+            logger.warning(
+                "vLLM may not serve the adapter, and then needs the merged model: %s", objections
+            )
         if errors:
             worst = max(errors, key=lambda name: errors[name])
             logger.info(
@@ -155,7 +157,7 @@ class AdapterExport:
         scalings = {n: x.scaling for n, x in layers.items() if isinstance(x, LowRankLinear)}
         if self.rank is not None or len(scalings) < len(layers):
             return None
-        return TrainedScaling(self.args.rank, scalings).metadata()
+        return TrainedScaling(self.args, scalings).metadata()
 
     def _own_factors(self, merged: MergedWeights, name: str) -> tuple[Tensor, Tensor, float]:
         """The full A (m, columns) and B (n, columns), float32, and s. Collective."""

@@ -8,7 +8,7 @@ that are all in memory.)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from scalora_dist.model_io.base_weights import BaseWeights, saved_state
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.model_io.model_card import NAME as CARD
-from scalora_dist.model_io.model_files import write_model_files
+from scalora_dist.model_io.model_files import ModelFiles
 from scalora_dist.model_io.parameters import Parameters
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 from scalora_dist.model_io.whole_folder import written_aside
@@ -37,6 +37,7 @@ class ModelExport:
     Attributes:
         base: the base model.
         model: the model in the dtype of the files, without storage.
+        files: all other files of the model.
         state: {name in memory: a meta tensor of its shape and of the dtype in the files}.
         groups: how the tensors in the files are made, in their order.
     """
@@ -53,16 +54,35 @@ class ModelExport:
         self.model = base.model if same else outline(base.args, dtype)
         self.state = base.state if same else saved_state(self.model, dtype)
         self.groups = base.conversions.saves(self.state)
+        self.files = ModelFiles(base.files, self.model)
 
-    def gathered(self, parameters: Parameters) -> list[str]:
+    def gathered(self, parameters: Parameters, buffers: Container[str]) -> list[str]:
         """The parameters that ``write`` gathers, in its order. Local.
 
         Not among them are buffers, and frozen weights that the engine stores in fewer bits than
         they are saved in: they are read from the base model's files.
+
+        Args:
+            parameters: of the model and its method.
+            buffers: names of the persistent buffers that ``write`` will get.
+
+        Raises:
+            UserError: the loaded model has other parameters than its config says, or a tensor is
+                neither loaded nor in the files.
         """
+        if others := set(parameters.loaded) - self.base.names:
+            raise self.base.refuse(f"it was loaded with other parameters, such as {min(others)}")
         names = [name for group in self.groups for name in group.sources]
         found = {name: self.base.one_of(name, parameters.loaded) for name in names}
-        return [x for name, x in found.items() if x and self._by_engine(parameters, name, x)]
+        for name, loaded in found.items():
+            if not (loaded or name in buffers or self.base.has(name)):
+                raise self.base.refuse(f"its files have no {name}")
+        trained = {f"{layer}.{key}" for layer in parameters.adapted for key in ("weight", "bias")}
+        return [
+            loaded
+            for name, loaded in found.items()
+            if loaded and (loaded in trained or self._exact(name, parameters.dtype(loaded)))
+        ]
 
     @torch.no_grad()
     def write(
@@ -90,16 +110,18 @@ class ModelExport:
         merged = MergedWeights(parameters)
 
         def source(name: str) -> Tensor:
-            loaded = self.base.one_of(name, sent)
+            loaded, buffer = self.base.one_of(name, sent), buffers.get(name)
             if loaded:
                 tensor = merged.full_tensor(loaded, on_rank=0)
                 assert tensor is not None
+            elif buffer is not None and self._exact(name, buffer.dtype):
+                tensor = buffer
             else:
-                tensor = buffers[name] if name in buffers else self.base.read(name)
+                tensor = self.base.read(name)
             return tensor.to("cpu", self.state[name].dtype)
 
         with written_aside(folder, is_main=True) as aside:
-            write_model_files(aside, self.base.files, self.model, tokenizer)
+            self.files.write(aside, tokenizer)
             (aside / CARD).write_text(card)
             with _Files(aside, self.groups) as files:
                 for group in self.groups:
@@ -108,11 +130,9 @@ class ModelExport:
                     del tensors
             files.write_index(self.model.num_parameters())
 
-    def _by_engine(self, parameters: Parameters, name: str, loaded: str) -> bool:
-        """Whether the engine has the parameter ``name`` as exact as it is to be saved."""
-        if loaded.rpartition(".")[0] in parameters.adapted:
-            return True
-        return parameters.shard(loaded).local.dtype.itemsize >= self.base.state[name].dtype.itemsize
+    def _exact(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether an engine's ``dtype`` is as exact as the files', or they have no such tensor."""
+        return dtype.itemsize >= self.base.state[name].dtype.itemsize or not self.base.has(name)
 
 
 def send_model(names: Sequence[str], parameters: Parameters) -> None:

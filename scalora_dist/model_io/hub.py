@@ -92,6 +92,32 @@ def push(folder: Path, repository: str, message: str) -> str:
     return str(commit.commit_url)
 
 
+def upload(
+    folder: Path, repository: str, message: str, *, private: bool, again: str | None = None
+) -> None:
+    """Upload a finished folder, and tell where it is.
+
+    Args:
+        repository: account/name; it exists.
+        message: message of the commit.
+        private: whether the command that repeats the upload makes a private repository.
+        again: what also repeats the upload, for the error's message.
+
+    Raises:
+        UserError: not all files are uploaded. It says how to repeat the upload.
+    """
+    logger.info("uploading %s to %s", folder, repository)
+    try:
+        url = push(folder, repository, message)
+    except HubError as error:
+        command = f"`{upload_command(folder, repository, private=private)}`"
+        advice = f"{again}, and so does {command}" if again else f"upload it with {command}"
+        raise UserError(
+            f"{folder} is whole, but could not be uploaded to {repository} ({error}): {advice}"
+        ) from error
+    logger.info("uploaded: %s", url)
+
+
 def upload_command(folder: Path, repository: str, *, private: bool) -> str:
     """The shell command that uploads the folder without us."""
     words = ["hf", "upload", repository, str(folder), ".", *["--private"] * private]
@@ -129,6 +155,7 @@ def _reason(error: BaseException) -> str:
     line = re.sub(r"Bearer .*", "Bearer …", lines[0])  # a header with a damaged token
     line = re.sub(r"(https?://[^\s?]*)\?[^\s']*", r"\1", line)  # signed addresses of storage
     line = "".join(x if x.isprintable() else " " for x in line).rstrip(".:")
+    line = line.replace(".:", ":")
     if isinstance(error, RuntimeError) and error.__cause__:  # of a thread that sends a file
         line += f": {_reason(error.__cause__)}"
     return line

@@ -135,8 +135,7 @@ class SavedAdapter:
                 layer.A.write_(left[:, carried:])
                 layer.B.write_(right[:, carried:])
         logger.info("starting from the adapter %s", self.name)
-        columns = max(columns for _, _, columns in self.sizes.values())
-        if self.trained and (change := as_trained(self.trained, columns, self.args, scalings)):
+        if self.trained and (change := as_trained(self.trained, self.args, scalings)):
             logger.warning(
                 "the adapter was trained with other options, so this run's steps differ from "
                 "those: to train as before, set %s",
@@ -214,33 +213,22 @@ class SavedAdapter:
 
 
 def as_trained(
-    trained: TrainedScaling, columns: int, args: MethodArguments, scalings: Mapping[str, float]
+    trained: TrainedScaling, args: MethodArguments, scalings: Mapping[str, float]
 ) -> str | None:
     """The options with which a run trains A and B as they were trained before.
 
     Args:
-        trained: rank and s of the training before.
-        columns: rank of the saved adapter; what exceeds that of the training is a carry.
+        trained: options and scales of the training before.
         args: the method's options of this run.
         scalings: {layer: s} of this run.
 
     Returns:
         the options to set; None: this run's rank and scales are those already.
     """
-    first = next(iter(trained.scalings.values()))
-    alpha = f"--lora_alpha {trained.rank * first:.12g}"
-    if not all(math.isclose(s, first) for s in trained.scalings.values()):
-        alpha = "--method lora-alpha --alpha_variant II"
-    if trained.rank != args.rank:  # so this run has a carry, and s = lora_alpha / rank
-        carry = f" --carry_rank {columns - trained.rank}" if columns > trained.rank else ""
-        return f"--rank {trained.rank}{carry} {alpha}"
-    ratios = [trained.scalings[layer] / s for layer, s in scalings.items()]
-    if not all(math.isclose(ratio, ratios[0]) for ratio in ratios):
-        return alpha if alpha.startswith("--method") else f"--method lora {alpha}"
-    if math.isclose(ratios[0], 1):
+    same = all(math.isclose(trained.scalings[layer], s) for layer, s in scalings.items())
+    if same and trained.args.rank == args.rank:
         return None
-    option = "lora_alpha" if args.reads("lora_alpha") else "alpha_multiplier"
-    return f"--{option} {getattr(args, option) * ratios[0]:.12g}"
+    return trained.differing(args)
 
 
 def _carry(merger: Merger, layer: LayerShards, left: Tensor, right: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -75,6 +75,28 @@ def model_card(
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
+def names_on_hub(options: Options) -> list[str]:
+    """Those of a run's names of models and data that are no paths here but names on the hub."""
+    model, data = options.model, options.data
+    names = (model.model_name_or_path, model.adapter_name_or_path, data.dataset, data.eval_dataset)
+    return [name for name in names if name and hub_name(name)]
+
+
+def without_paths(options: Options, on_hub: Collection[str]) -> Options:
+    """Options for a card that is written elsewhere: what is not in ``on_hub`` becomes a path.
+
+    Args:
+        options: options of a run.
+        on_hub: what ``names_on_hub`` returned where the run was.
+    """
+    hidden = {}
+    for name in ("model_name_or_path", "adapter_name_or_path", "dataset", "eval_dataset"):
+        group = options.data if name.endswith("dataset") else options.model
+        value = getattr(group, name)
+        hidden[name] = f"/{Path(value).name}" if value and value not in on_hub else value
+    return options.having(**hidden)
+
+
 def hub_name(name: str) -> str | None:
     """The name on the hub of a model or data set. None: it is local, or generated.
 
@@ -133,7 +155,8 @@ def _introduction(kind: Kind, options: Options, summary: Mapping[str, Any]) -> s
         base += f" (revision {code(revision)})"
     said = [f"{'A fine-tune of' if kind == 'model' else 'A LoRA adapter for'} {base}."]
     name = SCALORA if method.name == "scalora" else f"the method `{method.name}`"
-    steps = f" for {summary['steps']:,} steps" if summary.get("steps") else ""
+    count = summary.get("steps")
+    steps = f" for {count:,} step{'s' * (count != 1)}" if count else ""
     said.append(
         f"It was trained with {name} by scalora_dist{steps} on "
         f"{code(public_name(str(options.data.dataset)))}."
@@ -164,7 +187,7 @@ def _loading(kind: Kind, options: Options) -> str:
                 "",
                 f'name = "{THIS[kind]}"',
                 f"tokenizer = AutoTokenizer.from_pretrained(name{trust})",
-                f'model = AutoModelForCausalLM.from_pretrained(name, dtype="{dtype}"{trust})',
+                f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{trust})',
             ]
         )
     hub, revision = hub_name(str(model.model_name_or_path)), _revision(options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from scalora_dist.modeling.base_files import BaseFiles
 
@@ -21,36 +21,62 @@ PROCESSORS = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 logger = logging.getLogger(__name__)
 
 
-def write_model_files(
-    folder: Path, files: BaseFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Write all but the weights, as ``save_pretrained`` of model and tokenizer does.
+class ModelFiles:
+    """All files of a model but its weights, as ``save_pretrained`` of model and tokenizer writes.
 
-    These are config.json, the generation config, the tokenizer's files, and the code of a model
-    that came with its own. The processor files of a multimodal model are copied.
+    What is the base model's is read at once, because its folder may be gone at the end of a run.
 
-    Args:
-        folder: folder of the model, which is empty.
-        files: the base model's files.
-        model: the model in the dtype of the saved weights, which may have no storage.
-        tokenizer: the run's tokenizer.
+    Attributes:
+        model: the model in the dtype of the saved weights, without storage.
+        generation_config: the base model's; None: the model does not generate.
+        copied: {name of a file that is copied: its content}.
     """
-    generation_config = _generation_config(files) if model.can_generate() else None
-    model.generation_config = GenerationConfig()
-    shows_progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    model.save_pretrained(folder, state_dict={})  # writes no weights
-    if shows_progress:
-        transformers_logging.enable_progress_bar()
-    if generation_config:
-        try:
-            generation_config.save_pretrained(folder)
-        except ValueError:  # older versions write none that contradicts itself
-            if file := files.cached(GENERATION_CONFIG_NAME):
-                shutil.copy(file, folder / file.name)
-    tokenizer.save_pretrained(folder)
-    if model.config.get_text_config() is not model.config:
-        _copy_processors(folder, files)
+
+    def __init__(self, files: BaseFiles, model: PreTrainedModel) -> None:
+        """Warns if a multimodal model has no processor files: servers need them.
+
+        Args:
+            files: the base model's files.
+            model: as the attribute.
+        """
+        self.model = model
+        self.generation_config = _generation_config(files) if model.can_generate() else None
+        wanted = [GENERATION_CONFIG_NAME]
+        if model.config.get_text_config() is not model.config:
+            wanted += [*PROCESSORS, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE]
+        found = {name: path.read_bytes() for name in wanted if (path := files.cached(name))}
+        if len(wanted) > 1 and not any(name in found for name in PROCESSORS):
+            logger.warning(
+                "%s has no processor files (%s), which servers need for a multimodal model: copy "
+                "them to the exported model",
+                files.args.model_name_or_path,
+                ", ".join(PROCESSORS),
+            )
+        self._generation_file = found.pop(GENERATION_CONFIG_NAME, None)
+        self.copied = found
+
+    def write(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write config.json, a model's own code, the generation config, tokenizer and processors.
+
+        Args:
+            folder: folder of the model, which is empty.
+            tokenizer: the run's tokenizer.
+        """
+        self.model.generation_config = GenerationConfig()
+        shows_progress = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        self.model.save_pretrained(folder, state_dict={})  # writes no weights
+        if shows_progress:
+            transformers_logging.enable_progress_bar()
+        if self.generation_config:
+            try:
+                self.generation_config.save_pretrained(folder)
+            except ValueError:  # older versions write none that contradicts itself
+                if self._generation_file:
+                    (folder / GENERATION_CONFIG_NAME).write_bytes(self._generation_file)
+        tokenizer.save_pretrained(folder)
+        for name, content in self.copied.items():
+            (folder / name).write_bytes(content)
 
 
 def _generation_config(files: BaseFiles) -> GenerationConfig:
@@ -61,18 +87,4 @@ def _generation_config(files: BaseFiles) -> GenerationConfig:
     except OSError:  # older models have such settings in config.json
         return GenerationConfig.from_pretrained(
             name, "config.json", _from_model_config=True, revision=revision
-        )
-
-
-def _copy_processors(folder: Path, files: BaseFiles) -> None:
-    found = [path for name in PROCESSORS if (path := files.cached(name))]
-    for path in found:
-        shutil.copy(path, folder / path.name)
-    if not found:
-        logger.warning(
-            "%s has no processor files (%s), which servers need for a multimodal model: copy them "
-            "to %s",
-            files.args.model_name_or_path,
-            ", ".join(PROCESSORS),
-            folder.name,
         )

@@ -43,6 +43,9 @@ class Parameters(Protocol):
     def shape(self, name: str) -> torch.Size:
         """The full shape of a parameter."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a parameter of the loaded model is kept in."""
+
     def shard(self, name: str) -> FlatShard:
         """This rank's shard of a parameter: float32 if that is more exact than what is stored.
 
@@ -83,6 +86,9 @@ class EngineParameters:
         if fourbit := self._fourbit.get(name):
             return torch.Size([fourbit.out_features, fourbit.in_features])
         return self._shards[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._shards[name].shard.local.dtype
 
     def shard(self, name: str) -> FlatShard:
         shard, low = self._shards[name].shard, self.low_halves.get(name)

@@ -18,13 +18,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalora_dist.config.method import MethodArguments
+from scalora_dist.config.words import Parser, option_words
+from scalora_dist.errors import UserError
 from scalora_dist.model_io.name_patterns import NamePattern
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-
 PREFIX = "base_model.model."  # prefix of a saved adapter's keys, before the model's own names
-
 
 # Settings that make a LoRA adapter more than s·A Bᵀ on linear layers.
 MORE_THAN_LORA = (
@@ -39,8 +39,6 @@ MORE_THAN_LORA = (
     "alora_invocation_tokens",
     "kasa_config",
 )
-
-
 # Characters of all keys of alpha_pattern. A name of 1000 layers takes some 100.
 LONGEST_PATTERNS = 100_000
 # Initializations that subtract s·A Bᵀ from W, and so change the base model.
@@ -120,19 +118,26 @@ def saved_config(
     }
 
 
+# Options that decide the rank and the scale with which A and B are trained.
+OF_SCALING = (
+    *("method", "rank", "lora_alpha", "alpha_variant", "alpha_multiplier"),
+    *("merge_target", "carry_rank"),
+)
+
+
 @dataclass(frozen=True)
 class TrainedScaling:
-    """The rank and the scales with which A and B were trained, kept in the tensors' file.
+    """The options and the scales with which A and B were trained, kept in the tensors' file.
 
     They are in the metadata of adapter_model.safetensors, because PEFT warns of unknown keys in
     adapter_config.json.
 
     Attributes:
-        rank: the columns of A and B, without those of a carry.
+        args: the method's options; only those of ``OF_SCALING`` count.
         scalings: {layer: s}.
     """
 
-    rank: int
+    args: MethodArguments
     scalings: dict[str, float]
 
     KEY = "scalora_dist"
@@ -141,7 +146,8 @@ class TrainedScaling:
         """The entries of the file's metadata: one s if all layers share it."""
         different = set(self.scalings.values())
         scaling = self.scalings if len(different) > 1 else different.pop()
-        return {self.KEY: json.dumps({"rank": self.rank, "scaling": scaling})}
+        options = {name: getattr(self.args, name) for name in OF_SCALING if self.args.reads(name)}
+        return {self.KEY: json.dumps({"options": options, "scaling": scaling})}
 
     @classmethod
     def read(
@@ -163,17 +169,44 @@ class TrainedScaling:
             found = json.loads(text)
         except RecursionError as error:
             raise ValueError("it is nested too deeply") from error
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-        rank, scaling = found.get("rank"), found.get("scaling")
-        if type(rank) is not int or not 0 < rank <= min(ranks.values()):
-            raise ValueError(f"rank {reprlib.repr(rank)} is none of this adapter's")
+        if not isinstance(found, dict) or not isinstance(found.get("options"), dict):
+            raise ValueError("it has no options")
+        args = _saved_options(found["options"])
+        if args.rank > min(ranks.values()):
+            raise ValueError(f"rank {args.rank} is none of this adapter's")
+        scaling = found.get("scaling")
         if not isinstance(scaling, dict):
             scaling = dict.fromkeys(ranks, scaling)
         for layer in ranks:
             if layer not in scaling:
                 raise ValueError(f"it has no scaling of {layer}")
-        return cls(rank, {x: _positive(scaling[x], f"scaling of {x}") for x in ranks})
+        return cls(args, {x: _positive(scaling[x], f"scaling of {x}") for x in ranks})
+
+    def differing(self, args: MethodArguments) -> str:
+        """The options of ``args`` that differ from these, with these options' values."""
+        names = [name for name in OF_SCALING if self.args.reads(name)]
+        wanted = {name: getattr(self.args, name) for name in names}
+        return " ".join(
+            f"--{name} {value:.12g}" if isinstance(value, float) else f"--{name} {value}"
+            for name, value in wanted.items()
+            if value is not None and (value != getattr(args, name) or not args.reads(name))
+        )
+
+
+def _saved_options(options: Mapping[str, Any]) -> MethodArguments:
+    """Options of a file that may come from anyone.
+
+    Raises:
+        ValueError: one is unknown, or has a value that it cannot have.
+    """
+    if unknown := options.keys() - set(OF_SCALING):
+        raise ValueError(f"{reprlib.repr(min(unknown))} is no option of a scale")
+    words = [word for name, value in options.items() for word in option_words(name, value)]
+    try:
+        (args,) = Parser([MethodArguments], allow_abbrev=False).parse_args_into_dataclasses(words)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return args
 
 
 def shortest_names(layers: Collection[str], modules: Collection[str]) -> list[str]:

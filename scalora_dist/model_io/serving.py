@@ -64,6 +64,4 @@ def vllm_objections(layers: Collection[str], rank: int) -> str | None:
         name = next((layer for layer in layers if suspicious(layer.split("."))), None)
         if name is not None:
             found.append(f"{name} {why}")
-    if not found:
-        return None
-    return f"{'; '.join(found)}: if it does not, serve the merged model (--save_model)"
+    return "; ".join(found) or None

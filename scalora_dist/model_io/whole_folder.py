@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scalora_dist.errors import UserError
-
 
 @contextmanager
 def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
@@ -16,15 +14,20 @@ def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
 
     Only rank 0 makes, renames and removes folders. After an error it frees what it took.
     """
-    aside = folder.with_name(f"{folder.name}.partial")
+    aside = aside_of(folder)
     if is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     try:
         yield aside
-    except (OSError, UserError):
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where ``folder`` is written until it is whole."""
+    return folder.with_name(f"{folder.name}.partial")

@@ -30,14 +30,19 @@ class BaseFiles:
         outlines: {key in the files: a meta tensor of its shape and dtype}.
     """
 
-    def __init__(self, args: ModelArguments) -> None:
+    def __init__(self, args: ModelArguments, weights: str | None = None) -> None:
         """Find the files, and read what is in them. A file of the hub is downloaded first.
+
+        Args:
+            args: the model's options.
+            weights: name of the file, or of the index, that the model's config names.
 
         Raises:
             ValueError: there are no weights, a file is missing or damaged.
             OSError: a file cannot be read.
         """
         self.args = args
+        self.names = (weights,) if weights else NAMES
         self.outlines: dict[str, Tensor] = {}
         self._readers: dict[str, Any] = {}  # {key: an open file, or a dict of tensors}
         for path in self._paths():
@@ -66,7 +71,7 @@ class BaseFiles:
         return path and Path(path)
 
     def _paths(self) -> list[Path]:
-        for name in NAMES:
+        for name in self.names:
             if not (found := self.cached(name)):
                 continue
             if not name.endswith(".json"):
@@ -75,7 +80,7 @@ class BaseFiles:
             if missing := [file for file, path in files.items() if path is None]:
                 raise ValueError(f"{missing[0]} is missing")
             return [path for path in files.values() if path]
-        raise ValueError(f"it has none of {', '.join(NAMES)}")
+        raise ValueError(f"it has none of {', '.join(self.names)}")
 
     def _open(self, path: Path) -> None:
         if path.suffix == ".safetensors":

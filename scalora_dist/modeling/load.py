@@ -25,7 +25,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    find_adapter_config_file,
+    is_flash_attn_2_available,
+)
 
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.errors import UserError
@@ -69,6 +73,11 @@ def read_base_model(
     """
     with _known_model(args) as name:
         check_index_files(Path(name))
+        if find_adapter_config_file(name, revision=args.model_revision):
+            raise UserError(
+                f"--model_name_or_path {name} holds an adapter ({ADAPTER_CONFIG_NAME}): name the "
+                "base model, and the adapter with --adapter_name_or_path"
+            )
         config = AutoConfig.from_pretrained(name, **args.source)
         attention = pick_attention(
             args.attn_implementation,
@@ -244,7 +253,7 @@ def load_model(
 
 
 def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The full model on "meta", dense and with eager attention. Only for counting operations."""
+    """The full model on "meta", dense and with eager attention: its names, shapes, operations."""
     with _known_model(args) as name:
         config = AutoConfig.from_pretrained(name, **args.source)
         _forget_quantization(config)
@@ -329,6 +338,10 @@ def _known_model(args: ModelArguments) -> Iterator[str]:
         yield name
     except (OSError, ValueError, ImportError, SafetensorError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error) and not args.trust_remote_code:
+            reason = (
+                "it has Python code of its own: read it, and give --trust_remote_code to run it"
+            )
         at = f" --model_revision {args.model_revision}" if args.model_revision else ""
         raise UserError(f"--model_name_or_path {name}{at} cannot be loaded: {reason}") from error
     except AssertionError as error:

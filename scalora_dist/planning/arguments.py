@@ -9,7 +9,8 @@ from typing import Optional
 
 from scalora_dist.config.option import JsonFile, tool_option
 from scalora_dist.config.options import Options
-from scalora_dist.config.parser import Parser, parse_options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.config.words import Parser
 from scalora_dist.errors import UserError
 from scalora_dist.profiling.gpus import GPUS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scalora_dist.config.option import Group, tool_option
-from scalora_dist.config.parser import Parser
+from scalora_dist.config.words import Parser
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.reproduce import figure1, plots

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.config.options import Options
 from scalora_dist.methods.registry import writes_adapter
@@ -44,8 +44,9 @@ class Exports:
         def read() -> BaseWeights:
             return BaseWeights(options.model, engine.dtype).opened()
 
-        def plan() -> ModelExport:
-            return ModelExport(base or read(), engine.dtype)
+        def plan() -> tuple[ModelExport, list[str]]:
+            export = ModelExport(base or read(), engine.dtype)
+            return export, export.gathered(parameters, dict(engine.model.named_buffers()))
 
         if train.adapter_rank:
             base = engine.world.node_first(read)
@@ -53,9 +54,10 @@ class Exports:
         if self.adapter and self.adapter.before:
             weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
             self.adapter.before.check(weights, engine.world)
-        self.model = engine.world.main_only(plan) if train.save_model else None
         parameters = EngineParameters(engine, self.low_halves)
-        gathered = [self.model.gathered(parameters) if self.model else []]
+        planned = engine.world.main_only(plan) if train.save_model else None
+        self.model = planned and planned[0]
+        gathered: list[list[str]] = [planned[1] if planned else []]
         dist.broadcast_object_list(gathered, src=0)
         (self.gathered,) = gathered
 
@@ -71,24 +73,17 @@ class Exports:
             self.adapter.write(folder, parameters, card)
         return self.adapter is not None
 
-    def write_model(
-        self,
-        folder: Path,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        card: str,
-    ) -> None:
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
         """Write the merged model. Collective.
 
         Args:
             folder: folder of the model; replaced if it exists.
-            model: the engine's model, for its buffers.
             tokenizer: saved beside the model.
             card: text of README.md.
         """
         parameters = EngineParameters(self.engine, self.low_halves)
         if self.model:
-            buffers = dict(model.named_buffers())
+            buffers = dict(self.engine.model.named_buffers())
             self.model.write(folder, parameters, self.gathered, buffers, tokenizer, card)
         else:
             send_model(self.gathered, parameters)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.checkpoint.manifest import LIBRARIES, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
@@ -115,7 +115,6 @@ class Results:
 
     def write(
         self,
-        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tally: Tally,
         before: Evaluation | None,
@@ -151,7 +150,7 @@ class Results:
             folder = self.folder / "model"
             if self.options.train.save_model:
                 with disk_errors_told(folder):
-                    self.exports.write_model(folder, model, tokenizer, card("model"))
+                    self.exports.write_model(folder, tokenizer, card("model"))
             self.phases.finish("model", folder.glob("*") if self.options.train.save_model else ())
         if not self.phases.done("summary"):
             file = self.folder / "summary.json"

@@ -177,7 +177,6 @@ class Trainer:
         with disk_errors_told(self.output_dir / "profile"):
             self.profile.close()
         return self.results.write(
-            self.model,
             self.feed.tokenizer,
             self.progress.tally,
             self.progress.before,

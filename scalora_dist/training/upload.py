@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
 from scalora_dist.methods.registry import writes_adapter
-from scalora_dist.model_io.hub import HubError, check_hub, push, upload_command
-
-logger = logging.getLogger(__name__)
+from scalora_dist.model_io.hub import check_hub
+from scalora_dist.model_io.hub import upload as push_folder
 
 
 def prepare_upload(options: Options, checkpoints: Checkpoints) -> str | None:
@@ -32,7 +30,7 @@ def prepare_upload(options: Options, checkpoints: Checkpoints) -> str | None:
     if not options.train.save_model and not writes_adapter(options):
         raise UserError(
             f"--push_to_hub has nothing to upload: this --method {options.method.name} writes no "
-            "adapter: leave --save_model false out"
+            "adapter: leave --save_model false out, or set --adapter_rank if it merges into W"
         )
     name = hub.hub_model_id or checkpoints.output_dir.absolute().name
     private, adapter = hub.hub_private_repo, not options.train.save_model
@@ -53,19 +51,11 @@ def upload(folder: Path, repository: str, options: Options, *, resumable: bool) 
         UserError: not all files are uploaded. It says how to repeat the upload.
     """
     sent = folder / ("model" if options.train.save_model else "adapter")
-    logger.info("uploading %s to %s", sent, repository)
-    try:
-        url = push(sent, repository, f"Train with scalora ({options.method.name})")
-    except HubError as error:
-        command = upload_command(sent, repository, private=options.hub.hub_private_repo)
-        again = f"upload it with `{command}`"
-        if resumable:
-            again = (
-                "the same command with --resume_from_checkpoint latest repeats only the upload, "
-                f"and so does `{command}`"
-            )
-        raise UserError(
-            f"all results are whole in {folder}, but {sent} could not be uploaded to {repository} "
-            f"({error}): {again}"
-        ) from error
-    logger.info("uploaded: %s", url)
+    again = "the same command with --resume_from_checkpoint latest repeats only the upload"
+    push_folder(
+        sent,
+        repository,
+        f"Train with scalora ({options.method.name})",
+        private=options.hub.hub_private_repo,
+        again=again if resumable else None,
+    )

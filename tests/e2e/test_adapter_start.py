@@ -299,16 +299,29 @@ def remove(file: str) -> Spoil:
         (change(FACTOR, lambda x: x.to(torch.int8)), {}, "has dtype I8: save it in one of F64"),
         (describe("{"), {}, "the scalora_dist entry of its metadata is damaged: "),
         (describe("[" * 100_000), {}, "it is nested too deeply: save the tensors without it"),
-        (describe([2.0]), {}, "it is no JSON object"),
+        (describe([2.0]), {}, "it has no options"),
         *(
-            (describe({"rank": bad, "scaling": 2.0}), {}, "is none of this adapter's: save")
-            for bad in (None, 0, -4, 4.0, True, "4", 5)
+            (describe({"options": {"rank": bad}, "scaling": 2.0}), {}, words)
+            for bad, words in {
+                0: "--rank 0: set at least 1: save the tensors without it",
+                4.5: "argument --rank: invalid int value: '4.5'",
+                True: "argument --rank: invalid int value: 'True'",
+                9: "rank 9 is none of this adapter's: save the tensors without it",
+            }.items()
         ),
         *(
-            (describe({"rank": 4, "scaling": bad}), {}, "is no positive number: save the tensors")
+            (
+                describe({"options": {"rank": 4}, "scaling": bad}),
+                {},
+                "is no positive number: save the tensors",
+            )
             for bad in (None, 0, -2, True, "2", [2], float("nan"), float("inf"), 10**400)
         ),
-        (describe({"rank": 4, "scaling": {"a": 2.0}}), {}, "it has no scaling of model.layers.0."),
+        (
+            describe({"options": {"rank": 4}, "scaling": {"a": 2.0}}),
+            {},
+            "it has no scaling of model.layers.0.",
+        ),
         (set_config(modules_to_save=["lm_head"]), {}, "modules_to_save"),
         (set_config(init_lora_weights="pissa_niter_4"), {}, "changed its base"),
         (rename(FACTOR, FACTOR.replace("_A", "_embedding_A")), {}, "lora_embedding_A"),

@@ -166,7 +166,7 @@ def test_a_failed_upload_is_repeated_alone(
     stand_in.fails = lambda request: (0 if closed else 500) if request == COMMIT else None
     ((message, status, _),) = ranks(1).run(refusal, environment, case)
     assert "\n" not in message and status == 2
-    assert f"all results are whole in {folder}" in message
+    assert f"{folder / 'model'} is whole, but could not be uploaded" in message
     assert "the same command with --resume_from_checkpoint latest" in message
     assert f"`hf upload me/run {folder}/model . --private`" in message
     assert phase(folder) == "summary"
@@ -250,7 +250,7 @@ def test_all_ranks_end_where_the_upload_fails(
     case = pushing(task, folder) | runs.engine_options("fsdp", tmp_path)
     stand_in.fails = lambda request: 500 if request == COMMIT else None
     answers = ranks(2).run(refusal, stand_in.environment(tmp_path), case)
-    assert answers[0][0] == answers[1][0] and "all results are whole" in answers[0][0]
+    assert answers[0][0] == answers[1][0] and "is whole, but could not be" in answers[0][0]
     assert stand_in.asked.count(COMMIT) == 1
     stand_in.fails = lambda request: None
     resumed = case | {"resume_from_checkpoint": "latest"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,9 @@ class Loaded:
     def shape(self, name: str) -> torch.Size:
         return self.parameters[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.parameters[name].dtype
+
     def shard(self, name: str) -> FlatShard:
         tensor = self.parameters[name].detach()
         return FlatShard(tensor.reshape(-1), 0, as_matrix(tensor.shape))
@@ -60,7 +64,7 @@ def export(
     read = BaseWeights(ModelArguments(model_name_or_path=str(base)), dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
     made, loaded = ModelExport(read, to or dtype), Loaded(model)
-    made.write(folder, loaded, made.gathered(loaded), {}, tokenizer, "# A card\n")
+    made.write(folder, loaded, made.gathered(loaded, ()), {}, tokenizer, "# A card\n")
     return model
 
 
@@ -136,7 +140,7 @@ def test_a_models_own_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     args = ModelArguments(model_name_or_path=str(base), trust_remote_code=True)
     made = ModelExport(BaseWeights(args, torch.float32), torch.float32)
     tokenizer, loaded = AutoTokenizer.from_pretrained(base), Loaded(model)
-    names = made.gathered(loaded)
+    names = made.gathered(loaded, ())
     made.write(tmp_path / "ours", loaded, names, {}, tokenizer, "# A card\n")
     model.save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
@@ -144,6 +148,96 @@ def test_a_models_own_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "ours" / "own_model.py").read_text() == MODEL
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
     assert type(again).__name__ == "Model"
+
+
+def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path: Path) -> None:
+    """Although the config ties them: from_pretrained does so too."""
+    base = families.save("tied", tmp_path / "base")
+    tensors = families.tensors(base)
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    model = export(base, tmp_path / "ours", torch.float32)
+    assert "lm_head.weight" in families.tensors(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("key", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_weight_has_either_name_or_both(tmp_path: Path, key: str) -> None:
+    base = families.save("tied", tmp_path / "base")
+    tensors = families.tensors(base)
+    weight = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {key: weight}, base / "model.safetensors", {"format": "pt"})
+    export(base, tmp_path / "one", torch.float32)
+    both = {name: weight.clone() for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    save_file(tensors | both, base / "model.safetensors", {"format": "pt"})
+    export(base, tmp_path / "both", torch.float32)
+    for folder in (tmp_path / "one", tmp_path / "both"):
+        ours = families.tensors(folder)
+        assert ours.keys() == {*tensors, "model.embed_tokens.weight"}
+        assert torch.equal(ours["model.embed_tokens.weight"], weight)
+
+
+def test_what_the_files_lack_comes_from_the_engine_or_is_refused(tmp_path: Path) -> None:
+    """A router's bias that the engine has in bf16, and the model keeps in float32."""
+    base = families.save("ernie4_5_moe", tmp_path / "base")
+    lacking = "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"  # in memory
+    in_file = lacking.replace(".gate", "")
+    tensors = families.tensors(base)
+    assert tensors.pop(in_file).numel()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).bfloat16()
+    made = ModelExport(
+        BaseWeights(ModelArguments(model_name_or_path=str(base)), torch.bfloat16), torch.bfloat16
+    )
+    loaded, tokenizer = Loaded(model), AutoTokenizer.from_pretrained(base)
+    made.write(tmp_path / "ours", loaded, made.gathered(loaded, ()), {}, tokenizer, "# A card\n")
+    ours = families.tensors(tmp_path / "ours")
+    assert ours[lacking].dtype == torch.float32  # no name in the files asks for another
+    gate = "model.layers.1.mlp.gate.weight"
+    assert torch.equal(ours[gate], tensors[gate])  # not as the engine has rounded it
+    del loaded.parameters[lacking]
+    with pytest.raises(UserError) as error:
+        made.gathered(loaded, ())
+    assert f"its files have no {lacking}" in one_sentence(error)
+
+
+def test_other_parameters_than_the_configs_are_refused(tmp_path: Path) -> None:
+    base = families.save("llama", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.add_module("extra", nn.Linear(2, 2))
+    args = ModelArguments(model_name_or_path=str(base))
+    with pytest.raises(UserError) as error:
+        ModelExport(BaseWeights(args, torch.float32), torch.float32).gathered(Loaded(model), ())
+    assert "it was loaded with other parameters, such as extra.bias" in one_sentence(error)
+
+
+def test_the_config_may_name_another_file(tmp_path: Path) -> None:
+    base = families.save("llama", tmp_path / "base")
+    (base / "model.safetensors").rename(base / "other.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors"
+    (base / "config.json").write_text(json.dumps(config))
+    export(base, tmp_path / "ours", torch.float32)
+    assert families.tensors(tmp_path / "ours").keys() == families.tensors(base).keys()
+
+
+def test_the_base_may_be_gone_when_the_model_is_written(tmp_path: Path) -> None:
+    base = families.save("gemma3", tmp_path / "base")
+    (base / "processor_config.json").write_text("{}")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    args = ModelArguments(model_name_or_path=str(base))
+    made = ModelExport(BaseWeights(args, torch.float32), torch.float32)
+    loaded = Loaded(model)
+    names = made.gathered(loaded, ())
+    shutil.rmtree(base)
+    made.write(tmp_path / "ours", loaded, names, {}, tokenizer, "# A card\n")
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "processor_config.json").write_text("{}")
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_processor_files_are_copied_or_missed(

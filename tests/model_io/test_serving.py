@@ -47,7 +47,7 @@ def test_usual_layers_are_served(prefix: str) -> None:
 def test_an_objection_names_a_layer(layers: list[str], rank: int, words: str) -> None:
     found = vllm_objections(USUAL + layers, rank)
     assert found is not None and words in found and "\n" not in found
-    assert found.count(";") == 0 and found.endswith("serve the merged model (--save_model)")
+    assert found.count(";") == 0
 
 
 def test_all_objections_are_in_one_sentence() -> None:

@@ -31,7 +31,7 @@ def test_a_scaled_factor_comes_back(scaling: float) -> None:
 
 @pytest.mark.parametrize("scalings", [ALL, {"a": 2.4, "b": 1 / 3}])
 def test_what_is_written_is_read(scalings: dict[str, float]) -> None:
-    trained = TrainedScaling(8, scalings)
+    trained = TrainedScaling(LORA, scalings)
     metadata = trained.metadata()
     assert ('"a"' in metadata[TrainedScaling.KEY]) == (len(set(scalings.values())) > 1)
     assert TrainedScaling.read(metadata, {"a": 64, "b": 64}) == trained
@@ -40,72 +40,73 @@ def test_what_is_written_is_read(scalings: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "columns", "args", "ours", "expected"),
+    "entry",
     [
-        (TrainedScaling(8, ALL), 8, LORA, ALL, None),
+        "[]",
+        "nonsense",
+        '{"rank": 8, "scaling": 2}',
+        '{"options": {"rank": 9}, "scaling": 2}',
+        '{"options": {"rank": 0}, "scaling": 2}',
+        '{"options": {"rank": 2.5}, "scaling": 2}',
+        '{"options": {"rank": true}, "scaling": 2}',
+        '{"options": {"method": "\\u001b[31m"}, "scaling": 2}',
+        '{"options": {"seed": 1}, "scaling": 2}',
+        '{"options": {"rank": 8}, "scaling": -2}',
+        '{"options": {"rank": 8}, "scaling": {"b": 2}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_entry_is_refused(entry: str) -> None:
+    with pytest.raises(ValueError):
+        TrainedScaling.read({TrainedScaling.KEY: entry}, {"a": 8})
+
+
+CARRY = MethodArguments(rank=8, lora_alpha=16, merge_target="carry", carry_rank=56)
+ALPHA_II = MethodArguments(method="lora-alpha", alpha_variant="II", alpha_multiplier=0.5)
+OTHER = {"a": 5.0, "b": 15.0}
+
+
+@pytest.mark.parametrize(
+    ("trained", "args", "ours", "expected"),
+    [
+        (TrainedScaling(LORA, ALL), LORA, ALL, None),
+        (TrainedScaling(LORA, {"a": 2.4, "b": 2.4}), LORA, {"a": 12 / 5, "b": 12 / 5}, None),
+        # Another method with the same rank and scales trains on as well.
+        (TrainedScaling(LORA, ALL), replace(LORA, method="scalora"), ALL, None),
         (
-            TrainedScaling(8, {"a": 2.4, "b": 2.4}),
-            8,
-            replace(LORA, lora_alpha=19.2),
-            {"a": 19.2 / 8, "b": 19.2 / 8},
-            None,
-        ),
-        (
-            TrainedScaling(8, ALL),
-            8,
+            TrainedScaling(LORA, ALL),
             replace(LORA, lora_alpha=24),
             {"a": 3.0, "b": 3.0},
             "--lora_alpha 16",
         ),
         (
-            TrainedScaling(4, ALL),
-            4,
-            replace(LORA, method="rslora", rank=4, lora_alpha=6),
-            {"a": 3.0, "b": 3.0},
-            "--lora_alpha 4",
+            TrainedScaling(ALPHA_II, OTHER),
+            replace(ALPHA_II, alpha_multiplier=1.0),
+            {"a": 10.0, "b": 30.0},
+            "--alpha_multiplier 0.5",
         ),
         (
-            TrainedScaling(8, {"a": 10.0, "b": 30.0}),
-            8,
-            MethodArguments(method="lora-alpha", alpha_variant="II", alpha_multiplier=0.5),
-            {"a": 5.0, "b": 15.0},
-            "--alpha_multiplier 1",
-        ),
-        (
-            TrainedScaling(8, {"a": 10.0, "b": 30.0}),
-            8,
+            TrainedScaling(ALPHA_II, OTHER),
             LORA,
             ALL,
-            "--method lora-alpha --alpha_variant II",
+            "--method lora-alpha --alpha_variant II --alpha_multiplier 0.5",
         ),
+        (TrainedScaling(LORA, ALL), ALPHA_II, OTHER, "--method lora --lora_alpha 16"),
         (
-            TrainedScaling(8, ALL),
-            8,
-            MethodArguments(method="lora-alpha", alpha_variant="II"),
-            {"a": 10.0, "b": 30.0},
-            "--method lora --lora_alpha 16",
-        ),
-        (
-            TrainedScaling(8, ALL),
-            64,
-            MethodArguments(rank=4, lora_alpha=8),
+            TrainedScaling(CARRY, ALL),
+            replace(LORA, rank=64, lora_alpha=128),
             ALL,
-            "--rank 8 --carry_rank 56 --lora_alpha 16",
+            "--method scalora --rank 8 --lora_alpha 16 --merge_target carry --carry_rank 56",
         ),
         (
-            TrainedScaling(64, ALL),
-            64,
-            MethodArguments(rank=4, lora_alpha=8),
+            TrainedScaling(CARRY, ALL),
+            replace(CARRY, rank=4, lora_alpha=8, carry_rank=60),
             ALL,
-            "--rank 64 --lora_alpha 128",
+            "--rank 8 --lora_alpha 16 --carry_rank 56",
         ),
     ],
 )
 def test_the_options_that_train_as_before(
-    trained: TrainedScaling,
-    columns: int,
-    args: MethodArguments,
-    ours: dict[str, float],
-    expected: str | None,
+    trained: TrainedScaling, args: MethodArguments, ours: dict[str, float], expected: str | None
 ) -> None:
-    assert as_trained(trained, columns, args, ours) == expected
+    assert as_trained(trained, args, ours) == expected
