@@ -71,6 +71,7 @@ class RunState:
         self.options = options
         self.data = data
         self.base = fingerprint(engine)
+        self.names_on_hub = names_on_hub(options)  # before a folder of such a name may go
 
     def save(self, checkpoints: Checkpoints, step: int, progress: dict[str, Any]) -> None:
         """Begin to write a checkpoint. Called on every rank.
@@ -96,7 +97,7 @@ class RunState:
             "base": self.base,
             "data": self.data,
             "options": options_as_json(self.options),
-            "names_on_hub": names_on_hub(self.options),
+            "names_on_hub": self.names_on_hub,
             "versions": installed_versions(*LIBRARIES),
         }
         checkpoints.save(step, self.parts(), state)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from scalora_dist.checkpoint.contents import describe_state, read_whole_state
+from scalora_dist.checkpoint.manifest import STATE
 from scalora_dist.checkpoint.tensors import CheckpointTensors
 from scalora_dist.config.options import Options
 from scalora_dist.errors import UserError
@@ -52,7 +53,12 @@ class Trained:
         if isinstance(state, str) or isinstance(damage, str):
             raise UserError(f"{folder}: {damage}")
         self.state = state
-        self.options = options = self._options(model, trust_remote_code)
+        try:
+            self.names_on_hub = [*map(str, state.get("names_on_hub", ()))]
+            used = {name: int(count) for name, count in state["merges"].get("used", {}).items()}
+            self.options = options = self._options(model, trust_remote_code)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder}: {STATE} does not hold what a run saves") from error
         self.method = METHODS[options.method.name]
         dtype = options.train.dtype
         with quiet():
@@ -67,7 +73,7 @@ class Trained:
             adapted,
             CheckpointTensors(folder),
             self.base,
-            used=state["merges"].get("used", {}),
+            used=used,
             carry_rank=options.method.carry_rank or 0,
         )
 
@@ -151,9 +157,9 @@ class Trained:
             "trained_parameters": self.trained_parameters,
             "world_size": self.state["world_size"],
         }
-        options = without_paths(self.options, self.state.get("names_on_hub", ()))
+        options = without_paths(self.options, self.names_on_hub)
         return model_card(kind, options, summary, self.state["versions"])
 
     def _is_on_hub(self, name: str) -> bool:
         """Whether the run's base model was read from the hub; older checkpoints do not know."""
-        return name in self.state.get("names_on_hub", [name])
+        return "names_on_hub" not in self.state or name in self.names_on_hub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -63,18 +63,25 @@ class BaseWeights:
     def state(self) -> dict[str, Tensor]:
         """{name in memory: a meta tensor of its shape and its dtype in memory}: what is saved.
 
-        Of tied weights, one. Weights that the config ties and the files hold with different values
-        are not tied, as in ``from_pretrained``.
+        Of tied weights, one.
         """
-        for target, source in self.model.get_expanded_tied_weights_keys(all_submodels=True).items():
-            loads = self.conversions.loads
-            if target in loads and source in loads:
-                first, second = (self._convert(loads[name])[name] for name in (target, source))
-                if not torch.equal(first, second):
-                    holder, _, attribute = target.rpartition(".")
-                    alone = nn.Parameter(torch.empty_like(second, device="meta"))
-                    setattr(self.model.get_submodule(holder), attribute, alone)
+        untie(self.model, self.untied)
         return saved_state(self.model, self.dtype)
+
+    @cached_property
+    def untied(self) -> list[str]:
+        """Weights that the config ties to others, and that the files hold with other values.
+
+        ``from_pretrained`` does not tie them. It compares them in the dtype of the training.
+        """
+        loads, dtype = self.conversions.loads, None if self.quantized_before else self.dtype
+        found = []
+        for target, source in self.model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            if target in loads and source in loads:
+                first, second = (self._convert(loads[x], dtype)[x] for x in (target, source))
+                if not torch.equal(first, second):
+                    found.append(target)
+        return found
 
     @cached_property
     def quantized_before(self) -> bool:
@@ -220,6 +227,14 @@ class BaseWeights:
             f"--model_name_or_path {self.args.model_name_or_path} is read again for the exports, "
             f"and {reason}: save the model with save_pretrained"
         )
+
+
+def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give these weights of a model without storage parameters of their own."""
+    for name in names:
+        holder, _, attribute = name.rpartition(".")
+        alone = nn.Parameter(torch.empty_like(model.get_parameter(name)))
+        setattr(model.get_submodule(holder), attribute, alone)
 
 
 def saved_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.model_io.base_weights import BaseWeights, saved_state
+from scalora_dist.errors import UserError
+from scalora_dist.model_io.base_weights import BaseWeights, saved_state, untie
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.model_io.model_card import NAME as CARD
 from scalora_dist.model_io.model_files import ModelFiles
@@ -49,10 +50,13 @@ class ModelExport:
             dtype: dtype of the floating-point weights in the files, but of those that the model
                 keeps in float32.
         """
-        same = dtype == base.dtype
         self.base = base
-        self.model = base.model if same else outline(base.args, dtype)
-        self.state = base.state if same else saved_state(self.model, dtype)
+        if dtype == base.dtype:
+            self.model, self.state = base.model, base.state
+        else:
+            self.model = outline(base.args, dtype)
+            untie(self.model, base.untied)
+            self.state = saved_state(self.model, dtype)
         self.groups = base.conversions.saves(self.state)
         self.files = ModelFiles(base.files, self.model)
 
@@ -76,7 +80,10 @@ class ModelExport:
         found = {name: self.base.one_of(name, parameters.loaded) for name in names}
         for name, loaded in found.items():
             if not (loaded or name in buffers or self.base.has(name)):
-                raise self.base.refuse(f"its files have no {name}")
+                raise UserError(
+                    f"no file of the base model and no checkpoint holds {name}: use the model/ "
+                    "that the run itself has written"
+                )
         trained = {f"{layer}.{key}" for layer in parameters.adapted for key in ("weight", "bias")}
         return [
             loaded

@@ -199,11 +199,14 @@ def _saved_options(options: Mapping[str, Any]) -> MethodArguments:
     Raises:
         ValueError: one is unknown, or has a value that it cannot have.
     """
-    if unknown := options.keys() - set(OF_SCALING):
-        raise ValueError(f"{reprlib.repr(min(unknown))} is no option of a scale")
+    for name, value in options.items():
+        simple = value is None or (isinstance(value, str | int | float) and value is not True)
+        if name not in OF_SCALING or not simple:
+            raise ValueError(f"{reprlib.repr(name)} is {reprlib.repr(value)}")
     words = [word for name, value in options.items() for word in option_words(name, value)]
     try:
-        (args,) = Parser([MethodArguments], allow_abbrev=False).parse_args_into_dataclasses(words)
+        parser = Parser([MethodArguments], allow_abbrev=False, add_help=False)
+        (args,) = parser.parse_args_into_dataclasses(words)
     except UserError as error:
         raise ValueError(str(error)) from error
     return args

@@ -21,7 +21,8 @@ def written_aside(folder: Path, *, is_main: bool) -> Iterator[Path]:
     try:
         yield aside
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)

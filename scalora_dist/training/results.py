@@ -13,7 +13,7 @@ from scalora_dist.checkpoint.manifest import LIBRARIES, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.options import Options
 from scalora_dist.methods.runner import MethodRunner
-from scalora_dist.model_io.model_card import model_card
+from scalora_dist.model_io.model_card import model_card, names_on_hub, without_paths
 from scalora_dist.profiling.memory import peak_memory_bytes
 from scalora_dist.profiling.versions import installed_versions
 from scalora_dist.training.evaluate import Evaluation
@@ -58,6 +58,8 @@ class Results:
         self.repository = repository
         engine, train = runner.engine, options.train
         self.exports = Exports(runner, options)
+        # What is a path is known now; its folder may be gone at the end.
+        self.public = without_paths(options, names_on_hub(options))
         self.update_rank = (
             UpdateRank(engine, train.update_rank_layers) if train.update_rank_layers else None
         )
@@ -137,7 +139,7 @@ class Results:
         summary = self._summary(tally, before, chat_turns)
         card = partial(
             model_card,
-            options=self.options,
+            options=self.public,
             summary=summary,
             versions=installed_versions(*LIBRARIES),
         )

@@ -305,7 +305,7 @@ def remove(file: str) -> Spoil:
             for bad, words in {
                 0: "--rank 0: set at least 1: save the tensors without it",
                 4.5: "argument --rank: invalid int value: '4.5'",
-                True: "argument --rank: invalid int value: 'True'",
+                True: "'rank' is True: save the tensors without it",
                 9: "rank 9 is none of this adapter's: save the tensors without it",
             }.items()
         ),

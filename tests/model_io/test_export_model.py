@@ -150,17 +150,26 @@ def test_a_models_own_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert type(again).__name__ == "Model"
 
 
-def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path: Path) -> None:
-    """Although the config ties them: from_pretrained does so too."""
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [2, 1 + 1e-5])
+def test_a_head_that_differs_from_the_embedding_is_not_tied(
+    tmp_path: Path, stored: torch.dtype, trained: torch.dtype, factor: float
+) -> None:
+    """Although the config ties them. from_pretrained does so too, in the dtype of the training."""
     base = families.save("tied", tmp_path / "base")
-    tensors = families.tensors(base)
-    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    tensors = {name: x.bfloat16().float() for name, x in families.tensors(base).items()}
+    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    model = export(base, tmp_path / "ours", torch.float32)
-    assert "lm_head.weight" in families.tensors(tmp_path / "ours")
+    model = export(base, tmp_path / "ours", trained)
     model.save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     same_folders(tmp_path / "ours", tmp_path / "theirs")
+    apart = factor == 2 or (stored == trained == torch.float32)
+    assert ("lm_head.weight" in families.tensors(tmp_path / "ours")) == apart
+    export(base, tmp_path / "other", trained, to=torch.float16)
+    assert ("lm_head.weight" in families.tensors(tmp_path / "other")) == apart
 
 
 @pytest.mark.parametrize("key", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -200,7 +209,7 @@ def test_what_the_files_lack_comes_from_the_engine_or_is_refused(tmp_path: Path)
     del loaded.parameters[lacking]
     with pytest.raises(UserError) as error:
         made.gathered(loaded, ())
-    assert f"its files have no {lacking}" in one_sentence(error)
+    assert f"no checkpoint holds {lacking}" in one_sentence(error)
 
 
 def test_other_parameters_than_the_configs_are_refused(tmp_path: Path) -> None:
