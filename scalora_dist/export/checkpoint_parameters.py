@@ -96,8 +96,10 @@ class CheckpointParameters:
 
     @cached_property
     def loaded(self) -> Collection[str]:
+        """Names of the loaded model's parameters that the checkpoint or the base's files hold."""
         self.base.opened()  # decides which parameters are tied
-        return dict(self.base.model.named_parameters()).keys()
+        names = dict(self.base.model.named_parameters())
+        return dict.fromkeys(x for x in names if x in self.tensors or self.base.has(x))
 
     def shape(self, name: str) -> torch.Size:
         if name in self._added:

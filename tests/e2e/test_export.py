@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from scalora_dist.checkpoint.manifest import write_synced
@@ -235,6 +235,19 @@ def test_of_a_run_the_newest_sound_checkpoint_is_taken(
     assert "checkpoint-4 cannot be used: rank-00000.safetensors has 0 bytes" in caplog.text
     shutil.rmtree(run / "checkpoint-2")
     assert "has no sound checkpoint" in refusal(run, tmp_path / "c")
+
+
+def test_a_weight_that_no_file_holds_is_one_sentence(ranks: GetRanks, tmp_path: Path) -> None:
+    """transformers makes it up when it loads the model; the run itself exports it."""
+    base = families.save("llama", tmp_path / "base")
+    tensors = families.tensors(base)
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run = tmp_path / "run"
+    case = options(base, run, "local", method="lora", rank=2, max_steps=1, save_model=True)
+    ranks(1).run(tiny_runs.train, case)
+    assert "lm_head.weight" in families.tensors(run / "model")
+    assert "no checkpoint holds lm_head.weight: use the model/" in refusal(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("state", ["[]", "{}", "no JSON"])
