@@ -55,8 +55,11 @@ def test_a_run_goes_on_from_an_adapter(
     case = options(odd, tmp_path / "run", engine, max_steps=2, **others)
     case["adapter_name_or_path"] = left / "adapter"
     _, _, heard = ranks(size(engine)).run(tiny_runs.train, case)[0]
+    method = "" if others.get("method") == "lora" else "--method lora "
     told = [text.rpartition(": ")[2] for text in heard if "was trained with" in text]
-    assert told == (["to train as before, set --lora_alpha 8"] if "lora_alpha" in others else [])
+    assert told == (
+        [f"to train as before, set {method}--lora_alpha 8"] if "lora_alpha" in others else []
+    )
     first, last = work.held_out(left)
     start, end = work.held_out(tmp_path / "run")
     assert last < first - 0.1

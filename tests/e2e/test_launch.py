@@ -50,7 +50,7 @@ def options(model: str, folder: Path, engine: str, **others: Any) -> dict[str, A
 
 
 @pytest.mark.floors
-@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp", marks=pytest.mark.heavy)])
 def test_an_installed_wheel_trains_and_shows_one_table(
     tiny_model: str, tmp_path: Path, engine: str, unpacked_wheel: Path
 ) -> None:
