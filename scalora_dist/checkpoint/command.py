@@ -87,9 +87,8 @@ def describe(folder: Path) -> tuple[list[Row], list[str]]:
     Reads all its files.
     """
     rows: list[Row] = [("checkpoint", [str(folder)]), ("written", [written(folder)])]
-    found: list[str] = []
     files = read_manifest(folder)
-    found += [files] if isinstance(files, str) else all_faults(folder, files)
+    found = all_faults(folder, files)
     state = read_whole_state(folder)
     told = state if isinstance(state, str) else describe_state(state)
     if isinstance(told, str):
@@ -109,8 +108,14 @@ def describe(folder: Path) -> tuple[list[Row], list[str]]:
     return rows, list(dict.fromkeys(found))
 
 
-def all_faults(folder: Path, files: dict[str, FileRecord]) -> list[str]:
-    """What is wrong with a checkpoint's files, one clause each. Shows its progress."""
+def all_faults(folder: Path, files: dict[str, FileRecord] | str) -> list[str]:
+    """What is wrong with a checkpoint, one clause a fault. Reads all its files, with a bar.
+
+    Args:
+        files: what ``read_manifest`` returned.
+    """
+    if isinstance(files, str):
+        return [files]
     total = sum(record["bytes"] for record in files.values())
     with tqdm(
         total=total, desc="reading", unit="B", unit_scale=True, delay=SHOW_AFTER, leave=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 from scalora_dist.config.option import Group, option
@@ -43,3 +44,7 @@ class HubArguments(Group):
         ):
             if given:
                 raise UserError(f"--{name} is --push_to_hub's: set that too, or leave it out")
+
+    def repository(self, folder: Path) -> str:
+        """The repository that is uploaded to: ``hub_model_id``, or the name of ``folder``."""
+        return self.hub_model_id or folder.absolute().name

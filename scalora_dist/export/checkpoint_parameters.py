@@ -17,7 +17,7 @@ from scalora_dist.engines.layer_shards import as_matrix
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import own_parameters
 from scalora_dist.layers.carry_linear import CarryLinear
-from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.layers.fourbit_linear import fourbit_weights
 from scalora_dist.methods.carry import compression
 from scalora_dist.model_io.base_weights import BaseWeights
 
@@ -60,11 +60,7 @@ class CheckpointParameters:
             for name, layer in adapted.items()
             for key, p in own_parameters(layer).items()
         }
-        self._fourbit = {
-            f"{name}.weight": module
-            for name, module in model.named_modules()
-            if isinstance(module, FourBitLinear)
-        }
+        self._fourbit = fourbit_weights(model)
         self._compressed: tuple[str, dict[str, Tensor]] = ("", {})
 
     def check_base(self, checksum: str) -> None:

@@ -89,7 +89,7 @@ def export_command(words: Sequence[str]) -> None:
     adapter = args.adapter or args.adapter_rank is not None
     repository = None
     if hub.push_to_hub:
-        name = hub.hub_model_id or folder.absolute().name
+        name = hub.repository(folder)
         repository = check_hub(name, private=hub.hub_private_repo, adapter=adapter)
     try:
         if adapter:
@@ -111,8 +111,7 @@ def sound(named: Path) -> Path:
     """
     newest, others = find(named)
     for folder in (newest, *others):
-        files = read_manifest(folder)
-        found = [files] if isinstance(files, str) else all_faults(folder, files)
+        found = all_faults(folder, read_manifest(folder))
         if not found:
             return folder
         logger.warning("%s cannot be used: %s", folder, "; ".join(found))

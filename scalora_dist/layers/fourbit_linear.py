@@ -250,6 +250,12 @@ def _taken_sizes(name: str, state: Any, fourbit: FourBit) -> Tensor:
     return _as_bytes(state.offset, nested.absmax, state.absmax)
 
 
+def fourbit_weights(model: nn.Module) -> dict[str, FourBitLinear]:
+    """{name of W: its 4-bit layer} of all 4-bit layers in ``model``."""
+    layers = model.named_modules()
+    return {f"{name}.weight": x for name, x in layers if isinstance(x, FourBitLinear)}
+
+
 def check_products(fourbit: FourBit, device: torch.device) -> None:
     """Check the 4-bit kernels: quantize and dequantize a few numbers on ``device``.
 

@@ -148,14 +148,13 @@ def _reason(error: BaseException) -> str:
         said = error.server_message or str(error)
         text = f"the hub answered {error.response.status_code}: {said}"
     elif isinstance(error, HFValidationError):
-        text = f"{error}: name one with --hub_model_id"
+        text = f"{str(error).rstrip('.')}: name one with --hub_model_id"
     else:
         text = f"{type(error).__name__}: {error}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = re.sub(r"Bearer .*", "Bearer …", lines[0])  # a header with a damaged token
     line = re.sub(r"(https?://[^\s?]*)\?[^\s']*", r"\1", line)  # signed addresses of storage
     line = "".join(x if x.isprintable() else " " for x in line).rstrip(".:")
-    line = line.replace(".:", ":")
     if isinstance(error, RuntimeError) and error.__cause__:  # of a thread that sends a file
         line += f": {_reason(error.__cause__)}"
     return line

@@ -140,18 +140,13 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _revision(options: Options) -> str | None:
-    """The revision of the base model on the hub, if it was chosen."""
-    return options.model.model_revision
-
-
 def _introduction(kind: Kind, options: Options, summary: Mapping[str, Any]) -> str:
     """What this is, what it was made of, and what it is not."""
     model, method, train = options.model, options.method, options.train
     base = code(public_name(str(model.model_name_or_path)))
     if hub := hub_name(str(model.model_name_or_path)):
         base = f"[{base}](https://huggingface.co/{hub})"
-    if revision := _revision(options):
+    if revision := model.model_revision:
         base += f" (revision {code(revision)})"
     said = [f"{'A fine-tune of' if kind == 'model' else 'A LoRA adapter for'} {base}."]
     name = SCALORA if method.name == "scalora" else f"the method `{method.name}`"
@@ -190,7 +185,7 @@ def _loading(kind: Kind, options: Options) -> str:
                 f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{trust})',
             ]
         )
-    hub, revision = hub_name(str(model.model_name_or_path)), _revision(options)
+    hub, revision = hub_name(str(model.model_name_or_path)), model.model_revision
     rest = (f", revision={revision!r}" if hub and revision else "") + trust
     quantized = model.load_in_4bit
     lines = [
@@ -289,7 +284,7 @@ def _settings(options: Options) -> str:
             for name, value in asdict(model).items()
             if name == "load_in_4bit" or name.startswith("bnb_")
         }
-    if revision := _revision(options):
+    if revision := model.model_revision:
         wanted["model"]["model_revision"] = revision
     if model.adapter_name_or_path:
         wanted["model"]["adapter_name_or_path"] = model.adapter_name_or_path

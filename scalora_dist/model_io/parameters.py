@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.engines.base import Engine
-from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.layers.fourbit_linear import fourbit_weights
 
 
 class Parameters(Protocol):
@@ -76,11 +76,7 @@ class EngineParameters:
         base = {p.name: p for p in engine.base_shards()}
         self.loaded = base.keys()
         self._shards = base | {p.name: p for p in engine.added_shards()}
-        self._fourbit = {
-            f"{name}.weight": module
-            for name, module in engine.model.named_modules()
-            if isinstance(module, FourBitLinear)
-        }
+        self._fourbit = fourbit_weights(engine.model)
 
     def shape(self, name: str) -> torch.Size:
         if fourbit := self._fourbit.get(name):

@@ -55,10 +55,12 @@ class Exports:
             weights = {f"{x.name}.weight": x.W for x in engine.layer_shards(gradients=False)}
             self.adapter.before.check(weights, engine.world)
         parameters = EngineParameters(engine, self.low_halves)
-        planned = engine.world.main_only(plan) if train.save_model else None
-        self.model = planned and planned[0]
-        gathered: list[list[str]] = [planned[1] if planned else []]
-        dist.broadcast_object_list(gathered, src=0)
+        self.model = None
+        gathered: list[list[str]] = [[]]
+        if train.save_model:
+            if planned := engine.world.main_only(plan):  # on rank 0
+                self.model, gathered = planned[0], [planned[1]]
+            dist.broadcast_object_list(gathered, src=0)
         (self.gathered,) = gathered
 
     def write_adapter(self, folder: Path, card: str) -> bool:

@@ -32,7 +32,7 @@ def prepare_upload(options: Options, checkpoints: Checkpoints) -> str | None:
             f"--push_to_hub has nothing to upload: this --method {options.method.name} writes no "
             "adapter: leave --save_model false out, or set --adapter_rank if it merges into W"
         )
-    name = hub.hub_model_id or checkpoints.output_dir.absolute().name
+    name = hub.repository(checkpoints.output_dir)
     private, adapter = hub.hub_private_repo, not options.train.save_model
     found = world.main_only(lambda: check_hub(name, private=private, adapter=adapter))
     return checkpoints.from_rank_0(lambda: found)
