@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalora_dist.core import host
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
@@ -100,10 +101,13 @@ class World:
     def _reduce(
         self, values: tuple[float | Tensor, ...], op: dist.ReduceOp.RedOpType
     ) -> list[float]:
-        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-        message = torch.stack(numbers)
+        if any(isinstance(value, Tensor) for value in values):
+            numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+            message = torch.stack([host.to_device(number, self.device) for number in numbers])
+        else:
+            message = host.to_device(torch.tensor(values, dtype=torch.float64), self.device)
         dist.all_reduce(message, op=op)
-        return message.tolist()
+        return host.on_host(Tensor.tolist, message)
 
     def from_rank_0(self, tensor: Tensor) -> Tensor:
         """Rank 0's ``tensor`` on every rank, for a tensor that all ranks computed. One broadcast.

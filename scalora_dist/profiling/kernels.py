@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class KernelCount(Traffic):
         collectives: number of calls of each collective.
     """
 
+    open: ClassVar[list[KernelCount]] = []  # those whose ``with`` is running
+
     def __init__(self, device: str | None = None) -> None:
         """
         Args:
@@ -118,19 +120,32 @@ class KernelCount(Traffic):
         self.sent = self.received = self.gathered = self.messages = 0
         return counts
 
+    def __enter__(self) -> KernelCount:
+        self.open.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self.open.remove(self)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operators on its parts, which come here again
         kwargs = kwargs or {}
         name = str(func._overloadpacket)
         counted = name.partition(".")[0] not in _NO_KERNELS and not func.is_view
-        if counted:
-            self._note_wait(name, args, kwargs)  # before the call: on fake tensors it may raise
+        if counted and self._waits(name, args, kwargs):
+            self.synchronisations[name] += 1  # before the call: on fake tensors it may raise
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if counted and any(self._is_here(x) for x in _tensors((args, kwargs, out))):
-            if count := launches(name, args, kwargs, out):
-                self.kernels[name] += count
-                self._note_bytes(func, name, args, kwargs, out)
+        if not counted or not any(self._is_here(x) for x in _tensors((args, kwargs, out))):
+            return out
+        if name == "aten._to_copy" and _same_storage(out, args[0]):
+            return out  # a fake GPU's: there was nothing to copy
+        if name in ("aten._to_copy", "aten.copy_") and _copy_waits(name, args, kwargs, out):
+            self.synchronisations[name] += 1
+        if count := launches(name, args, kwargs, out):
+            self.kernels[name] += count
+            self._note_bytes(func, name, args, kwargs, out)
         return out
 
     def _is_here(self, tensor: Tensor) -> bool:
@@ -157,38 +172,40 @@ class KernelCount(Traffic):
             if name not in _OVERWRITES and name not in _PUTS_ROWS:
                 self.read += sum(map(_bytes, changed))
 
-    def _note_wait(self, name: str, args: Any, kwargs: Any) -> None:
+    def _waits(self, name: str, args: Any, kwargs: Any) -> bool:
+        """Whether the host waits for the result of an operator other than a copy."""
         first = next(_tensors((args, kwargs)), None)
-        if first is None:
-            return
-        if name in ("aten._to_copy", "aten.copy_"):
-            waits = self._copy_waits(name, args, kwargs)
-        elif name == "aten.repeat_interleave":
-            waits = self._is_here(first) and kwargs.get("output_size") is None
-        elif name in ("aten.index", "aten.index_put", "aten.index_put_"):
-            masks = [x for x in masks_of(args[1]) if self._is_here(x)]
-            waits = bool(masks) and (name == "aten.index" or args[2].numel() > 1)
-        else:
-            waits = name in _WAITS and self._is_here(first)
-        if waits:
-            self.synchronisations[name] += 1
-
-    def _copy_waits(self, name: str, args: Any, kwargs: Any) -> bool:
-        """Whether the host waits for a copy between two devices."""
-        if name == "aten.copy_":
-            target, source = args[0].device, args[1]
-            no_wait = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-            pinned = target.type != "cpu" or args[0].is_pinned()
-        else:
-            source = args[0]
-            target = torch.device(kwargs.get("device") or source.device)
-            no_wait = kwargs.get("non_blocking", False)
-            pinned = True  # torch allocates pinned memory for a result on the host
-        if source.device.type == target.type:
+        if first is None or not self._is_here(first):
             return False
-        if source.device.type == "cpu":
-            return not (no_wait and source.is_pinned())
-        return not (no_wait and pinned)
+        if name == "aten.repeat_interleave":
+            return kwargs.get("output_size") is None
+        if name in ("aten.index", "aten.index_put", "aten.index_put_"):
+            masks = [x for x in masks_of(args[1]) if self._is_here(x)]
+            return bool(masks) and (name == "aten.index" or args[2].numel() > 1)
+        return name in _WAITS
+
+
+def note_wait(what: str) -> None:
+    """Count a wait that is no operator of torch, such as a stream's, in all counts that are open."""
+    for count in KernelCount.open:
+        count.synchronisations[what] += 1
+
+
+def _copy_waits(name: str, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Whether the host waits for a copy, which it does only between two devices."""
+    if name == "aten.copy_":
+        source = args[1]
+        no_wait = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        pinned = out.is_pinned() if out.device.type == "cpu" else True
+    else:
+        source = args[0]
+        no_wait = kwargs.get("non_blocking", False)
+        pinned = True  # torch allocates pinned memory for a result on the host
+    if source.device.type == out.device.type:
+        return False
+    if source.device.type == "cpu":
+        return not (no_wait and source.is_pinned())
+    return not (no_wait and pinned)
 
 
 # Namespaces of operators that launch nothing; collectives are counted apart.
@@ -209,6 +226,10 @@ _PUTS_ROWS = aten("index_copy_ index_put_ scatter_")
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     return (x for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def _same_storage(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> int:

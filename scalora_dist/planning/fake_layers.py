@@ -1,0 +1,171 @@
+"""Layers of one rank of a large run on a fake GPU: the shards that an engine would show a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn, TypeAlias
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalora_dist.core.arithmetic import ceil_div
+from scalora_dist.core.flat_shard import FlatShard, Layout, split_rows
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.base import Engine
+from scalora_dist.engines.layer_shards import LayerShards
+
+Sharding: TypeAlias = Literal["local", "zero1", "zero3", "fsdp"]
+SHARDINGS: tuple[Sharding, ...] = ("local", "zero1", "zero3", "fsdp")
+ZERO_ALIGNMENT = 2  # DeepSpeed pads the flat buffer to this number of elements for each rank
+
+
+def ranges_of(sharding: Sharding, shapes: Sequence[tuple[int, int]], size: int) -> Tensor:
+    """The flat range of each matrix on each rank, (size, matrices, 2) int64 on the CPU.
+
+    Args:
+        sharding: "local": all on every rank; "zero1": pieces of one flat buffer over all matrices
+            in order; "zero3": as many elements of each matrix on every rank; "fsdp": complete rows.
+        shapes: (rows, cols) of the matrices.
+        size: world size.
+    """
+    rows, cols = torch.tensor(shapes, dtype=torch.int64).T
+    numel, rank = rows * cols, torch.arange(size)[:, None]
+    if sharding == "local":
+        low, high = torch.zeros(size, len(shapes), dtype=torch.int64), numel.expand(size, -1)
+    elif sharding == "zero1":
+        ends = numel.cumsum(0)
+        share = ceil_div(int(ends[-1]), ZERO_ALIGNMENT * size) * ZERO_ALIGNMENT
+        starts = ends - numel
+        low = (rank * share - starts).clamp_min(0).minimum(numel)
+        high = ((rank + 1) * share - starts).clamp_min(0).minimum(numel)
+        held = low < high
+        low, high = low * held, high * held  # DeepSpeed gives no place to what a rank has not
+    else:
+        unit = cols if sharding == "fsdp" else torch.ones_like(cols)
+        share = -(-(numel // unit) // size) * unit
+        low, high = (rank * share).minimum(numel), ((rank + 1) * share).minimum(numel)
+    return torch.stack([low, high], dim=-1)
+
+
+@contextmanager
+def known_ranges(sharding: Sharding) -> Iterator[None]:
+    """Inside it, ``Layout.of`` computes the ranges of all ranks instead of exchanging them.
+
+    The other ranks of a fake group send nothing.
+    """
+
+    def of(shards: Sequence[FlatShard], device: torch.device | str = "cpu") -> Layout:
+        (group,) = {shard.group for shard in shards}
+        shapes = [shard.shape for shard in shards]
+        size = 1 if group is None else dist.get_world_size(group)
+        ranges = ranges_of("local" if group is None else sharding, shapes, size)
+        mine = [[shard.offset, shard.offset + shard.local.numel()] for shard in shards]
+        rank = 0 if group is None else dist.get_rank(group)
+        assert ranges[rank].tolist() == mine, f"these shards are not those of {sharding}"
+        split = [split_rows(ranges[:, i], cols) for i, (_, cols) in enumerate(shapes)]
+        order = ranges[..., 0].T.argsort(dim=1, stable=True).tolist()
+        return Layout(shapes, ranges, split, order, group, torch.device(device))
+
+    with patch.object(Layout, "of", of):
+        yield
+
+
+def fake_layers(
+    world: World,
+    sharding: Sharding,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    rank: int,
+    scaling: float = 2.0,
+    dtype: torch.dtype = torch.bfloat16,
+    moments: bool = True,
+    carry: int = 0,
+) -> list[LayerShards]:
+    """This rank's shards of layers with weights (m, n). Called inside ``fake_gpu``.
+
+    Args:
+        world: the fake GPU's world.
+        sharding: how the engine shards; see ``ranges_of``.
+        shapes: (m, n) of each layer.
+        rank: r.
+        scaling: s.
+        dtype: of W and of the carry.
+        moments: whether AdamW's moments exist.
+        carry: K, the columns of each carry; 0: no carry.
+    """
+    group = None if sharding == "local" else dist.group.WORLD
+    weights = "local" if sharding == "zero1" else sharding  # ZeRO-1 shards what is trained
+
+    def shards(
+        matrices: Sequence[tuple[int, int]], kind: Sharding, dtype: torch.dtype, flat: bool
+    ) -> list[FlatShard]:
+        ranges = ranges_of(kind, matrices, world.size)[world.rank].tolist()
+        sizes = [high - low for low, high in ranges]
+        if flat:
+            locals_ = torch.empty(sum(sizes), dtype=dtype, device=world.device).split(sizes)
+        else:
+            locals_ = tuple(torch.empty(n, dtype=dtype, device=world.device) for n in sizes)
+        held = group if kind != "local" else None
+        return [
+            FlatShard(local, low, shape, held)
+            for local, (low, _), shape in zip(locals_, ranges, matrices, strict=True)
+        ]
+
+    factors = [(rows, rank) for shape in shapes for rows in shape]
+    flat = sharding in ("zero1", "zero3")  # DeepSpeed steps one buffer
+    masters = shards(factors, sharding, torch.float32, flat)
+    gradients = shards(factors, sharding, torch.float32, flat=False)
+    pairs: list[tuple[FlatShard, ...]] = [() for _ in factors]
+    if moments:
+        first, second = (shards(factors, sharding, torch.float32, flat) for _ in range(2))
+        pairs = list(zip(first, second, strict=True))
+    frozen = shards(shapes, weights, dtype, flat=False)
+    columns = [(rows, carry) for shape in shapes for rows in shape]
+    carries = shards(columns, weights, dtype, flat=False) if carry else []
+    return [
+        LayerShards(
+            name=f"layers.{i}",
+            scaling=scaling,
+            W=frozen[i],
+            A=masters[2 * i],
+            B=masters[2 * i + 1],
+            grad_A=gradients[2 * i],
+            grad_B=gradients[2 * i + 1],
+            moments_A=pairs[2 * i],
+            moments_B=pairs[2 * i + 1],
+            carry=(carries[2 * i], carries[2 * i + 1]) if carry else None,
+        )
+        for i in range(len(shapes))
+    ]
+
+
+class ShardsEngine(Engine):
+    """An engine that has nothing but the shards of ``fake_layers``: no model, no forward."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, world: World, layers: Sequence[LayerShards]) -> None:
+        self.world = world
+        self.layers = list(layers)
+        group: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "lr": 1e-4, "params": []}
+        self.optimizer: Any = SimpleNamespace(param_groups=[group], state={})
+
+    def layer_shards(self, *, gradients: bool = True) -> list[LayerShards]:
+        return self.layers
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer_steps": 1}
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0
+
+    def _no_model(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("these shards have no model")
+
+    loading: Callable[..., AbstractContextManager[None]] = _no_model
+    attach = backward = step = discard_step = _no_model

@@ -1,0 +1,238 @@
+"""A GPU without memory: code for ``cuda:0`` runs op by op, on any machine, in a group of any size.
+
+Tensors on "cuda" are torch's fake tensors: shapes, dtypes and devices, no values. Tensors on the
+CPU are real. So Python runs as on a GPU, and fails where it would: where devices mix, or where a
+collective is given a tensor on the CPU, which NCCL does not take. ``KernelCount("cuda")`` inside
+counts what the GPU would do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scalora_dist.core.arithmetic import ceil_div
+from scalora_dist.distributed.world import World
+from scalora_dist.profiling.kernels import note_wait
+
+CUDA = torch.device("cuda", 0)
+META = torch.device("meta")
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class FakeWorld(World):
+    """A World whose other ranks do not exist: they are taken to send what this rank sends."""
+
+    def exchange(
+        self, text: str, name: str | None = None, patience: float | None = None
+    ) -> list[str]:
+        return [text] * self.size
+
+    def _while_others_wait(
+        self, work: Callable[[], Any], works: bool, workers: int
+    ) -> Any:  # the result of `work`, None where this rank does not work
+        return work() if works else None
+
+
+@contextmanager
+def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
+    """Code inside ``with`` runs on rank ``rank`` of ``size`` ranks with a GPU each.
+
+    What a collective would receive has no values. A copy from the GPU to the host gives a stand-in:
+    symmetric positive definite matrices where the last two dimensions are equal, else ones.
+
+    Raises:
+        RuntimeError: there is a process group already.
+    """
+    _set_cuda_guard()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        world = FakeWorld(
+            rank=rank,
+            size=size,
+            local_rank=rank % GPUS_PER_NODE,
+            device=CUDA,
+            store=dist.HashStore(),
+            nodes=ceil_div(size, GPUS_PER_NODE),
+        )
+        with ExitStack() as stack:
+            for name, value in _CUDA_MODULE.items():
+                stack.enter_context(patch.object(torch.cuda, name, value))
+            # FakeTensor has a Python `device` of its own, but not these.
+            is_cuda = property(lambda tensor: tensor.device.type == "cuda")
+            stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
+            stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(_FakeCuda())
+            yield world
+    finally:
+        dist.destroy_process_group()
+
+
+class _FakeCuda(TorchDispatchMode):
+    """Keeps the CPU real while "cuda" is fake.
+
+    A fake tensor has a device in Python, and is asked for it by C++ as well. C++ gets "meta": the
+    CPU build of torch has an autograd engine for "meta" but none for "cuda".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return META
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            device = torch.device(kwargs["device"])
+            # C++ passes on the "meta" that it was told.
+            kwargs["device"] = CUDA if device.type in ("cuda", "meta") else device
+        if func.namespace == "c10d" and not func._opname.startswith("barrier"):
+            _check_devices(func._opname, args)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_gpu = any(isinstance(x, FakeTensor) for x in tensors)
+        if not on_gpu and kwargs.get("device") != CUDA:
+            return self._on_host(func, args, kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            with unset_fake_temporarily():
+                return stand_in(args[0]).item()
+        if func is torch.ops.aten._to_copy.default:
+            return self._copied(func, args[0], kwargs)
+        if func is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
+            values = stand_in(args[1])
+            with unset_fake_temporarily():
+                return args[0].copy_(values)
+        return func(*args, **kwargs)
+
+    def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            if func is torch.ops.aten._pin_memory.default:
+                copy = args[0].clone()
+                self.pinned.add(copy.untyped_storage())
+                return copy
+            if func is torch.ops.aten.is_pinned.default:
+                return args[0].untyped_storage() in self.pinned
+            return func(*args, **kwargs)
+
+    def _copied(self, func: Any, tensor: Tensor, kwargs: Any) -> Tensor:
+        device = torch.device(kwargs.get("device") or tensor.device)
+        dtype = kwargs.get("dtype") or tensor.dtype
+        if device.type == "cpu":
+            with unset_fake_temporarily():
+                return stand_in(tensor).to(dtype)
+        if device == tensor.device and dtype == tensor.dtype:
+            if kwargs.get("memory_format") in (None, torch.preserve_format):
+                return torch.ops.aten.alias.default(tensor)  # C++ took "meta" for another device
+        return func(tensor, **kwargs)
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A real tensor on the CPU with the shape and dtype of a fake one."""
+    with unset_fake_temporarily():
+        shape = tensor.shape
+        ones = torch.ones(shape, dtype=tensor.dtype)
+        if not (tensor.is_floating_point() and len(shape) > 1 and shape[-1] == shape[-2] > 1):
+            return ones
+        columns = torch.randn(2 * shape[-1], shape[-1], generator=torch.Generator().manual_seed(0))
+        gram = columns.T @ columns / len(columns)
+        return gram.to(tensor.dtype).expand(shape).clone()
+
+
+def _check_devices(name: str, args: Any) -> None:
+    for tensor in tree_leaves(args):
+        if isinstance(tensor, Tensor) and tensor.device.type != "cuda":
+            raise RuntimeError(f"{name} of a tensor on {tensor.device}: NCCL takes GPU tensors")
+
+
+class FakeStream:
+    """Stands for torch.cuda.Stream and Event. All work is done as it is called."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> FakeStream:
+        return FakeStream()
+
+    def wait(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        note_wait("synchronize")
+
+    def elapsed_time(self, other: FakeStream) -> float:
+        return 0.0
+
+
+def _synchronize(device: Any = None) -> None:
+    FakeStream().synchronize()
+
+
+# What replaces the functions of torch.cuda that the CPU build lacks.
+_CUDA_MODULE = {
+    "Stream": FakeStream,
+    "Event": FakeStream,
+    "current_stream": FakeStream,
+    "default_stream": FakeStream,
+    "stream": lambda stream: nullcontext(),
+    "synchronize": _synchronize,
+    "current_device": lambda: 0,
+    "set_device": lambda device: None,
+}
+
+
+def _set_cuda_guard() -> None:
+    """Give torch's CPU build a device guard for "cuda" that does nothing.
+
+    FakeTensorMode asks torch for one, but torch sets it only in builds with CUDA where it finds no
+    GPU: where there is a guard that counts 0 devices. So register a guard whose functions all
+    return 0. torch calls one of them, once, and replaces it.
+    """
+    global _guard_is_set
+    if torch.cuda._is_compiled() or _guard_is_set:
+        return
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    zero = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+    functions = (ctypes.c_void_p * 64)(*[ctypes.cast(zero, ctypes.c_void_p).value] * 64)
+    guard = (ctypes.c_void_p * 1)(ctypes.addressof(functions))
+    register = getattr(
+        library,
+        "_ZN3c104impl24DeviceGuardImplRegistrarC1ENS_10DeviceTypeEPKNS0_24DeviceGuardImplInterfaceE",
+    )
+    register(ctypes.create_string_buffer(8), ctypes.c_int8(1), ctypes.byref(guard))  # 1: CUDA
+    torch._C._ensureCUDADeviceGuardSet()
+    _guard_is_set = True
+
+
+_guard_is_set = False
