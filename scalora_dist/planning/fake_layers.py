@@ -1,4 +1,4 @@
-"""Layers of one rank of a large run on a fake GPU: the shards that an engine would show a method."""
+"""One rank's layers of a large run on a fake GPU: shards as an engine shows them to a method."""
 
 from __future__ import annotations
 

@@ -140,10 +140,10 @@ class _FakeCuda(TorchDispatchMode):
         if device.type == "cpu":
             with unset_fake_temporarily():
                 return stand_in(tensor).to(dtype)
-        if device == tensor.device and dtype == tensor.dtype:
-            if kwargs.get("memory_format") in (None, torch.preserve_format):
-                return torch.ops.aten.alias.default(tensor)  # C++ took "meta" for another device
-        return func(tensor, **kwargs)
+        layout = kwargs.get("memory_format") not in (None, torch.preserve_format)
+        if layout or device != tensor.device or dtype != tensor.dtype:
+            return func(tensor, **kwargs)
+        return torch.ops.aten.alias.default(tensor)  # C++ took "meta" for another device
 
 
 def stand_in(tensor: Tensor) -> Tensor:
@@ -209,6 +209,7 @@ _CUDA_MODULE = {
     "synchronize": _synchronize,
     "current_device": lambda: 0,
     "set_device": lambda device: None,
+    "get_device_capability": lambda device=None: (9, 0),
 }
 
 
@@ -226,10 +227,10 @@ def _set_cuda_guard() -> None:
     zero = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
     functions = (ctypes.c_void_p * 64)(*[ctypes.cast(zero, ctypes.c_void_p).value] * 64)
     guard = (ctypes.c_void_p * 1)(ctypes.addressof(functions))
-    register = getattr(
-        library,
-        "_ZN3c104impl24DeviceGuardImplRegistrarC1ENS_10DeviceTypeEPKNS0_24DeviceGuardImplInterfaceE",
-    )
+    # c10::impl::DeviceGuardImplRegistrar(DeviceType, const DeviceGuardImplInterface*)
+    namespace, name = "N3c104impl", "24DeviceGuardImplRegistrar"
+    arguments = "ENS_10DeviceTypeEPKNS0_24DeviceGuardImplInterfaceE"
+    register = library[f"_Z{namespace}{name}C1{arguments}"]
     register(ctypes.create_string_buffer(8), ctypes.c_int8(1), ctypes.byref(guard))  # 1: CUDA
     torch._C._ensureCUDADeviceGuardSet()
     _guard_is_set = True

@@ -186,7 +186,7 @@ class KernelCount(Traffic):
 
 
 def note_wait(what: str) -> None:
-    """Count a wait that is no operator of torch, such as a stream's, in all counts that are open."""
+    """Count a wait that is no operator, such as a stream's, in all counts that are open."""
     for count in KernelCount.open:
         count.synchronisations[what] += 1
 

@@ -1,0 +1,169 @@
+"""Methods walked through on a fake GPU: devices, collectives, and how often the host waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalora_dist.core import host
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.planning.fake_layers import SHARDINGS, Sharding, fake_layers, ranges_of
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.fake_gpu import CUDA, fake_gpu
+from scalora_dist.profiling.kernels import Counts, KernelCount
+from tests.support.fake_gpu import SHAPES, WALKS, walk
+
+# Times that the host waits in one run of each method: (in all, and more for each layer).
+WAITS = {
+    **{f"rescale, {rule}": (5, 0) for rule in ("paper", "scalar", "nnls")},
+    "rescale, adamw": (6, 0),
+    "relora": (1, 4),
+    "carry": (1, 0),
+}
+LOOKS_UP_SPLIT_ROWS = ["lora-pro", "carry, full"]  # by a mask, whose size the host waits for
+
+
+def check(method: str, counts: Counts, blocks: int) -> None:
+    fixed, each = WAITS[method]
+    assert counts.waits == fixed + each * blocks * len(SHAPES), counts.synchronisations
+
+
+@pytest.mark.parametrize("method", WAITS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_methods_walk(method: str, sharding: Sharding) -> None:
+    rank, size = (0, 1) if sharding == "local" else (3, 8)
+    check(method, walk(method, sharding, rank, size, blocks=1), blocks=1)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 8), (7, 8), (9, 16)])
+@pytest.mark.parametrize("sharding", SHARDINGS[1:])
+def test_other_ranks_walk(sharding: Sharding, rank: int, size: int) -> None:
+    check("rescale, adamw", walk("rescale, adamw", sharding, rank, size, blocks=1), blocks=1)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "rank"),
+    [
+        ("zero3", 511),
+        *(
+            pytest.param(sharding, rank, marks=pytest.mark.heavy)
+            for sharding in SHARDINGS[1:]
+            for rank in (0, 511, 1023)
+            if (sharding, rank) != ("zero3", 511)
+        ),
+    ],
+)
+def test_one_rank_of_a_large_run(sharding: Sharding, rank: int) -> None:
+    method = "rescale, paper"
+    check(method, walk(method, sharding, rank, 1024, blocks=1), blocks=1)
+
+
+@pytest.mark.xfail(strict=True, reason="split rows are looked up by a mask")
+@pytest.mark.parametrize("method", LOOKS_UP_SPLIT_ROWS)
+def test_methods_that_look_up_split_rows(method: str) -> None:
+    walk(method, "zero3", 3, 8, blocks=1)
+
+
+@pytest.mark.parametrize("method", WAITS)
+def test_neither_layers_nor_dtype_nor_moments_make_the_host_wait(method: str) -> None:
+    check(method, walk(method, "fsdp", 1, 8, dtype=torch.float32), blocks=2)
+    if method != "relora":  # it prunes moments
+        check(method, walk(method, "zero1", 1, 8, blocks=1, moments=False), blocks=1)
+
+
+class Faulty(Clock):
+    """Makes a mistake where a part of the work begins."""
+
+    def __init__(self, mistake: Callable[[], object]) -> None:
+        self.mistake = mistake
+
+    def begin(self, part: str) -> None:
+        self.mistake()
+
+
+def on_gpu() -> Tensor:
+    return torch.ones(len(SHAPES), device=CUDA)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda: dist.all_reduce(torch.ones(2)), "NCCL takes GPU tensors"),
+        (lambda: dist.all_gather_into_tensor(torch.ones(16), torch.ones(2)), "NCCL"),
+        (lambda: on_gpu() + torch.ones(len(SHAPES)), "found at least two devices"),
+        (lambda: on_gpu()[on_gpu() > 0], "nonzero"),
+    ],
+)
+def test_a_seeded_mistake_ends_the_walk(mistake: Callable[[], object], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        walk("rescale, paper", "fsdp", 0, 8, clock=Faulty(mistake))
+
+
+def test_a_seeded_read_of_each_layer_is_counted() -> None:
+    def read() -> list[float]:
+        return [number.item() for number in on_gpu()]
+
+    counts = walk("rescale, paper", "fsdp", 0, 8, blocks=1, clock=Faulty(read))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"):
+        check("rescale, paper", counts, blocks=1)
+
+
+def test_every_walk_has_a_bound() -> None:
+    assert set(WALKS) == {*WAITS, *LOOKS_UP_SPLIT_ROWS}
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 16, 1024])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_ranges_cover_every_element_once(sharding: Sharding, size: int) -> None:
+    shapes = [(25, 4), (7, 3), (1, 1), (48, 4)]
+    ranges = ranges_of(sharding, shapes, size)
+    assert ranges.shape == (size, len(shapes), 2) and ranges.dtype == torch.int64
+    for i, (rows, cols) in enumerate(shapes):
+        held = sorted((low, high) for low, high in ranges[:, i].tolist() if high > low)
+        if sharding == "local":
+            assert held == [(0, rows * cols)] * size
+            continue
+        assert [low for low, _ in held] == [0, *(high for _, high in held[:-1])]
+        assert held[-1][1] == rows * cols
+        if sharding == "fsdp":
+            assert all(low % cols == 0 for low, _ in held)
+
+
+def test_the_cpu_is_real_and_the_gpu_is_fake() -> None:
+    with fake_gpu(2, 8) as world, KernelCount("cuda") as count:
+        real = torch.arange(4.0)
+        assert (real + 1).tolist() == [1, 2, 3, 4]
+        assert not count.kernels
+        there = host.to_device(real, world.device)
+        assert there.device == CUDA and there.is_cuda
+        assert not count.synchronisations  # from pinned memory
+        assert host.on_host(lambda x: x.sum().item(), there * 2) == 4.0  # ones stand in
+        assert dict(count.synchronisations) == {"synchronize": 1}
+        weight = torch.ones(4, 4, device=CUDA, requires_grad=True)
+        (weight @ there).sum().backward()
+        assert weight.grad is not None and weight.grad.device == CUDA
+        assert (world.rank, world.size, world.nodes) == (2, 8, 1)
+        assert world.sum(1.0, 2.0) == [1.0, 1.0]
+    assert not dist.is_initialized()
+    assert torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
+def test_the_group_ends_with_an_error() -> None:
+    with pytest.raises(KeyError), fake_gpu(0, 4):
+        raise KeyError
+    assert not dist.is_initialized()
+
+
+def test_shards_are_those_of_their_rank() -> None:
+    with fake_gpu(1, 8) as world:
+        for sharding in SHARDINGS[1:]:
+            for layer in fake_layers(world, sharding, SHAPES, rank=4, carry=8):
+                shards: list[FlatShard] = [layer.A, layer.B, *layer.moments_A, *layer.moments_B]
+                assert all(x.group is not None and x.local.is_cuda for x in shards)
+                assert layer.A.local.shape == layer.grad_A.local.shape
+                assert (layer.W.group is None) == (sharding == "zero1")
+                assert layer.carry is not None and layer.carry[0].shape[1] == 8

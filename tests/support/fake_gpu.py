@@ -1,0 +1,129 @@
+"""Walks through methods on a fake GPU: one rank of a group of any size, op by op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from scalora_dist.distributed.world import World
+from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.methods.adamw_direction import adamw_directions
+from scalora_dist.methods.carry import Carry
+from scalora_dist.methods.lora_pro import LoraPro
+from scalora_dist.methods.merger import IntoWeights, Merger
+from scalora_dist.methods.relora import ReloraRestart
+from scalora_dist.methods.scalora import Rescaler
+from scalora_dist.planning.fake_layers import (
+    Sharding,
+    ShardsEngine,
+    fake_layers,
+    known_ranges,
+)
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.fake_gpu import fake_gpu
+from scalora_dist.profiling.kernels import Counts, KernelCount
+
+RANK = 4
+SHAPES = [(48, 32), (32, 32), (25, 32)]  # of one block; the last has no whole share on 8 ranks
+
+
+def walk(
+    method: str,
+    sharding: Sharding,
+    rank: int,
+    size: int,
+    *,
+    blocks: int = 2,
+    clock: Clock | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    moments: bool = True,
+) -> Counts:
+    """What one rank's GPU does in one run of a method's work, set-up excluded.
+
+    Args:
+        method: one of ``WALKS``.
+        sharding: how the engine shards.
+        rank: this rank.
+        size: world size.
+        blocks: number of blocks, each with a layer of each of ``SHAPES``.
+        clock: its ``begin`` is called inside the work.
+        dtype: of W and the carry.
+        moments: whether AdamW has stepped before.
+    """
+    with fake_gpu(rank, size) as world, known_ranges(sharding):
+        carry = 3 * RANK if method.startswith("carry") else 0
+        layers = fake_layers(
+            world, sharding, SHAPES * blocks, rank=RANK, dtype=dtype, moments=moments, carry=carry
+        )
+        engine = ShardsEngine(world, layers)
+        work = WALKS[method](world, layers, engine)
+        with KernelCount("cuda") as count:
+            work(clock or Clock())
+        return count.take()
+
+
+def _rescaler(
+    rule: str, world: World, layers: Sequence[LayerShards], engine: ShardsEngine
+) -> Callable[[Clock], object]:
+    rescaler = Rescaler(
+        Merger(layers, world, IntoWeights(layers, "split")),
+        rule=rule,
+        eta_lipschitz=0.5,
+        bounds=(0.05, 5.0),
+        directions=partial(adamw_directions, engine, max_grad_norm=1.0)
+        if rule == "adamw"
+        else None,
+    )
+
+    def work(clock: Clock) -> None:
+        assert rescaler(layers, clock).applied
+
+    return work
+
+
+def _lora_pro(
+    world: World, layers: Sequence[LayerShards], engine: ShardsEngine
+) -> Callable[[Clock], object]:
+    transform = LoraPro(engine)
+
+    def work(clock: Clock) -> None:
+        assert transform(layers, clock).applied
+
+    return work
+
+
+def _relora(
+    world: World, layers: Sequence[LayerShards], engine: ShardsEngine
+) -> Callable[[Clock], object]:
+    merger = Merger(layers, world, IntoWeights(layers, "split"))
+    restart = ReloraRestart(merger, interval=10, prune=0.9, seed=0)
+    return lambda clock: restart(engine, 10, clock)
+
+
+def _carry(
+    used: int, world: World, layers: Sequence[LayerShards], engine: ShardsEngine
+) -> Callable[[Clock], object]:
+    modules: dict[str, Any] = {layer.name: SimpleNamespace(used=used) for layer in layers}
+    carry = Carry(layers, modules, world, rank=RANK, limit=1.0)
+    merger = Merger(layers, world, carry)
+    weights = torch.ones(len(layers), RANK, dtype=torch.float64)
+
+    def work(clock: Clock) -> None:
+        merger(layers, weights, clock)
+        assert bool(carry.report()) == bool(used)  # compressed where it was full
+
+    return work
+
+
+RULES = ("paper", "scalar", "nnls", "adamw")
+WALKS: dict[str, Callable[..., Callable[[Clock], object]]] = {
+    **{f"rescale, {rule}": partial(_rescaler, rule) for rule in RULES},
+    "lora-pro": _lora_pro,
+    "relora": _relora,
+    "carry": partial(_carry, 0),
+    "carry, full": partial(_carry, 3 * RANK),
+}
