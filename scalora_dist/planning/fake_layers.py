@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.flat_shard import FlatShard, Layout, split_rows
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import Layout
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import Engine
 from scalora_dist.engines.layer_shards import LayerShards
@@ -66,9 +67,7 @@ def known_ranges(sharding: Sharding) -> Iterator[None]:
         mine = [[shard.offset, shard.offset + shard.local.numel()] for shard in shards]
         rank = 0 if group is None else dist.get_rank(group)
         assert ranges[rank].tolist() == mine, f"these shards are not those of {sharding}"
-        split = [split_rows(ranges[:, i], cols) for i, (_, cols) in enumerate(shapes)]
-        order = ranges[..., 0].T.argsort(dim=1, stable=True).tolist()
-        return Layout(shapes, ranges, split, order, group, torch.device(device))
+        return Layout(shapes, ranges, group, torch.device(device), rank)
 
     with patch.object(Layout, "of", of):
         yield

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from scalora_dist.config.options import Options
-from scalora_dist.core.flat_shard import GATHER_BUCKET_BYTES
+from scalora_dist.core.layout import GATHER_BUCKET_BYTES
 from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
 from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.planning.residency import Held, LocalResidency, Message, Residency, others

@@ -11,7 +11,7 @@ import torch
 
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
-from scalora_dist.methods.adamw_direction import adamw_directions
+from scalora_dist.methods.adamw_direction import adamw_direction
 from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.lora_pro import LoraPro
 from scalora_dist.methods.merger import IntoWeights, Merger
@@ -74,9 +74,7 @@ def _rescaler(
         rule=rule,
         eta_lipschitz=0.5,
         bounds=(0.05, 5.0),
-        directions=partial(adamw_directions, engine, max_grad_norm=1.0)
-        if rule == "adamw"
-        else None,
+        direction=partial(adamw_direction, engine, max_grad_norm=1.0) if rule == "adamw" else None,
     )
 
     def work(clock: Clock) -> None:
