@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -32,15 +32,27 @@ from torch.utils._pytree import tree_leaves
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.distributed.world import World
 from scalora_dist.profiling.kernels import note_wait
+from scalora_dist.profiling.launches import masks_of
 
 CUDA = torch.device("cuda", 0)
-META = torch.device("meta")
+LAZY = torch.device("lazy", 0)
 GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class FakeWorld(World):
     """A World whose other ranks do not exist: they are taken to send what this rank sends."""
+
+    def _reduce(
+        self, values: tuple[float | Tensor, ...], op: dist.ReduceOp.RedOpType
+    ) -> list[float]:
+        super()._reduce(values, op)  # as a GPU would, but its memory has forgotten the numbers
+        ranks = self.size if op == dist.ReduceOp.SUM else 1
+        fake = [isinstance(value, Tensor) and value.is_cuda for value in values]
+        return [
+            1.0 if unknown else ranks * float(value)
+            for value, unknown in zip(values, fake, strict=True)
+        ]
 
     def exchange(
         self, text: str, name: str | None = None, patience: float | None = None
@@ -58,7 +70,8 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
     """Code inside ``with`` runs on rank ``rank`` of ``size`` ranks with a GPU each.
 
     What a collective would receive has no values. A copy from the GPU to the host gives a stand-in:
-    symmetric positive definite matrices where the last two dimensions are equal, else ones.
+    symmetric positive definite matrices where the last two dimensions are equal, else ones. Where
+    the GPU's values decide about a shape, they are all taken to be true.
 
     Raises:
         RuntimeError: there is a process group already.
@@ -81,8 +94,11 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
             is_cuda = property(lambda tensor: tensor.device.type == "cuda")
             stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))
+            mode = _FakeCuda()
+            stack.enter_context(patch.object(dist, "new_group", mode.new_group(dist.new_group)))
+            stack.enter_context(patch.object(nn.Module, "_apply", _moves()))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(_FakeCuda())
+            stack.enter_context(mode)
             yield world
     finally:
         dist.destroy_process_group()
@@ -91,24 +107,36 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
 class _FakeCuda(TorchDispatchMode):
     """Keeps the CPU real while "cuda" is fake.
 
-    A fake tensor has a device in Python, and is asked for it by C++ as well. C++ gets "meta": the
-    CPU build of torch has an autograd engine for "meta" but none for "cuda".
+    A fake tensor has a device in Python, and is asked for it by C++ as well. C++ gets "lazy", a
+    device that nothing else uses: torch's CPU build has no autograd engine for "cuda".
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
+        self.gloo: set[str] = set()  # names of the groups that take tensors on the CPU
+
+    def new_group(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """A ``dist.new_group`` that makes fake groups, and notes those for tensors on the CPU."""
+
+        def make(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+            group = real(*args, backend="fake", **kwargs)
+            if backend == "gloo" and group is not None:
+                self.gloo.add(group.group_name)
+            return group
+
+        return make
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
-            return META
+            return LAZY
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
-            # C++ passes on the "meta" that it was told.
-            kwargs["device"] = CUDA if device.type in ("cuda", "meta") else device
+            # C++ passes on the "lazy" that it was told.
+            kwargs["device"] = CUDA if device.type in ("cuda", "lazy") else device
         if func.namespace == "c10d" and not func._opname.startswith("barrier"):
-            _check_devices(func._opname, args)
+            self._check_devices(func._opname, args)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_gpu = any(isinstance(x, FakeTensor) for x in tensors)
         if not on_gpu and kwargs.get("device") != CUDA:
@@ -116,6 +144,15 @@ class _FakeCuda(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             with unset_fake_temporarily():
                 return stand_in(args[0]).item()
+        if func is torch.ops.aten.nonzero.default:
+            return torch.stack(_all_of(args[0]), dim=1)
+        if func._opname in ("index", "index_put", "index_put_"):
+            indices = [
+                index
+                for given in args[1]
+                for index in (_all_of(given) if masks_of([given]) else [given])
+            ]
+            args = (args[0], indices, *args[2:])
         if func is torch.ops.aten._to_copy.default:
             return self._copied(func, args[0], kwargs)
         if func is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
@@ -123,6 +160,16 @@ class _FakeCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 return args[0].copy_(values)
         return func(*args, **kwargs)
+
+    def _check_devices(self, name: str, args: Any) -> None:
+        leaves = tree_leaves(args)
+        groups = [x for x in leaves if isinstance(x, torch.ScriptObject)]
+        groups = [x for x in groups if x._type().qualified_name().endswith(".ProcessGroup")]
+        if dist.ProcessGroup.unbox(groups[0]).group_name in self.gloo:
+            return
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.device.type != "cuda":
+                raise RuntimeError(f"{name} of a tensor on {leaf.device}: NCCL takes GPU tensors")
 
     def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         with unset_fake_temporarily():
@@ -143,7 +190,7 @@ class _FakeCuda(TorchDispatchMode):
         layout = kwargs.get("memory_format") not in (None, torch.preserve_format)
         if layout or device != tensor.device or dtype != tensor.dtype:
             return func(tensor, **kwargs)
-        return torch.ops.aten.alias.default(tensor)  # C++ took "meta" for another device
+        return torch.ops.aten.alias.default(tensor)  # C++ took "lazy" for another device
 
 
 def stand_in(tensor: Tensor) -> Tensor:
@@ -158,10 +205,37 @@ def stand_in(tensor: Tensor) -> Tensor:
         return gram.to(tensor.dtype).expand(shape).clone()
 
 
-def _check_devices(name: str, args: Any) -> None:
-    for tensor in tree_leaves(args):
-        if isinstance(tensor, Tensor) and tensor.device.type != "cuda":
-            raise RuntimeError(f"{name} of a tensor on {tensor.device}: NCCL takes GPU tensors")
+def _all_of(mask: Tensor) -> list[Tensor]:
+    """The indices of a mask's elements, for each dimension, as if all were true."""
+    count, device = mask.numel(), mask.device
+    return [torch.empty(count, dtype=torch.int64, device=device) for _ in mask.shape]
+
+
+def _moves() -> Callable[..., nn.Module]:
+    """A ``Module._apply``, for ``to`` and the like: torch's own cannot move a fake parameter.
+
+    Tied parameters stay tied. Parameters that are where they belong stay the same objects.
+    """
+    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by id, which the first one keeps
+
+    @torch.no_grad()
+    def apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for child in module.children() if recurse else ():
+            apply(child, change)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            new = change(parameter.detach())
+            if new.device == parameter.device and new.dtype == parameter.dtype:
+                continue
+            if id(parameter) not in moved:
+                moved[id(parameter)] = parameter, nn.Parameter(new, parameter.requires_grad)
+            module._parameters[name] = moved[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else change(buffer)
+        return module
+
+    return apply
 
 
 class FakeStream:
@@ -210,6 +284,14 @@ _CUDA_MODULE = {
     "current_device": lambda: 0,
     "set_device": lambda device: None,
     "get_device_capability": lambda device=None: (9, 0),
+    "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
+    "memory_allocated": lambda device=None: 0,
+    "memory_reserved": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 0,
+    "reset_peak_memory_stats": lambda device=None: None,
+    "empty_cache": lambda: None,
+    "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": lambda state, device=None: None,
 }
 
 
