@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,10 +49,11 @@ class FakeWorld(World):
     ) -> list[float]:
         super()._reduce(values, op)  # as a GPU would, but its memory has forgotten the numbers
         ranks = self.size if op == dist.ReduceOp.SUM else 1
-        fake = [isinstance(value, Tensor) and value.is_cuda for value in values]
         return [
-            1.0 if unknown else ranks * float(value)
-            for value, unknown in zip(values, fake, strict=True)
+            (0.0 if value.dtype == torch.bool else 1.0)  # nothing on the GPU is wrong
+            if isinstance(value, FakeTensor)
+            else ranks * float(value)
+            for value in values
         ]
 
     def exchange(
@@ -90,12 +92,21 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
         with ExitStack() as stack:
             for name, value in _CUDA_MODULE.items():
                 stack.enter_context(patch.object(torch.cuda, name, value))
+            local = property(lambda tensor: tensor._local_tensor.device)
+            stack.enter_context(patch.object(DTensor, "device", local, create=True))
             # FakeTensor has a Python `device` of its own, but not these.
             is_cuda = property(lambda tensor: tensor.device.type == "cuda")
             stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))
+            # torch's optimizers handle tensors of these types many at a time, on "cuda".
+            for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+                types = f"{name}._foreach_supported_types"
+                known = [torch.Tensor, nn.Parameter, DTensor, FakeTensor]
+                stack.enter_context(patch(types, known))
             mode = _FakeCuda()
             stack.enter_context(patch.object(dist, "new_group", mode.new_group(dist.new_group)))
+            # Objects go over tensors on the CPU here, and there is nobody to change them.
+            stack.enter_context(patch.object(dist, "broadcast_object_list", lambda *a, **k: None))
             stack.enter_context(patch.object(nn.Module, "_apply", _moves()))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(mode)
@@ -130,6 +141,8 @@ class _FakeCuda(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return LAZY
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls the operators on its parts, which come here again
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
@@ -179,7 +192,11 @@ class _FakeCuda(TorchDispatchMode):
                 return copy
             if func is torch.ops.aten.is_pinned.default:
                 return args[0].untyped_storage() in self.pinned
-            return func(*args, **kwargs)
+            pinned = kwargs.pop("pin_memory", False)
+            out = func(*args, **kwargs)
+            if pinned:
+                self.pinned.add(out.untyped_storage())
+            return out
 
     def _copied(self, func: Any, tensor: Tensor, kwargs: Any) -> Tensor:
         device = torch.device(kwargs.get("device") or tensor.device)

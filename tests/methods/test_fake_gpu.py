@@ -158,7 +158,7 @@ def test_the_cpu_is_real_and_the_gpu_is_fake() -> None:
         (weight @ there).sum().backward()
         assert weight.grad is not None and weight.grad.device == CUDA
         assert (world.rank, world.size, world.nodes) == (2, 8, 1)
-        assert world.sum(1.0, 2.0) == [1.0, 1.0]
+        assert world.sum(1.0, 2.0) == [8.0, 16.0]
     assert not dist.is_initialized()
     assert torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 

@@ -1,0 +1,111 @@
+"""The trainer on a fake GPU: starts, steps, a checkpoint and exports, in one process and on FSDP2.
+
+FSDP2's own forward, backward and reductions run too. DeepSpeed's don't: it picks its own device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from scalora_dist.planning.fake_layers import known_ranges
+from scalora_dist.profiling.fake_gpu import fake_gpu
+from scalora_dist.profiling.kernels import Counts, KernelCount
+from scalora_dist.training.trainer import Trainer
+from tests.support import runs, tiny_runs
+from tests.support.tiny_models import save_task
+
+# Options that a method does not read, or that have other values for it.
+OWN: dict[str, dict[str, Any]] = {
+    "scalora": {},
+    "lora": {},
+    "lora-pro": {},
+    "relora": {"relora_interval": 1},
+    "lora-xs": {},
+    "lora-sb": {"lora_alpha": None},
+    "mora": {"lora_alpha": None},
+    "full": {"rank": None, "lora_alpha": None, "lora_dropout": None},
+    "peft-lora": {},
+    "dora": {},
+    "hira": {"lora_alpha": None},
+    "pissa": {},
+    "lora-ga": {"rank": 2},
+}
+DAILY = {("local", "scalora"), ("local", "lora-xs"), ("fsdp", "scalora"), ("fsdp", "pissa")}
+# Times that the host waits in a step: for its micro-batch, for the step, and for the method.
+MICRO_BATCH, STEP = 7, 2
+METHOD = {"scalora": 3, "lora-pro": 3, "relora": 2}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_task(tmp_path_factory.mktemp("fake_gpu"))
+
+
+@pytest.fixture(autouse=True)
+def load_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads weights in other threads, in which the GPU is not faked."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
+def steps(trainer: Trainer, count: int) -> Counts:
+    """Start, and take ``count`` steps of one micro-batch. Returns the counts of the last."""
+    trainer.loss.checked = True  # by a value that the GPU does not have
+    micro_batches = trainer.start()
+    trainer.engine.module.train()
+    with KernelCount("cuda") as kernels:
+        for step in range(count):
+            kernels.take()
+            trainer.take_step(step, micro_batches)
+    return kernels.take()
+
+
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        pytest.param(engine, method, marks=[] if (engine, method) in DAILY else pytest.mark.heavy)
+        for engine in ("local", "fsdp")
+        for method in OWN
+    ],
+)
+def test_steps(task: Path, tmp_path: Path, engine: str, method: str) -> None:
+    rank, size = (0, 1) if engine == "local" else (3, 8)
+    given = {"train_batch_size": 3 * size, "eval_size": None, "method": method, **OWN[method]}
+    options = tiny_runs.options(task, tmp_path / "run", engine, **given)
+    with fake_gpu(rank, size) as world, known_ranges("fsdp" if size > 1 else "local"):
+        trainer = runs.make(world, options)
+        assert all(p.device.type == "cuda" for p in trainer.model.parameters())
+        counts = steps(trainer, 2)
+        trainer.close()
+    assert counts.total > 0
+    most = MICRO_BATCH + STEP + METHOD.get(method, 0)
+    assert counts.waits <= most, counts.synchronisations
+    if engine == "fsdp":
+        assert counts.collectives["allgather_base"] and counts.collectives["reduce_scatter_base"]
+
+
+@pytest.mark.parametrize("method", ["scalora", pytest.param("lora", marks=pytest.mark.heavy)])
+def test_a_whole_run(task: Path, tmp_path: Path, method: str) -> None:
+    options = tiny_runs.options(
+        task,
+        tmp_path / "run",
+        "local",
+        method=method,
+        max_steps=2,
+        train_batch_size=3,
+        **OWN[method],
+    )
+    options["save_model"] = True
+    with fake_gpu() as world:
+        trainer = runs.make(world, options)
+        trainer.loss.checked = True
+        summary = trainer.run()
+    assert summary["steps"] == 2
+    assert tiny_runs.sound(tmp_path / "run") == [2]
+    with safe_open(tmp_path / "run" / "model" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("model.layers.0.self_attn.q_proj.weight").isfinite().all()
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert adapter.exists() == (method == "lora")
