@@ -16,6 +16,7 @@ from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
 
 GIB = 2**30
+SUMMED = "A and B, summed"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Plan:
     def gathered(self) -> float:
         """Bytes that all-gathers fill on a rank in a step with a rescale, own part included."""
         messages = [*self.messages, *self.rescale]
-        parts = [m for m in messages if "gradients" not in m.what and m.what != "grams"]
+        sums = ("grams", SUMMED)
+        parts = [m for m in messages if "gradients" not in m.what and m.what not in sums]
         return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
 
     @property
@@ -136,6 +138,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     passes = 3 if options.train.gradient_checkpointing else 2
     share = others(residency.ranks)
     rescale = [Message("A and B whole", share * factors, residency.ranks)]
+    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
+        rescale = [Message(SUMMED, 2 * share * factors, residency.ranks)]
     if solves:
         rescale.insert(0, Message("grams", 2 * share * grams, residency.ranks))
     return Plan(
