@@ -152,12 +152,11 @@ class Layout:
             out: 1-D buffer on ``device`` to fill. None: a new one, of the shards' dtype.
         """
         locals_ = [shards[i].local for group in batch for i in group.which]
-        if out is not None and locals_[0].device == out.device:
-            if locals_[0].dtype == out.dtype:
-                return torch.cat(locals_, out=out)
-            return out.copy_(torch.cat(locals_))
-        packed = host.to_device(torch.cat(locals_), self.device)
-        return packed if out is None else out.copy_(packed)
+        if out is None:
+            return self._joined(locals_)
+        if (locals_[0].device, locals_[0].dtype) == (out.device, out.dtype):
+            return torch.cat(locals_, out=out)
+        return out.copy_(self._joined(locals_))
 
     def unpack(self, batch: Batch, packed: Tensor, shards: Shards) -> None:
         """The inverse of ``pack``: write ``packed`` into the shards, rounded to their dtype."""
@@ -280,7 +279,15 @@ class Layout:
 
     def _packed(self, shards: Shards, which: Sequence[int]) -> Tensor:
         """This rank's elements of the matrices ``which``, one after another, on ``device``."""
-        return host.to_device(torch.cat([shards[i].local for i in which]), self.device)
+        return self._joined([shards[i].local for i in which])
+
+    def _joined(self, locals_: Sequence[Tensor]) -> Tensor:
+        if locals_[0].device.type == self.device.type:
+            return torch.cat(list(locals_))
+        # Offloaded: joined in pinned memory, so that the copy to the device does not wait.
+        size = sum(local.numel() for local in locals_)
+        staging = locals_[0].new_empty(size, pin_memory=self.device.type == "cuda")
+        return host.to_device(torch.cat(list(locals_), out=staging), self.device)
 
     def _gathered(
         self, shards: Shards, lists: Sequence[list[int]]
