@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -63,18 +64,17 @@ class GramSums:
         The places are those of (2·matrices) rows, sorted by rank, then by matrix. Two ranks share
         at most one row of a matrix. So each receives the same rows from the other that it sends.
         """
-        low, high = self.layout.ranges.unbind(2)  # (world, matrices)
+        low, high = np.moveaxis(self.layout.ranges, 2, 0)  # (world, matrices)
         mine = self.layout.rank
         first, last = low[mine] // self.cols, (high[mine] - 1) // self.cols
-        shares = []
-        for row in (first, last):
-            begin = torch.maximum(low, row * self.cols)
-            shares.append(torch.minimum(high, (row + 1) * self.cols) > begin)
-        together = torch.stack(shares, dim=2) & (high > low)[mine, :, None]
+        rows = np.stack([first, last], axis=1)  # (matrices, 2)
+        begin = np.maximum(low[:, :, None], rows * self.cols)
+        end = np.minimum(high[:, :, None], (rows + 1) * self.cols)
+        together = (end > begin) & (high > low)[mine, :, None]
         together[:, :, 1] &= first != last
         together[mine] = False
-        _, matrix, end = together.nonzero(as_tuple=True)
-        places = host.to_device(2 * matrix + end, self.layout.device)
+        _, matrix, which = together.nonzero()
+        places = host.to_device(torch.from_numpy(2 * matrix + which), self.layout.device)
         return places, together.sum((1, 2)).tolist()
 
     @cached_property
@@ -82,13 +82,13 @@ class GramSums:
         """1 for each row of ``Grams.ends`` that begins on this rank, else 0: (matrices, 2, 1)."""
         low = self.layout.ranges[self.layout.rank, :, 0]
         begun = torch.ones(len(low), 2, 1, dtype=torch.float64)
-        begun[low % self.cols != 0, 0] = 0
+        begun[:, 0, 0] = torch.from_numpy(low % self.cols == 0)
         return host.to_device(begun, self.layout.device)
 
     @cached_property
     def any_shared(self) -> bool:
         """Whether any row of any matrix lies on several ranks. The same on every rank."""
-        low, high = self.layout.ranges.unbind(2)
+        low, high = np.moveaxis(self.layout.ranges, 2, 0)
         return bool(((low % self.cols != 0) & (high > low)).any())
 
     def __call__(self, columns: Columns, k: int) -> Grams:

@@ -37,6 +37,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return on_host(lambda copy: copy, tensor)
-    if device.type == "cuda" and not tensor.is_cuda:
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -7,23 +7,26 @@ ranges of one length on this rank, and one copy, product or message serves all o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from scalora_dist.core import host
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 
-# Limit in bytes of one all-gather of factors. A single group of matrices may exceed it.
+# Limit in bytes of one gather of factors. A single group of matrices may exceed it.
 GATHER_BUCKET_BYTES = 128 * 2**20
 # Limit in elements of what is worked on at once on this rank. A single matrix may exceed it.
-BATCH_ELEMENTS = 2**24
+BATCH_ELEMENTS = 2**23
 
 Shards: TypeAlias = Sequence[FlatShard] | Mapping[int, FlatShard]
 
@@ -73,7 +76,7 @@ class Layout:
 
     Attributes:
         shapes: (rows, cols) of each full matrix.
-        ranges: flat range ``[lo, hi)`` of matrix i on rank p, (world, matrices, 2) int64, CPU.
+        ranges: flat range ``[lo, hi)`` of matrix i on rank p, (world, matrices, 2) int64.
         group: process group over which all matrices are sharded; None: every rank holds them all.
         device: device of the work and of communication buffers (the accelerator with NCCL, the CPU
             with gloo). Shards may lie elsewhere (offload).
@@ -81,7 +84,7 @@ class Layout:
     """
 
     shapes: list[tuple[int, int]]
-    ranges: Tensor
+    ranges: np.ndarray
     group: dist.ProcessGroup | None
     device: torch.device
     rank: int = field(default=0)
@@ -98,14 +101,13 @@ class Layout:
         if len(groups) != 1:
             raise ValueError("the matrices of one layout must share one process group")
         group = groups.pop()
-        mine = torch.tensor(
-            [(shard.offset, shard.offset + shard.local.numel()) for shard in shards]
-        )
+        mine = np.array([(shard.offset, shard.offset + shard.local.numel()) for shard in shards])
         everyone, rank = mine[None], 0
         if group is not None:
-            everyone = _all_gather(host.to_device(mine.flatten(), device), group)
-            everyone = host.on_host(lambda ranges: ranges.view(-1, *mine.shape), everyone)
             rank = dist.get_rank(group)
+            message = host.to_device(torch.from_numpy(mine.ravel()), device)
+            everyone = host.on_host(Tensor.numpy, _all_gather(message, group))
+        everyone = everyone.reshape(-1, *mine.shape)
         return cls([shard.shape for shard in shards], everyone, group, device, rank)
 
     def only(self, which: Sequence[int]) -> Layout:
@@ -123,9 +125,8 @@ class Layout:
     @cached_property
     def batches(self) -> list[Batch]:
         """This rank's ranges in groups, up to ``BATCH_ELEMENTS`` of them together."""
-        lows, highs = self.ranges[self.rank].unbind(1)
         alike: dict[tuple[int, int, int], list[int]] = {}
-        for i, (low, high) in enumerate(zip(lows.tolist(), highs.tolist(), strict=True)):
+        for i, (low, high) in enumerate(self.ranges[self.rank].tolist()):
             if high > low:
                 cols = self.shapes[i][1]
                 alike.setdefault((cols, low % cols, high - low), []).append(i)
@@ -151,12 +152,11 @@ class Layout:
             out: 1-D buffer on ``device`` to fill. None: a new one, of the shards' dtype.
         """
         locals_ = [shards[i].local for group in batch for i in group.which]
-        if out is not None and locals_[0].device == out.device:
-            if locals_[0].dtype == out.dtype:
-                return torch.cat(locals_, out=out)
-            return out.copy_(torch.cat(locals_))
-        packed = host.to_device(torch.cat(locals_), self.device)
-        return packed if out is None else out.copy_(packed)
+        if out is None:
+            return self._joined(locals_)
+        if (locals_[0].device, locals_[0].dtype) == (out.device, out.dtype):
+            return torch.cat(locals_, out=out)
+        return out.copy_(self._joined(locals_))
 
     def unpack(self, batch: Batch, packed: Tensor, shards: Shards) -> None:
         """The inverse of ``pack``: write ``packed`` into the shards, rounded to their dtype."""
@@ -205,24 +205,17 @@ class Layout:
     def shares(self) -> list[int]:
         """For each matrix, the s of its cut into ranges of s elements in rank order; 0: another.
 
-        ZeRO-3 and FSDP2 cut in this way. The last ranks may have less.
+        ZeRO-3 and FSDP2 cut in this way. The last ranks may have less. If so many have less that an
+        all-gather of s elements from each rank would be mostly padding, it is 0 too.
         """
-        numels = torch.tensor([rows * cols for rows, cols in self.shapes])
+        numels = np.array([rows * cols for rows, cols in self.shapes])
         share = self.ranges[0, :, 1] - self.ranges[0, :, 0]
-        starts = torch.arange(len(self.ranges) + 1)[:, None] * share
-        cuts = torch.minimum(starts, numels)
-        even = (self.ranges == torch.stack([cuts[:-1], cuts[1:]], dim=2)).all(2).all(0)
-        return (even * share).tolist()
-
-    @cached_property
-    def order(self) -> list[list[int]]:
-        """For each matrix, the ranks that hold a part of it, sorted by the start of their range."""
-        held = self.ranges[..., 1] > self.ranges[..., 0]
-        starts = self.ranges[..., 0].T.argsort(dim=1, stable=True).tolist()
-        return [[p for p in ranks if held[p, i]] for i, ranks in enumerate(starts)]
+        cuts = np.minimum(np.arange(len(self.ranges) + 1)[:, None] * share, numels)
+        even = (self.ranges == np.stack([cuts[:-1], cuts[1:]], axis=2)).all(axis=(0, 2))
+        return (even * share * (len(self.ranges) * share < 2 * numels)).tolist()
 
     def buckets(self, groups: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Splits matrices into buckets, one for each all-gather. A group stays in one bucket.
+        """Splits matrices into buckets, one for each gather. A group stays in one bucket.
 
         A bucket holds up to ``GATHER_BUCKET_BYTES``. So the number of buckets depends on the bytes
         of all matrices, not on the number of matrices.
@@ -243,7 +236,7 @@ class Layout:
             yield bucket
 
     def gather(self, shards: Shards, which: Sequence[int]) -> list[Tensor]:
-        """The full matrices ``which`` on every rank, on ``device``. One all-gather per call.
+        """The full matrices ``which`` on every rank, on ``device``. One collective per call.
 
         Without a group: views of the shards on their own device, no communication.
 
@@ -261,6 +254,10 @@ class Layout:
     def gather_stacks(self, shards: Shards, which: Sequence[int]) -> list[tuple[list[int], Tensor]]:
         """As ``gather``, with all matrices of one shape in one tensor, which is a copy.
 
+        Matrices with ``shares`` come by one all-gather. Others (ZeRO-1 and 2, which cut a buffer of
+        all matrices) come by one all-reduce, to which every rank adds its part. An all-gather would
+        pad every rank's part to the longest, and one bucket lies on a few ranks.
+
         Returns:
             for each shape: indices of the matrices in the order of ``which``, and the matrices
             (matrices, rows, cols), each of them contiguous.
@@ -270,76 +267,77 @@ class Layout:
             alike.setdefault((self.shapes[i], bool(self.shares[i])), []).append(i)
         if self.group is None:
             return [
-                (
-                    indices,
-                    host.to_device(
-                        torch.stack([shards[i].local for i in indices]), self.device
-                    ).unflatten(1, shape),
-                )
+                (indices, self._packed(shards, indices).view(-1, *shape))
                 for (shape, _), indices in alike.items()
             ]
         even = [indices for (_, shared), indices in alike.items() if shared]
         odd = [indices for (_, shared), indices in alike.items() if not shared]
-        everyone = self._gathered(shards, even, [i for indices in odd for i in indices])
-        stacks, start = [], 0
-        for indices in even:
-            share, (rows, cols) = self.shares[indices[0]], self.shapes[indices[0]]
-            end = start + len(indices) * share
-            parts = everyone[:, start:end].view(-1, len(indices), share)
-            whole = parts.transpose(0, 1).flatten(1).contiguous()[:, : rows * cols]
-            stacks.append((indices, whole.unflatten(1, (rows, cols))))
-            start = end
-        if odd:
-            stacks += self._put_together(everyone[:, start:], odd)
-        return stacks
+        return [
+            *(self._gathered(shards, even) if even else []),
+            *(self._summed(shards, odd) if odd else []),
+        ]
 
-    def _gathered(self, shards: Shards, even: list[list[int]], odd: Sequence[int]) -> Tensor:
-        """All ranks' elements of the matrices, (world, elements). One all-gather.
+    def _packed(self, shards: Shards, which: Sequence[int]) -> Tensor:
+        """This rank's elements of the matrices ``which``, one after another, on ``device``."""
+        return self._joined([shards[i].local for i in which])
+
+    def _joined(self, locals_: Sequence[Tensor]) -> Tensor:
+        if locals_[0].device.type == self.device.type:
+            return torch.cat(list(locals_))
+        # Offloaded: joined in pinned memory, so that the copy to the device does not wait.
+        size = sum(local.numel() for local in locals_)
+        staging = locals_[0].new_empty(size, pin_memory=self.device.type == "cuda")
+        return host.to_device(torch.cat(list(locals_), out=staging), self.device)
+
+    def _gathered(
+        self, shards: Shards, lists: Sequence[list[int]]
+    ) -> list[tuple[list[int], Tensor]]:
+        """Matrices with ``shares``, by one all-gather. On last ranks, shares are padded.
 
         Args:
-            even: lists of matrices that have one share. Each takes its share, also on last ranks.
-            odd: other matrices, of which each rank sends what it has.
+            lists: indices of the matrices, by shape.
         """
         parts = []
-        for indices in even:
-            locals_ = torch.cat([shards[i].local for i in indices]).view(len(indices), -1)
-            missing = self.shares[indices[0]] - locals_.shape[1]
-            parts.append(torch.nn.functional.pad(locals_, (0, missing)) if missing else locals_)
-        rest = [shards[i].local for i in odd]
-        mine = torch.cat([*(part.flatten() for part in parts), *rest])
-        longest = mine.numel()
-        if odd:
-            lengths = (self.ranges[..., 1] - self.ranges[..., 0])[:, list(odd)].sum(1)
-            longest += int(lengths.max() - lengths[self.rank])
-        if longest > mine.numel():
-            mine = torch.nn.functional.pad(mine, (0, longest - mine.numel()))
-        return _all_gather(host.to_device(mine, self.device), self.group).view(-1, longest)
+        for indices in lists:
+            part = self._packed(shards, indices).view(len(indices), -1)
+            missing = self.shares[indices[0]] - part.shape[1]
+            parts.append((F.pad(part, (0, missing)) if missing else part).flatten())
+        mine = torch.cat(parts)
+        everyone = _all_gather(mine, self.group).view(-1, mine.numel())
+        stacks, start = [], 0
+        for indices, part in zip(lists, parts, strict=True):
+            rows, cols = self.shapes[indices[0]]
+            shares = everyone[:, start : start + part.numel()].unflatten(1, (len(indices), -1))
+            whole = shares.transpose(0, 1).flatten(1).contiguous()[:, : rows * cols]
+            stacks.append((indices, whole.unflatten(1, (rows, cols))))
+            start += part.numel()
+        return stacks
 
-    def _put_together(
-        self, everyone: Tensor, lists: Sequence[Sequence[int]]
-    ) -> list[tuple[list[int], Tensor]]:
-        """Matrices from the parts that ranks have, put one after another in rank order.
+    def _summed(self, shards: Shards, lists: Sequence[list[int]]) -> list[tuple[list[int], Tensor]]:
+        """Matrices that are cut in any way, by one all-reduce: each element is on one rank.
 
         Args:
-            everyone: parts of each rank, (world, elements).
-            lists: indices of the matrices, by shape. A rank has its parts in this order.
+            lists: indices of the matrices, by shape.
         """
-        which = [i for indices in lists for i in indices]
-        lengths = (self.ranges[..., 1] - self.ranges[..., 0])[:, which]
-        ends = lengths.cumsum(1).tolist()
-        starts = (lengths.cumsum(1) - lengths).tolist()
-        parts = [
-            everyone[p, starts[p][j] : ends[p][j]]
-            for j, i in enumerate(which)
-            for p in self.order[i]
+        order = [i for indices in lists for i in indices]
+        sizes = [rows * cols for rows, cols in (self.shapes[i] for i in order)]
+        mine = self._packed(shards, order)
+        message = torch.zeros(sum(sizes), dtype=mine.dtype, device=self.device)
+        spans = self.ranges[self.rank, order].tolist()
+        held = [
+            (whole[low:high], high - low)
+            for whole, (low, high) in zip(message.split(sizes), spans, strict=True)
+            if high > low
         ]
-        flat, stacks, start = torch.cat(parts), [], 0
-        for indices in lists:
-            rows, cols = self.shapes[indices[0]]
-            end = start + len(indices) * rows * cols
-            stacks.append((list(indices), flat[start:end].view(len(indices), rows, cols)))
-            start = end
-        return stacks
+        if held:
+            targets, lengths = zip(*held, strict=True)
+            torch._foreach_copy_(targets, mine.split(lengths))
+        dist.all_reduce(message, group=self.group)
+        by_shape = message.split([len(i) * math.prod(self.shapes[i[0]]) for i in lists])
+        return [
+            (indices, whole.view(-1, *self.shapes[indices[0]]))
+            for indices, whole in zip(lists, by_shape, strict=True)
+        ]
 
 
 def full_tensor(shard: FlatShard, device: torch.device | str = "cpu") -> Tensor:
@@ -372,13 +370,12 @@ def global_norm(shards: Sequence[FlatShard], device: torch.device) -> Tensor:
     return square.sqrt()
 
 
-def split_rows(ranges: Tensor, cols: int) -> Tensor:
-    """Indices of the rows that lie on more than one rank, ascending.
+def split_rows(ranges: np.ndarray, cols: int) -> Tensor:
+    """Indices of the rows that lie on more than one rank, ascending, 1-D int64.
 
     Args:
         ranges: flat range [lo, hi) of one matrix on each rank, (world, 2) int64, disjoint.
         cols: number of columns of the matrix.
     """
-    held = ranges[ranges[:, 1] > ranges[:, 0]]
-    cuts = held.flatten().unique()
-    return (cuts[cuts % cols != 0] // cols).unique()
+    cuts = ranges[ranges[:, 1] > ranges[:, 0]].ravel()
+    return torch.from_numpy(np.unique(cuts[cuts % cols != 0] // cols))
