@@ -67,7 +67,7 @@ def known_ranges(sharding: Sharding) -> Iterator[None]:
         mine = [[shard.offset, shard.offset + shard.local.numel()] for shard in shards]
         rank = 0 if group is None else dist.get_rank(group)
         assert ranges[rank].tolist() == mine, f"these shards are not those of {sharding}"
-        return Layout(shapes, ranges, group, torch.device(device), rank)
+        return Layout(shapes, ranges.numpy(), group, torch.device(device), rank)
 
     with patch.object(Layout, "of", of):
         yield
