@@ -30,7 +30,7 @@ class PlanArguments(JsonFile):
     model: Optional[str] = tool_option(
         None,
         "A hub name, a folder or a config.json; of google/gemma-3-12b-pt, meta-llama/Llama-2-7b-hf,"
-        " meta-llama/Meta-Llama-3-8B and microsoft/deberta-v3-base the config is here.",
+        " meta-llama/Meta-Llama-3-8B and -70B, and microsoft/deberta-v3-base the config is here.",
     )
     nodes: int = tool_option(1, "Number of nodes.", at_least=1)
     gpus_per_node: int = tool_option(8, "GPUs of each node.", at_least=1)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
@@ -18,9 +18,11 @@ from scalora_dist.core.layout import Layout
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import Engine
 from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.layers.carry_linear import CarryLinear
 
 Sharding: TypeAlias = Literal["local", "zero1", "zero3", "fsdp"]
 SHARDINGS: tuple[Sharding, ...] = ("local", "zero1", "zero3", "fsdp")
+FLAT: tuple[Sharding, ...] = ("zero1", "zero3")  # DeepSpeed steps one buffer
 ZERO_ALIGNMENT = 2  # DeepSpeed pads the flat buffer to this number of elements for each rank
 
 
@@ -115,7 +117,7 @@ def fake_layers(
         ]
 
     factors = [(rows, rank) for shape in shapes for rows in shape]
-    flat = sharding in ("zero1", "zero3")  # DeepSpeed steps one buffer
+    flat = sharding in FLAT
     masters = shards(factors, sharding, torch.float32, flat)
     gradients = shards(factors, sharding, torch.float32, flat=False)
     pairs: list[tuple[FlatShard, ...]] = [() for _ in factors]
@@ -142,6 +144,14 @@ def fake_layers(
     ]
 
 
+def _empty_carry() -> CarryLinear:
+    """A layer's module without its parameters, with the number of columns that are filled."""
+    module = CarryLinear.__new__(CarryLinear)
+    nn.Module.__init__(module)
+    module.used = 0
+    return module
+
+
 class ShardsEngine(Engine):
     """An engine that has nothing but the shards of ``fake_layers``: no model, no forward."""
 
@@ -150,6 +160,7 @@ class ShardsEngine(Engine):
     def __init__(self, world: World, layers: Sequence[LayerShards]) -> None:
         self.world = world
         self.layers = list(layers)
+        self.adapted = {layer.name: _empty_carry() for layer in layers if layer.carry}
         group: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "lr": 1e-4, "params": []}
         self.optimizer: Any = SimpleNamespace(param_groups=[group], state={})
 

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.planning.kernel_counts import (
+    LAUNCH_SECONDS,
+    method_counts,
+    optimizer_counts,
+)
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.residency import Message, others
 from scalora_dist.profiling.gpus import GPUS
@@ -23,6 +28,8 @@ class LeastTimes:
         links: time of a step's messages inside a node.
         network: time of a step's messages between nodes.
         rescale: time of one rescale's messages: the larger of inside a node and between nodes.
+        launches: time in which the host launches the kernels of a step without a rescale.
+        rescale_launches: time in which it launches those of one rescale.
     """
 
     compute: float
@@ -30,15 +37,20 @@ class LeastTimes:
     links: float
     network: float
     rescale: float
+    launches: float
+    rescale_launches: float
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.memory, self.links, self.network)
+        return max(self.compute, self.memory, self.links, self.network, self.launches)
 
 
 def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
     gpu = GPUS[where.gpu]
     times = [_seconds(message, where) for message in plan.messages]
+    step = plan.options.train.gradient_accumulation_steps * plan.kernels.total
+    step += optimizer_counts(plan.options, plan.shapes, plan.world).total
+    rescale = method_counts(plan.options, plan.shapes, plan.world).values()
     return LeastTimes(
         compute=plan.flops / (gpu.tflops * 1e12),
         memory=plan.reads / gpu.bandwidth,
@@ -47,6 +59,8 @@ def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
         rescale=max(
             map(sum, zip(*(_seconds(m, where) for m in plan.rescale), strict=True)), default=0
         ),
+        launches=LAUNCH_SECONDS * step,
+        rescale_launches=LAUNCH_SECONDS * sum(counts.total for counts in rescale),
     )
 
 

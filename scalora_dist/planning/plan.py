@@ -14,6 +14,7 @@ from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.planning.residency import Held, LocalResidency, Message, Residency, others
 from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
+from scalora_dist.profiling.kernels import Counts
 
 GIB = 2**30
 SUMMED = "A and B, summed"
@@ -50,6 +51,8 @@ class Plan:
         flops: floating-point operations of a rank's step, recomputation included.
         reads: bytes of weights that the products of a rank's step read.
         trained: number of trained elements of the full model.
+        kernels: what a GPU does in forward and backward of one micro-batch.
+        shapes: (m, n) of the weight of each layer with factors A and B.
     """
 
     options: Options
@@ -61,6 +64,8 @@ class Plan:
     flops: float
     reads: float
     trained: int
+    kernels: Counts
+    shapes: list[tuple[int, int]]
 
     @property
     def gathered(self) -> float:
@@ -152,6 +157,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         flops=micro_batches * traced.trace.flops,
         reads=micro_batches * passes * matrices,
         trained=sum(w.numel for w in weights if w.trained),
+        kernels=traced.trace.kernels,
+        shapes=traced.shapes,
     )
 
 

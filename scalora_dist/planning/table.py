@@ -60,7 +60,9 @@ def render(plan: Plan, times: LeastTimes, where: PlanArguments) -> str:
         [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{times.memory:.2g}"],
         ["messages inside a node", f"{times.links:.2g}"],
         ["messages between nodes", f"{times.network:.2g}"],
+        ["launching kernels", f"{times.launches:.2g}"],
         ["a rescale's messages", f"{times.rescale:.2g}"],
+        ["launching a rescale's kernels", f"{times.rescale_launches:.2g}"],
         ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / times.step:,.0f}"],
     ]
     return f"{text}\n\n{_columns(rows)}"
@@ -88,6 +90,7 @@ def as_json(plan: Plan, times: LeastTimes, fits: bool) -> dict[str, Any]:
         "rescale_received_bytes": {m.what: m.received for m in plan.rescale},
         "flops": plan.flops,
         "trained_parameters": plan.trained,
+        "kernels": plan.kernels.total,
         "least_seconds": {**vars(times), "step": times.step},
     }
 

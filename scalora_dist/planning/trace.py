@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from scalora_dist.modeling.loss import LossHead
+from scalora_dist.profiling.kernels import Counts, KernelCount
 from scalora_dist.profiling.live import LiveBytes
 
 
@@ -48,10 +49,12 @@ class Trace:
     Attributes:
         events: all events in order. The first and last belong to the model itself ("").
         flops: floating-point operations of forward and backward, recomputation included.
+        kernels: what a GPU does in forward and backward.
     """
 
     events: list[Event] = field(default_factory=list)
     flops: int = 0
+    kernels: Counts = field(default_factory=Counts)
 
 
 def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Trace:
@@ -79,6 +82,7 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
         tokens = torch.zeros(examples, length, dtype=torch.int64)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         products = stack.enter_context(_Products())
+        kernels = stack.enter_context(KernelCount())
         live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
@@ -93,9 +97,10 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
         if changed:  # the model changes its logits after the head: use full logits, like TargetLoss
             head.__class__, head.given, logits = nn.Linear, None, None
             products.total = 0
+            kernels.take()
             with _hooks(model, trace.events, live, before):
                 _loss(model(**inputs, **_no_cache(model)).logits, tokens).backward()
-        trace.flops = products.total
+        trace.flops, trace.kernels = products.total, kernels.take()
     return trace
 
 

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.options import Options
-from scalora_dist.layers.adapted_linear import adapted_linear, own_parameters
+from scalora_dist.layers.adapted_linear import LowRankLinear, adapted_linear, own_parameters
 from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.layers.target_modules import ALL_LINEAR, decoder_blocks
 from scalora_dist.methods.method import AddContext
@@ -38,6 +38,7 @@ class Traced:
         head: the LM head's name, or "".
         layers: number of adapted layers.
         factors: number of trained elements that the method added.
+        shapes: (m, n) of the weight of each layer with factors A and B.
     """
 
     weights: list[Weight]
@@ -48,6 +49,7 @@ class Traced:
     head: str
     layers: int
     factors: int
+    shapes: list[tuple[int, int]]
 
 
 def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> Traced:
@@ -108,6 +110,11 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         head=names.get(id(head), ""),
         layers=len(layers),
         factors=sum(w.numel for w in weights if w.trained and w.part == "adapters"),
+        shapes=[
+            (layer.out_features, layer.in_features)
+            for layer in layers.values()
+            if isinstance(layer, LowRankLinear)
+        ],
     )
 
 

@@ -95,6 +95,7 @@ PARAMETERS = {
     "google/gemma-3-12b-pt": 12.19,
     "meta-llama/Llama-2-7b-hf": 6.74,
     "meta-llama/Meta-Llama-3-8B": 8.03,
+    "meta-llama/Meta-Llama-3-70B": 70.55,
     "microsoft/deberta-v3-base": 0.184,
 }
 
