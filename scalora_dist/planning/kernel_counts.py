@@ -58,7 +58,10 @@ def method_counts(
     method, args, train = METHODS[options.method.name], options.method, options.train
     if not shapes or not (method.transform or method.restart):
         return {}
-    sharding = sharding_of(options)
+    sharding, columns = sharding_of(options), 0
+    if args.merge_target == "carry":
+        assert args.carry_rank is not None and args.carry_room is not None
+        columns = args.carry_rank + args.carry_room
     with fake_gpu(world // 2, world) as ranks, known_ranges(sharding):
         layers = fake_layers(
             ranks,
@@ -66,7 +69,7 @@ def method_counts(
             shapes,
             rank=args.rank,
             dtype=train.dtype,
-            carry=args.carry_rank + args.carry_room if args.merge_target == "carry" else 0,
+            carry=columns,
         )
         engine = ShardsEngine(ranks, layers)
         merger = None

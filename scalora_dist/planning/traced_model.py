@@ -118,6 +118,22 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     )
 
 
+def trace_frozen_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> Trace:
+    """The same of the model without a method's layers: its backward ends at the embeddings.
+
+    What ``trace_model`` has more is due to the method's layers.
+    """
+    train = options.train
+    with quiet():
+        model, _ = _make(options, base, compute)
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        length = tables_of(model).longest(options.data.max_length)
+    return trace_micro_batch(model, train.per_device_train_batch_size, length)
+
+
 def _make(
     options: Options, base: BaseModelSpec, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, MethodArguments]:

@@ -51,6 +51,17 @@ class Counts:
             self.collective_bytes + other.collective_bytes,
         )
 
+    def __sub__(self, other: Counts) -> Counts:
+        """What is in these counts and not in ``other``, of work that ``other`` is a part of."""
+        return Counts(
+            self.kernels - other.kernels,
+            self.read - other.read,
+            self.written - other.written,
+            self.synchronisations - other.synchronisations,
+            self.collectives - other.collectives,
+            self.collective_bytes - other.collective_bytes,
+        )
+
 
 class KernelCount(Traffic):
     """Counts launches, bytes and host synchronisations inside ``with``, and all collectives.
@@ -132,12 +143,15 @@ class KernelCount(Traffic):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operators on its parts, which come here again
         kwargs = kwargs or {}
-        name = str(func._overloadpacket)
-        counted = name.partition(".")[0] not in _NO_KERNELS and not func.is_view
-        if counted and self._waits(name, args, kwargs):
+        if func.namespace == "c10d":
+            self.note_collective(func._opname, args)
+        if func.namespace in _NO_KERNELS or func.is_view:
+            return func(*args, **kwargs)
+        name = f"{func.namespace}.{func._opname}"
+        if self._waits(name, args, kwargs):
             self.synchronisations[name] += 1  # before the call: on fake tensors it may raise
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if not counted or not any(self._is_here(x) for x in _tensors((args, kwargs, out))):
+        out = func(*args, **kwargs)
+        if not any(self._is_here(x) for x in _tensors((args, kwargs, out))):
             return out
         if name == "aten._to_copy" and _same_storage(out, args[0]):
             return out  # a fake GPU's: there was nothing to copy

@@ -30,14 +30,23 @@ class Traffic(TorchDispatchMode):
         self.collectives: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = str(func).partition(".")
-        if namespace == "c10d" and not name.startswith("barrier"):
-            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-            # c10d's operators take (outputs, inputs, …), or first one list that is both.
-            sizes = [sum(x.nbytes for x in leaves) for leaves in tensors if leaves]
-            self.received += sizes[0]
-            self.sent += sizes[-1]
-            self.gathered += sizes[0] if "allgather" in name else 0
-            self.messages += max(sizes)
-            self.collectives[name.partition(".")[0].strip("_")] += 1
+        if func.namespace == "c10d":
+            self.note_collective(func._opname, args)
         return func(*args, **(kwargs or {}))
+
+    def note_collective(self, name: str, args: Any) -> None:
+        """Count a call of one of c10d's operators.
+
+        Args:
+            name: such as "allreduce_".
+            args: (outputs, inputs, …), or first one list that is both.
+        """
+        if name.startswith("barrier"):
+            return
+        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+        sizes = [sum(x.nbytes for x in leaves) for leaves in tensors if leaves]
+        self.received += sizes[0]
+        self.sent += sizes[-1]
+        self.gathered += sizes[0] if "allgather" in name else 0
+        self.messages += max(sizes)
+        self.collectives[name.strip("_")] += 1

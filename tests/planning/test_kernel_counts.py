@@ -1,0 +1,102 @@
+"""What a plan counts on a fake GPU, against the walks of the same code and against small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scalora_dist.config.options import Options
+from scalora_dist.config.parser import parse_options
+from scalora_dist.modeling.load import read_base_model
+from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.planning.kernel_counts import (
+    LAUNCH_SECONDS,
+    method_counts,
+    optimizer_counts,
+    sharding_of,
+)
+from scalora_dist.planning.least_times import least_times_of
+from scalora_dist.planning.planner import Planner
+from scalora_dist.planning.traced_model import trace_frozen_model, trace_model
+from scalora_dist.training.resolve import resolve
+from tests.support import runs, tiny_runs
+from tests.support.tiny_models import save_task
+
+SHAPES = [(48, 32), (32, 32), (25, 32)]
+SHARDINGS = {"local": "local", "zero0": "local", "zero2": "zero1", "zero3": "zero3", "fsdp": "fsdp"}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_task(tmp_path_factory.mktemp("counted"))
+
+
+def options_of(task: Path, tmp_path: Path, engine: str, world: int, **others: Any) -> Options:
+    given = {"train_batch_size": 3 * world, "lora_dropout": 0.0} | others
+    options = parse_options(runs.words(tiny_runs.options(task, tmp_path / "run", engine, **given)))
+    base = read_base_model(options.model, options.train.dtype, torch.device("meta"))
+    return resolve(options, world, base)
+
+
+@pytest.mark.parametrize("engine", SHARDINGS)
+def test_a_rescale_and_a_step_of_each_engine(task: Path, tmp_path: Path, engine: str) -> None:
+    world = 1 if engine == "local" else 8
+    options = options_of(task, tmp_path, engine, world)
+    assert sharding_of(options) == SHARDINGS[engine]
+    parts = method_counts(options, SHAPES, world)
+    assert set(parts) >= {"grams", "solve", "gather", "merge", "scale"}
+    assert all(parts[name].total > 0 for name in ("grams", "merge", "scale"))
+    assert sum(counts.waits for counts in parts.values()) == 2
+    shares = sum(counts.collective_bytes for counts in parts.values())
+    assert (shares > 0) == bool(sum(map(sum, (c.collectives.values() for c in parts.values()))))
+    assert 0 < optimizer_counts(options, SHAPES, world).total < 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"method": "lora"}, set()),
+        ({"method": "lora-pro"}, {"grams", "solve", "mix"}),
+        ({"method": "relora", "relora_interval": 2}, {"gather", "merge", "factors"}),
+        ({"merge_target": "carry"}, {"grams", "solve", "gather", "merge", "scale"}),
+    ],
+)
+def test_other_methods(
+    task: Path, tmp_path: Path, settings: dict[str, Any], parts: set[str]
+) -> None:
+    options = options_of(task, tmp_path, "fsdp", 8, **settings)
+    assert set(method_counts(options, SHAPES, 8)) == parts
+    assert method_counts(options, [], 8) == {}
+
+
+def test_the_adapters_kernels_are_those_that_the_frozen_model_has_not(
+    task: Path, tmp_path: Path
+) -> None:
+    options = options_of(task, tmp_path, "local", 1)
+    base = read_base_model(options.model, torch.float32, torch.device("meta"))
+    traced = trace_model(options, base, torch.float32)
+    frozen = trace_frozen_model(options, base, torch.float32).kernels
+    added = traced.trace.kernels - frozen
+    layers = len(traced.shapes)
+    assert frozen.kernels["aten.mm"] >= 2 * layers  # W in forward and backward
+    # Two each of the forward and of the gradients of x, A and B. The embeddings are frozen: q, k
+    # and v of the first block need no gradient of x, neither through W nor through A and B.
+    assert added.kernels["aten.mm"] == 6 * layers - 2 * 3
+    assert traced.trace.kernels.waits == 0 and added.read > 0
+
+
+def test_the_least_times_have_the_launches(task: Path, tmp_path: Path) -> None:
+    where = PlanArguments(nodes=1, gpus_per_node=2)
+    words = runs.words(tiny_runs.options(task, tmp_path / "run", "zero3", train_batch_size=12))
+    planner = Planner(parse_options(words), where)
+    plan = planner.plan(planner.options, 2)
+    times, micro_batches = least_times_of(plan, where), 2
+    counts = optimizer_counts(plan.options, plan.shapes, 2)
+    expected = micro_batches * plan.kernels.total + counts.total
+    assert times.launches == pytest.approx(LAUNCH_SECONDS * expected)
+    assert times.step >= times.launches
+    rescale = method_counts(plan.options, plan.shapes, 2).values()
+    assert times.rescale_launches == pytest.approx(LAUNCH_SECONDS * sum(c.total for c in rescale))
