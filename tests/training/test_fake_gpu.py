@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from scalora_dist.checkpoint.parts import Stager
 from scalora_dist.planning.fake_layers import known_ranges
 from scalora_dist.profiling.fake_gpu import fake_gpu
 from scalora_dist.profiling.kernels import Counts, KernelCount
@@ -109,3 +110,39 @@ def test_a_whole_run(task: Path, tmp_path: Path, method: str) -> None:
         assert file.get_tensor("model.layers.0.self_attn.q_proj.weight").isfinite().all()
     adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     assert adapter.exists() == (method == "lora")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "scalora", "merge_target": "carry"},
+        pytest.param({"method": "scalora"}, marks=pytest.mark.heavy),
+        pytest.param({"method": "lora"}, marks=pytest.mark.heavy),
+    ],
+)
+def test_staging_and_exports_of_shards(task: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    """On rank 0 of 8. The others follow its objects, which a fake group does not send."""
+    given = {"train_batch_size": 24, "eval_size": None, "save_model": True, **method}
+    options = tiny_runs.options(task, tmp_path / "run", "fsdp", **given)
+    with fake_gpu(0, 8) as world, known_ranges("fsdp"):
+        trainer = runs.make(world, options)
+        trainer.loss.checked = True
+        micro_batches = trainer.start()
+        trainer.engine.module.train()
+        for step in range(2):
+            trainer.progress.note(trainer.take_step(step, micro_batches)[0])
+        with KernelCount("cuda") as kernels:
+            staged = Stager().stage(trainer.state.parts())
+        # Copies into pinned memory: the host waits for them once, not for each.
+        assert kernels.take().waits <= 1
+        assert staged and all(part.local.device.type == "cpu" for part in staged.values())
+        trainer.runner.finish()
+        trainer.results.phases.trained(2, saved=False)
+        trainer.results.evaluated(None)
+        results, progress = trainer.results, trainer.progress
+        results.write(trainer.feed.tokenizer, progress.tally, progress.before, {})
+        trainer.close()
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left >= {"summary.json", "model"}
+    merges = method == {"method": "scalora"}
+    assert ("adapter" in left) == (not merges)
