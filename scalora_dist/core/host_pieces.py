@@ -81,7 +81,6 @@ class HostPieces:
         self.up = cuda.Stream(device)
         self.down = cuda.Stream(device)
         self.slots: deque[Slot] = deque()
-        self.pending: set[int] = set()  # addresses of the weights whose pieces are on their way
 
     def add_(
         self,
@@ -93,9 +92,6 @@ class HostPieces:
         cols: int,
         merge: Merge,
     ) -> None:
-        if weight.data_ptr() in self.pending:  # pieces of an earlier merge into this weight
-            self.wait()
-        self.pending.add(weight.data_ptr())
         main = cuda.current_stream(self.device)
         if not self.slots:
             self.slots.extend(Slot(self.device) for _ in range(SLOTS))
@@ -129,17 +125,16 @@ class HostPieces:
         for slot in self.slots:
             slot.finish()
         self.slots.clear()
-        self.pending.clear()
 
 
 def place_in(memory: Tensor, like: Place) -> Place:
     """The place in ``memory`` (``SLOT_BYTES``,) uint8 for a piece. Both parts begin aligned."""
     count, size = len(like.weight), like.weight.itemsize
-    weight = memory[: count * size].view(like.weight.dtype)
+    weight = memory.narrow(0, 0, count * size).view(like.weight.dtype)
     if like.low is None:
         return Place(weight, None)
     begin = SLOT_BYTES // (size + 2) * size
-    return Place(weight, memory[begin : begin + 2 * count].view(torch.int16))
+    return Place(weight, memory.narrow(0, begin, 2 * count).view(torch.int16))
 
 
 def pinned(size: int) -> Tensor:
@@ -161,8 +156,8 @@ def add_(
 ) -> None:
     """``W += left @ rightᵀ`` on a flat range of W in the host's memory, on the factors' GPU.
 
-    Call ``wait`` before the host reads the range. The host does not wait here, but for the pieces
-    of a range that is not pinned.
+    Call ``wait`` before the host reads the range, and before another merge into it. The host does
+    not wait here, but for the pieces of a range that is not pinned.
 
     Args:
         weight: the range, 1-D, on the CPU.

@@ -64,7 +64,7 @@ def add_low_rank_(
             updated in place. None: a 16-bit weight is rounded to nearest. Not used for a float32
             weight.
         wait: whether the host waits until a shard in its own memory is complete. If not, call
-            ``host_pieces.wait()`` before the host reads it.
+            ``host_pieces.wait()`` before the host reads it, and before another merge into it.
     """
     if weight.local.dtype == torch.float32:
         low = None
