@@ -39,7 +39,7 @@ from scalora_dist.config.option import JsonFile, tool_option
 from scalora_dist.config.options import Options
 from scalora_dist.config.parser import parse_options
 from scalora_dist.config.words import Parser
-from scalora_dist.core.flat_shard import global_norm
+from scalora_dist.core.layout import global_norm
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.engines.build import join
 from scalora_dist.engines.layer_shards import gradient_shards

@@ -54,10 +54,13 @@ class Requantized(MergeTarget):
         self.kept: list[float] = []
         self.noise: list[float] = []
 
+    def factor(self, layer: LayerShards) -> float:
+        return layer.scaling
+
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         module = self.modules[layer.name]
         before = module.dense(module.weight, torch.float32)
-        change = layer.scaling * left @ right.T
+        change = left @ right.T
         codes, sizes = quantize(before + change, module.fourbit)
         module.weight.data.copy_(codes)
         module.sizes.copy_(sizes)

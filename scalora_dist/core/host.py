@@ -30,10 +30,13 @@ def on_host(work: Callable[..., T], *tensors: Tensor) -> T:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; the tensor itself, where it is there. The host does not wait.
+    """``tensor`` on ``device``; the tensor itself, where it is there.
 
-    A copy from pageable memory would make the host wait, so the copy comes from pinned memory.
+    The host does not wait, but for a copy to the CPU. A copy from pageable memory would make it
+    wait, so the copy comes from pinned memory.
     """
-    if device.type == "cuda" and not tensor.is_cuda:
+    if device.type == "cpu":
+        return on_host(lambda copy: copy, tensor)
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import Layout
 
 # Singular values above this fraction of the largest count towards the rank.
 RELATIVE_THRESHOLD = 1e-3

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.flat_shard import FlatShard, Layout, Piece
+from scalora_dist.core.flat_shard import FlatShard, Piece
+from scalora_dist.core.layout import Layout
 
 OVERSAMPLING = 8  # columns of a block beyond the rank
 BLOCKS = 4  # blocks kept before a restart

@@ -92,6 +92,11 @@ class World:
         """The maximum of each number over all ranks, in float64. One all-reduce."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def largest(self, number: Tensor) -> Tensor:
+        """The maximum of a scalar over all ranks, on its device. One all-reduce, in place."""
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return number
+
     def agree(self, number: float) -> bool:
         """Whether all ranks have the same number; all get the same answer. One all-reduce."""
         high, low = self.max(number, -number)

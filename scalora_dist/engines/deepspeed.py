@@ -230,11 +230,13 @@ class _ZeroShards(ParameterShards):
         if not self.offloads:
             return
         parameters = dict(self.engine.module.named_parameters())
-        for parameter in trained:
-            if parameter.gradient.local.numel():
-                norm = parameter.gradient.local.double().norm().to(torch.float32)
-                parameter_id = self.zero.get_param_id(parameters[parameter.name])
-                self.zero.norm_for_param_grads[parameter_id] = norm
+        held = [parameter for parameter in trained if parameter.gradient.local.numel()]
+        if not held:
+            return
+        norms = torch._foreach_norm([p.gradient.local for p in held], 2, torch.float64)
+        for parameter, norm in zip(held, torch.stack(norms).float(), strict=True):
+            parameter_id = self.zero.get_param_id(parameters[parameter.name])
+            self.zero.norm_for_param_grads[parameter_id] = norm
 
     def clear_gradients(self, trained: list[TrainedShard]) -> None:
         """Zero the gradient buffers, which a stage keeps from step to step.
@@ -242,8 +244,7 @@ class _ZeroShards(ParameterShards):
         If the next forward does not reach a layer, the optimizer would step that layer with this
         step's gradients, or with the inf of a discarded step.
         """
-        for parameter in trained:
-            parameter.gradient.local.zero_()
+        torch._foreach_zero_([parameter.gradient.local for parameter in trained])
 
 
 class _Stage0Shards(_ZeroShards):
@@ -264,8 +265,10 @@ class _Stage0Shards(_ZeroShards):
         return self.masters.get(p, p)
 
     def refresh(self) -> None:
-        for low, high in self.masters.items():
-            low.data.copy_(high.data)
+        if self.masters:
+            torch._foreach_copy_(
+                [low.data for low in self.masters], [high.data for high in self.masters.values()]
+            )
 
     def master(self, p: ZeroParameter) -> FlatShard:
         return FlatShard(self._master(p).data.view(-1), 0, as_matrix(p.shape))

@@ -53,6 +53,12 @@ def gradient_shards(layers: Sequence[LayerShards]) -> list[FlatShard]:
     return [grad for layer in layers for grad in (layer.grad_A, layer.grad_B)]
 
 
+def moment_shards(layers: Sequence[LayerShards]) -> list[list[FlatShard]]:
+    """[m, v] of A and B of each layer in turn; [] before the first step."""
+    pairs = [pair for layer in layers for pair in (layer.moments_A, layer.moments_B)]
+    return [list(moments) for moments in zip(*pairs, strict=True)]
+
+
 @dataclass(frozen=True)
 class TrainedShard:
     """This rank's range of one trained parameter, as views of the engine's own storage.

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalora_dist.core.flat_shard import FlatShard, global_norm
+from scalora_dist.core import host
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import global_norm
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import MOMENTS, Engine, MakeOptimizer, ParameterShards
 from scalora_dist.engines.layer_shards import as_matrix
@@ -85,11 +87,11 @@ class LocalEngine(Engine):
             return
         gradients = [parameter.gradient for parameter in self.trained_shards()]
         # Replicas of a hybrid mesh have the same sum up to rounding. All must clip by one number.
-        (norm,) = self.world.max(global_norm(gradients, self.world.device))
-        share = self.max_grad_norm / (norm + 1e-6)
-        if share < 1:
-            for gradient in gradients:
-                gradient.local.mul_(share)
+        norm = self.world.largest(global_norm(gradients, self.world.device))
+        share = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1).float()
+        held = [gradient.local for gradient in gradients if gradient.local.numel()]
+        if held:  # they may be offloaded
+            torch._foreach_mul_(held, host.to_device(share, held[0].device))
 
     @property
     def loss_scale(self) -> float:

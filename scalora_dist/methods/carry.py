@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from scalora_dist.core import host
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.flat_shard import FlatShard, Layout, mixed_rows
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.grams import GramSums
+from scalora_dist.core.layout import Batch, Layout
 from scalora_dist.core.split_precision import join_halves, split_halves, zero_low_half
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
@@ -76,6 +80,7 @@ class Carry(MergeTarget):
         self.rank = rank
         self.limit = limit
         self.layout = Layout.of(_shards(layers), world.device)
+        self.keys = [f"{layer.name}.{key}" for layer in layers for key in "CD"]
         self.low_halves: dict[str, Tensor] = {
             f"{layer.name}.{key}": zero_low_half(shard)
             for layer in layers
@@ -98,6 +103,9 @@ class Carry(MergeTarget):
             clock.begin("room")
             self.compress(layers, full)
 
+    def factor(self, layer: LayerShards) -> float:
+        return 1.0  # the layer's forward multiplies C Dᵀ by s
+
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         module = self.modules[layer.name]
         columns = slice(module.used, module.used + left.shape[1])
@@ -119,53 +127,61 @@ class Carry(MergeTarget):
     def compress(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:
         """Compress the carries of the layers ``which`` to rank R.
 
-        Per bucket of layers: one all-reduce of grams and one all-gather of the solutions.
+        Per bucket of layers: one all-reduce of grams, one all-gather of the solutions and one host
+        synchronisation.
         """
-        carries = _shards(layers)
+        carries, numbers = _shards(layers), []
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in which]):
-            names = [layers[j // 2].name for j in bucket[::2]]
             shards = [carries[j] for j in bucket]
-            keys = [f"{name}.{key}" for name in names for key in "CD"]
-            stacks = [[self._precise(*pair)] for pair in zip(keys, shards, strict=True)]
-            layout = self.layout.only(bucket)
-            grams, split_rows = layout.grams_and_split_rows(stacks)
-            compressions = self._solve(torch.stack(grams).cpu())
-            mixes = [mix for done in compressions for mix in (done.on_C, done.on_D)]
-            for j, (key, shard) in enumerate(zip(keys, shards, strict=True)):
-                mixed = mixed_rows(stacks[j], mixes[j], layout.split[j], split_rows[j])
-                self._write(key, shard.local, mixed.float())
-            for name, done in zip(names, compressions, strict=True):
-                self.modules[name].used = done.kept
-                self.lost[name] += done.lost
-                self.shares[name] = self.lost[name] / done.norm if done.norm else 0.0
-                self.compressed[name] = done.kept
+            lows = [
+                shard.like(self.low_halves[self.keys[j]])
+                for j, shard in zip(bucket, shards, strict=True)
+                if self.low_halves
+            ]
+            sums = GramSums(self.layout.only(bucket))
+            columns = partial(_packed, sums.layout, shards, lows)
+            grams = sums(columns, 1)
+            solved, K = self._solve(grams.sums), grams.sums.shape[-1]
+            mixes = solved[:, : 2 * K * K].reshape(-1, K, K)
+            for batch, mixed in sums.mixed(columns, grams, mixes):
+                _unpack(sums.layout, shards, lows, batch, mixed.float())
+            numbers.append(solved[:, 2 * K * K :])
+        if numbers:
+            host.on_host(partial(self._note, [layers[i].name for i in which]), torch.cat(numbers))
         self._warn()
 
-    def _solve(self, grams: Tensor) -> list[Compression]:
+    def _note(self, names: Sequence[str], numbers: Tensor) -> None:
+        """Take [columns kept, norm lost, norm before] of each layer's compression into account."""
+        for name, (kept, lost, norm) in zip(names, numbers.tolist(), strict=True):
+            self.modules[name].used = self.compressed[name] = int(kept)
+            self.lost[name] += lost
+            self.shares[name] = self.lost[name] / norm if norm else 0.0
+
+    def _solve(self, grams: Tensor) -> Tensor:
         """Solve this rank's share of the layers, then exchange the solutions: one all-gather.
 
         Args:
-            grams: CᵀC and DᵀD of each layer in turn, (2·layers, K, K) float64 on the CPU.
+            grams: CᵀC and DᵀD of each layer in turn, (2·layers, K, K) float64.
+
+        Returns:
+            (layers, 2·K² + 3) float64 on the device: on_C, on_D, and the numbers of a
+            ``Compression``.
         """
+        layers = len(grams) // 2
+        share = ceil_div(layers, self.world.size)
+        rows = host.on_host(partial(self._solve_share, share), grams)
+        return self.world.gather_rows(host.to_device(rows, self.world.device))[:layers]
+
+    def _solve_share(self, share: int, grams: Tensor) -> Tensor:
+        """This rank's rows of ``_solve``'s result: (share, 2·K² + 3)."""
         pairs, K = grams.unflatten(0, (-1, 2)), grams.shape[-1]
-        share = ceil_div(len(pairs), self.world.size)
         mine = pairs[self.world.rank * share : (self.world.rank + 1) * share]
         rows = torch.zeros(share, 2 * K * K + 3, dtype=torch.float64)
         for row, (gram_c, gram_d) in zip(rows, mine, strict=False):
             done = compression(gram_c, gram_d, self.rank)
             numbers = torch.tensor([done.kept, done.lost, done.norm], dtype=torch.float64)
             row.copy_(torch.cat([done.on_C.flatten(), done.on_D.flatten(), numbers]))
-        solved = []
-        for row in self.world.gather_rows(rows).cpu()[: len(pairs)]:
-            on_c, on_d, numbers = row.split([K * K, K * K, 3])
-            kept, lost, norm = numbers.tolist()
-            solved.append(Compression(on_c.view(K, K), on_d.view(K, K), int(kept), lost, norm))
-        return solved
-
-    def _precise(self, key: str, shard: FlatShard) -> FlatShard:
-        """The shard with full fp32 values: 16-bit values are joined with their low halves."""
-        low = self.low_halves.get(key)
-        return shard if low is None else shard.like(join_halves(shard.local, low))
+        return rows
 
     def _write_columns(self, key: str, shard: FlatShard, columns: slice, values: Tensor) -> None:
         """Set ``M[:, columns]`` on this rank's range. ``values``: (all rows, columns) float32."""
@@ -184,14 +200,6 @@ class Carry(MergeTarget):
                 high, rest = split_halves(part, shard.local.dtype)
                 piece.block[:, here] = high
                 low[piece.flat].view_as(piece.block)[:, here] = rest
-
-    def _write(self, key: str, local: Tensor, values: Tensor) -> None:
-        low = self.low_halves.get(key)
-        if low is None:
-            local.copy_(values)
-        else:
-            for whole, part in zip((local, low), split_halves(values, local.dtype), strict=True):
-                whole.copy_(part)
 
     def _warn(self) -> None:
         if self.warned or not self.shares:
@@ -280,6 +288,32 @@ def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     roots = torch.where(alive, values.clamp_min(0).sqrt(), 0.0)
     inverse = torch.where(alive, 1 / roots, 0.0)
     return vectors * roots, vectors * inverse
+
+
+def _packed(
+    layout: Layout, shards: Sequence[FlatShard], lows: Sequence[FlatShard], batch: Batch
+) -> Tensor:
+    """A batch of carries in fp32, (1, elements).
+
+    Args:
+        lows: the low halves of 16-bit carries; empty for others.
+    """
+    values = layout.pack(batch, shards)
+    return (join_halves(values, layout.pack(batch, lows)) if lows else values)[None]
+
+
+def _unpack(
+    layout: Layout,
+    shards: Sequence[FlatShard],
+    lows: Sequence[FlatShard],
+    batch: Batch,
+    values: Tensor,
+) -> None:
+    """The inverse of ``_packed``: ``values`` (elements,) float32."""
+    if lows:
+        values, rest = split_halves(values, shards[0].local.dtype)
+        layout.unpack(batch, rest, lows)
+    layout.unpack(batch, values, shards)
 
 
 def _carry(layer: LayerShards) -> tuple[FlatShard, FlatShard]:

@@ -15,11 +15,14 @@ transform: one all-reduce for all layers. The optimizer then sees dA and dB.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from scalora_dist.core.flat_shard import Layout, mixed_rows
+from scalora_dist.core import host
+from scalora_dist.core.grams import GramSums, packed
+from scalora_dist.core.layout import Layout
 from scalora_dist.engines.base import Engine
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
 from scalora_dist.errors import UserError
@@ -50,25 +53,40 @@ class LoraPro(Transform):
         self.world = engine.world
         shards = factor_shards(engine.layer_shards(gradients=False))
         self.layout = Layout.of(shards, self.world.device)
+        self.sums = GramSums(self.layout)
 
     @torch.no_grad()
     def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> TransformReport:
         clock.begin("grams")
-        stacks = list(zip(factor_shards(layers), gradient_shards(layers), strict=True))
-        grams, split_rows = self.layout.grams_and_split_rows(stacks)
+        gradients = gradient_shards(layers)
+        columns = packed(self.layout, [factor_shards(layers), gradients], torch.float32)
+        grams = self.sums(columns, 2)
         clock.begin("solve")
-        gram_a, gram_b = (torch.stack(grams[side::2]).cpu() for side in (0, 1))
-        if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
+        mixes = host.on_host(partial(_solve, [layer.scaling for layer in layers]), grams.sums)
+        if mixes is None:
             return self.refuse(layers)
-        scalings = torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)
-        mixed = torch.stack(mixing_matrices(gram_a, gram_b, scalings))
-        mixes = mix_a, mix_b = self.world.from_rank_0(mixed).unbind()
-        before, after = _norms((gram_a, gram_b), (mix_a, mix_b))
+        # Each rank has found them. Rank 0's are taken, so that they are the same everywhere.
+        mixes = self.world.from_rank_0(host.to_device(mixes, self.world.device))
+        before, after = host.on_host(_norms, grams.sums, mixes)
         clock.begin("mix")
-        for i, stack in enumerate(stacks):
-            mix = mixes[i % 2][i // 2]
-            stack[1].local.copy_(mixed_rows(stack, mix, self.layout.split[i], split_rows[i]))
+        for batch, mixed in self.sums.mixed(columns, grams, mixes):
+            self.layout.unpack(batch, mixed, gradients)
         return TransformReport(applied=True, grad_norm_before=before, grad_norm=after)
+
+
+def _solve(scalings: Sequence[float], grams: Tensor) -> Tensor | None:
+    """The mixing matrices of A and B of each layer in turn, (2·layers, 2r, r) float64.
+
+    None: a gram is not finite.
+
+    Args:
+        scalings: s of each layer.
+        grams: of A and B of each layer in turn, as for ``mixing_matrices``.
+    """
+    if not bool(torch.isfinite(grams).all()):
+        return None
+    s = torch.tensor(scalings, dtype=torch.float64)
+    return torch.stack(mixing_matrices(grams[0::2], grams[1::2], s), dim=1).flatten(0, 1)
 
 
 def mixing_matrices(gram_a: Tensor, gram_b: Tensor, scalings: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +120,9 @@ def _sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
     return U @ torch.where(sums > 0, rotated / sums, torch.zeros_like(rotated)) @ V.mT
 
 
-def _norms(grams: tuple[Tensor, Tensor], mixes: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def _norms(grams: Tensor, mixes: Tensor) -> tuple[float, float]:
     """The norm of the gradients of all layers, before and after the mixing."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    for gram, mix in zip(grams, mixes, strict=True):
-        r = mix.shape[-1]
-        for i, norms in enumerate((gram[:, r:, r:], mix.mT @ gram @ mix)):
-            squares[i] += norms.diagonal(dim1=-2, dim2=-1).sum()
-    before, after = squares.sqrt().tolist()
+    r = mixes.shape[-1]
+    found = grams[:, r:, r:], mixes.mT @ grams @ mixes
+    before, after = (x.diagonal(dim1=-2, dim2=-1).sum().sqrt().item() for x in found)
     return before, after

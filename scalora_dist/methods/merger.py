@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from scalora_dist.config.method import MergeRounding
-from scalora_dist.core.flat_shard import Layout
+from scalora_dist.core import host
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import Layout
 from scalora_dist.core.split_precision import add_low_rank_, zero_low_half
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards
@@ -34,12 +36,16 @@ class MergeTarget(ABC):
 
     @abstractmethod
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
-        """Add ``s·left rightᵀ`` to the frozen part of a layer. Local, no collective.
+        """Add ``left rightᵀ`` to the frozen part of a layer. Local, no collective.
 
         Args:
-            left: the full left factor, (m, r) float32.
-            right: the full right factor, (n, r) float32.
+            left: the full left factor times ``factor``, (m, r) float32, contiguous.
+            right: the full right factor, (n, r) float32, contiguous.
         """
+
+    @abstractmethod
+    def factor(self, layer: LayerShards) -> float:
+        """What to multiply A by, so that ``A Bᵀ`` is what is added to the frozen part."""
 
     def finish(self, layers: Sequence[LayerShards]) -> None:  # noqa: B027
         """Called once, after the last merge of a run."""
@@ -72,10 +78,11 @@ class IntoWeights(MergeTarget):
                 if layer.W.local.dtype != torch.float32
             }
 
+    def factor(self, layer: LayerShards) -> float:
+        return layer.scaling
+
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
-        add_low_rank_(
-            layer.W, left * layer.scaling, right, self.low_halves.get(f"{layer.name}.weight")
-        )
+        add_low_rank_(layer.W, left, right, self.low_halves.get(f"{layer.name}.weight"))
 
 
 class Merger:
@@ -117,18 +124,37 @@ class Merger:
             which: numbers of the layers to merge, the same on every rank. None: all layers.
         """
         shards = factor_shards(layers)
-        clock.begin("gather")
-        # One copy to the device for all layers: one copy per layer would synchronize each time.
-        on_device = weights.to(self.world.device)
+        chosen = range(len(layers)) if which is None else which
         if self.monitor:
             clock.begin("monitor")
-            scalings = torch.tensor([[layer.scaling] for layer in layers]).to(on_device)
-            self.monitor.add(layers, scalings * on_device)
-        chosen = range(len(layers)) if which is None else which
+            scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=weights.dtype)
+            self.monitor.add(layers, host.to_device(scalings * weights, self.world.device))
         self.target.make_room(layers, chosen, clock)
+        clock.begin("gather")
+        factors = torch.tensor([[self.target.factor(layer)] for layer in layers])
+        # One copy to the device for all layers: one copy per layer would synchronize each time.
+        table = (factors * weights).to(torch.promote_types(shards[0].local.dtype, torch.float32))
+        table = host.to_device(table, self.world.device)
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in chosen]):
             clock.begin("gather")
-            gathered = self.layout.gather(shards, bucket)
+            whole = self._weighted(shards, bucket, table)
             clock.begin("merge")
-            for i, a, b in zip(bucket[::2], gathered[0::2], gathered[1::2], strict=True):
-                self.target.add(layers[i // 2], a * on_device[i // 2].to(a), b)
+            for i in bucket[::2]:
+                self.target.add(layers[i // 2], whole[i], whole[i + 1])
+
+    def _weighted(
+        self, shards: Sequence[FlatShard], bucket: Sequence[int], table: Tensor
+    ) -> dict[int, Tensor]:
+        """The full A, its columns multiplied by the layer's row of ``table``, and the full B.
+
+        By index in ``shards``. One all-gather.
+        """
+        found: dict[int, Tensor] = {}
+        # A before B, so that of each shape the first matrices are those to multiply.
+        for indices, stack in self.layout.gather_stacks(shards, [*bucket[::2], *bucket[1::2]]):
+            layers = [i // 2 for i in indices if i % 2 == 0]
+            if layers:
+                rows = host.to_device(torch.tensor(layers), table.device)
+                stack[: len(layers)].mul_(table.index_select(0, rows)[:, None])
+            found |= dict(zip(indices, stack.unbind(), strict=True))
+        return found

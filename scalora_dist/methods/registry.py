@@ -18,7 +18,7 @@ from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.layers.lora_init import lora_init
 from scalora_dist.layers.peft_layers import Kind, add_peft_layers
 from scalora_dist.layers.target_modules import inject, reached_by_text
-from scalora_dist.methods.adamw_direction import adamw_directions
+from scalora_dist.methods.adamw_direction import adamw_direction
 from scalora_dist.methods.init.cores import init_lora_sb, init_lora_xs
 from scalora_dist.methods.init.factors import init_lora_ga, init_pissa
 from scalora_dist.methods.lora_pro import LoraPro
@@ -124,10 +124,10 @@ def lora_plus_rate(name: str, args: MethodArguments) -> float:
 def _rescaler(engine: Engine, merger: Merger | None, options: Options) -> Rescaler:
     assert merger is not None
     args = options.method
-    directions = None
+    direction = None
     if args.scaling_rule == "adamw":
         norm = options.train.max_grad_norm
-        directions = partial(adamw_directions, engine, max_grad_norm=norm)
+        direction = partial(adamw_direction, engine, max_grad_norm=norm)
     return Rescaler(
         merger,
         rule=args.scaling_rule,
@@ -136,7 +136,7 @@ def _rescaler(engine: Engine, merger: Merger | None, options: Options) -> Rescal
         interval=args.interval or 1,
         threshold=0.0 if args.interval else args.auto_threshold,
         fp16=engine.gradient_dtype == torch.float16,
-        directions=directions,
+        direction=direction,
     )
 
 

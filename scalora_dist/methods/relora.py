@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from scalora_dist.core import host
 from scalora_dist.engines.base import Engine
-from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.engines.layer_shards import LayerShards, factor_shards, moment_shards
 from scalora_dist.layers.lora_init import lora_init
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.transform import Restart
@@ -40,36 +41,54 @@ class ReloraRestart(Restart):
             rank = layers[0].A.shape[1]
             self.merger(layers, torch.ones(len(layers), rank, dtype=torch.float64), clock)
             clock.begin("factors")
-            for layer in layers:
-                m, n = layer.A.shape[0], layer.B.shape[0]
-                seed_name = f"{layer.name} after {steps_taken} steps"
-                a, b = lora_init(seed_name, m, n, rank, seed=self.seed, dtype=torch.float32)
-                layer.A.write_(a)
-                layer.B.write_(b)
+            self._draw(layers, steps_taken)
             self._prune(layers)
 
-    def _prune(self, layers: list[LayerShards]) -> None:
+    def _draw(self, layers: Sequence[LayerShards], steps_taken: int) -> None:
+        """Set A to 0, and B to new values: one copy to the device per batch."""
+        factors, layout = factor_shards(layers), self.merger.layout
+
+        def drawn(i: int) -> Tensor:
+            if i % 2 == 0:
+                return torch.zeros(factors[i].local.numel())
+            layer = layers[i // 2]
+            m, (n, rank) = layer.A.shape[0], layer.B.shape
+            name = f"{layer.name} after {steps_taken} steps"
+            _, b = lora_init(name, m, n, rank, seed=self.seed, dtype=torch.float32)
+            return factors[i].own(b)
+
+        for batch in layout.batches:
+            values = torch.cat([drawn(i) for group in batch for i in group.which])
+            layout.unpack(batch, host.to_device(values, layout.device), factors)
+
+    def _prune(self, layers: Sequence[LayerShards]) -> None:
         """Set small moments to 0: one all-gather per bucket of first moments.
 
         Each m is gathered in full, as factors are for a merge, because its threshold is one number
         for all ranks. v is set to 0 where m is. If v were pruned by its own size, some m could stay
         without its v, and the step there would be m/ε.
         """
-        moments = [pair for layer in layers for pair in (layer.moments_A, layer.moments_B)]
-        firsts = [m for m, _ in moments]
+        moments = moment_shards(layers)
         layout = self.merger.layout
-        for bucket in layout.buckets([(i,) for i in range(len(moments))]):
-            for i, whole in zip(bucket, layout.gather(firsts, bucket), strict=True):
-                threshold = _smallest(whole, self.prune)
-                kept = firsts[i].local.abs() > threshold
-                for moment in moments[i]:
-                    moment.local.mul_(kept)
+        for bucket in layout.buckets([(i,) for i in range(len(moments[0]))]):
+            for indices, stack in layout.gather_stacks(moments[0], bucket):
+                here = moments[0][indices[0]].local.device
+                thresholds = host.to_device(_smallest(stack.flatten(1), self.prune), here)
+                for i, threshold in zip(indices, thresholds.unbind(), strict=True):
+                    kept = moments[0][i].local.abs() > threshold
+                    for shards in moments:
+                        shards[i].local.mul_(kept)
 
 
-def _smallest(whole: Tensor, share: float) -> float:
-    """The absolute value that a ``share`` of the entries does not exceed. −1 for no entries."""
-    count = int(share * whole.numel())
-    return float(whole.abs().flatten().kthvalue(count).values) if count else -1.0
+def _smallest(matrices: Tensor, share: float) -> Tensor:
+    """For each row, the absolute value that a ``share`` of the entries does not exceed.
+
+    −1 for no entries.
+    """
+    count = int(share * matrices.shape[1])
+    if not count:
+        return matrices.new_full((len(matrices),), -1.0)
+    return matrices.abs().kthvalue(count, dim=1).values
 
 
 def warmed_up_again(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.options import Options
-from scalora_dist.core.flat_shard import global_norm
+from scalora_dist.core import host
+from scalora_dist.core.layout import global_norm
 from scalora_dist.engines.base import Engine
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
@@ -164,9 +165,9 @@ class MethodRunner:
         """The norm over all trained parameters and ranks, without the loss scale."""
         self.clock.begin("norm")
         gradients = [shard.gradient for shard in self.engine.trained_shards()]
-        norm = global_norm(gradients, self.engine.world.device) / self.engine.loss_scale
+        norm = host.on_host(float, global_norm(gradients, self.engine.world.device))
         self.clock.begin("optimizer")
-        return norm
+        return norm / self.engine.loss_scale
 
     def after_step(self, step: int, steps_taken: int) -> dict[str, Any]:
         """Run the restart and read the monitor where they are due. A collective.

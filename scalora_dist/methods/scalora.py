@@ -14,17 +14,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from scalora_dist.core import host
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.grams import GramSums, packed
+from scalora_dist.core.layout import Batch, Layout
 from scalora_dist.core.scale_solver import Rule, Scales, solve
-from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradient_shards
+from scalora_dist.engines.layer_shards import (
+    LayerShards,
+    factor_shards,
+    gradient_shards,
+    moment_shards,
+)
+from scalora_dist.methods.adamw_direction import AdamWDirection
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.transform import Transform, TransformReport
 from scalora_dist.profiling.clock import Clock
+
+# Makes what computes N_A and N_B of one step.
+MakeDirection: TypeAlias = Callable[[Sequence[LayerShards], Layout], AdamWDirection]
 
 
 class Rescaler(Transform):
@@ -42,7 +55,7 @@ class Rescaler(Transform):
         interval: int = 1,
         threshold: float = 0.0,
         fp16: bool = False,
-        directions: Callable[[Sequence[LayerShards]], list[FlatShard]] | None = None,
+        direction: MakeDirection | None = None,
     ) -> None:
         """
         Args:
@@ -54,9 +67,9 @@ class Rescaler(Transform):
             threshold: rescale a layer only if |ln α| or |ln β| of a column is larger than this.
                 Otherwise the layer stays unchanged. 0: always rescale.
             fp16: whether gradients are float16 and may overflow when they are scaled.
-            directions: finds N_A and N_B, as ``adamw_directions``. For rule "adamw" only.
+            direction: finds N_A and N_B of a step, as ``adamw_direction``. For rule "adamw" only.
         """
-        assert (directions is not None) == (rule == "adamw")
+        assert (direction is not None) == (rule == "adamw")
         self.merger = merger
         self.world = merger.world
         self.rule = rule
@@ -65,7 +78,8 @@ class Rescaler(Transform):
         self.interval = interval
         self.threshold = threshold
         self.fp16 = fp16
-        self.directions = directions
+        self.direction = direction
+        self.sums = GramSums(merger.layout)
 
     def due(self, steps_taken: int) -> bool:
         return steps_taken % self.interval == 0
@@ -73,23 +87,22 @@ class Rescaler(Transform):
     @torch.no_grad()
     def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> TransformReport:
         clock.begin("grams")
-        gram_a, gram_b = self.grams(layers)
+        grams = self._grams(layers)
         clock.begin("solve")
-        if not bool(torch.isfinite(gram_a).all() & torch.isfinite(gram_b).all()):
+        found = self.solve(layers, grams)
+        if found is None:
             return self.refuse(layers)
-        scales = self.keep_unmoved(self.solve(layers, gram_a, gram_b))
-        # Squared norms of gradient columns, (layers, r). A's gradient scales by β and B's by α.
-        rank = layers[0].A.shape[1]
-        norms_a, norms_b = (_gradient_diagonal(gram, rank) for gram in (gram_a, gram_b))
-        scaled_a, scaled_b = norms_a * scales.beta**2, norms_b * scales.alpha**2
+        scales, norms = self.keep_unmoved(found[0]), found[1]
         if not self.fits(layers, scales):
             return self.refuse(layers)
         self.merge(layers, scales, clock)
         clock.begin("scale")
-        scale_factors_(layers, scales)
+        scale_factors_(layers, scales, self.merger.layout)
+        # A's gradient scales by β and B's by α.
+        scaled_a, scaled_b = norms[0] * scales.beta**2, norms[1] * scales.alpha**2
         return TransformReport(
             applied=True,
-            grad_norm_before=float((norms_a.sum() + norms_b.sum()).sqrt()),
+            grad_norm_before=float(norms.sum().sqrt()),
             grad_norm=float((scaled_a.sum() + scaled_b.sum()).sqrt()),
             details=_count(scales.rule),
         )
@@ -118,24 +131,51 @@ class Rescaler(Transform):
         For rule "adamw" those of ``[A,∇A,N_A]`` and ``[B,∇B,N_B]``, (layers, 3r, 3r). Summed over
         ranks by one all-reduce for all layers.
         """
-        columns = [factor_shards(layers), gradient_shards(layers)]
-        if self.directions is not None:
-            columns.append(self.directions(layers))
-        stacks = list(zip(*columns, strict=True))
-        grams = torch.stack(self.merger.layout.grams(stacks)).cpu()
-        return grams[0::2], grams[1::2]
+        return host.on_host(_by_factor, self._grams(layers))
 
-    def solve(self, layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
+    def _grams(self, layers: Sequence[LayerShards]) -> Tensor:
+        """The same of A and B in turn, (2·layers, …), on the device."""
+        layout, lists = self.merger.layout, [factor_shards(layers), gradient_shards(layers)]
+        columns = packed(layout, lists, _precision(layers))
+        if self.direction is None:
+            return self.sums(columns, 2).sums
+        direction = self.direction(layers, layout)
+
+        def with_direction(batch: Batch) -> Tensor:
+            both = columns(batch)
+            return torch.cat([both, direction(batch, both[1])[None]])
+
+        return self.sums(with_direction, 3).sums
+
+    def solve(self, layers: Sequence[LayerShards], grams: Tensor) -> tuple[Scales, Tensor] | None:
         """α and β of every layer. Each rank solves its share, then one all-gather.
 
-        So the scales are bit for bit the same on all ranks.
+        So the scales are bit for bit the same on all ranks. Two host synchronisations.
 
         Args:
-            gram_a: as from ``grams``.
-            gram_b: as from ``grams``.
+            grams: as from ``_grams``.
+
+        Returns:
+            the scales, and the squared norms of the columns of ∇A and ∇B, (2, layers, r) float64.
+            None: a gram is not finite.
         """
-        (scaling,) = {layer.scaling for layer in layers}  # all layers share one s
+        rank, device = layers[0].A.shape[1], self.world.device
         share = ceil_div(len(layers), self.world.size)
+        solved = host.on_host(partial(self._solve_share, layers, share), grams)
+        if solved is None:
+            return None
+        rows, norms = solved
+        everyone = self.world.gather_rows(host.to_device(rows, device))
+        return host.on_host(partial(_read, len(layers), rank), everyone), norms
+
+    def _solve_share(
+        self, layers: Sequence[LayerShards], share: int, grams: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """[α, β, rule] of this rank's layers, (share, 2r + 1), and norms as in ``solve``."""
+        gram_a, gram_b = _by_factor(grams)
+        if not bool(torch.isfinite(grams).all()):
+            return None
+        (scaling,) = {layer.scaling for layer in layers}  # all layers share one s
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         rank = layers[0].A.shape[1]
         # Of the factor and of its step's direction, which is the last of the columns.
@@ -153,9 +193,8 @@ class Rescaler(Transform):
             )
             solved = torch.cat([scales.alpha, scales.beta, scales.rule[:, None]], dim=1)
             rows[: len(solved)] = solved
-        everyone = self.world.gather_rows(rows).cpu()[: len(layers)]
-        alpha, beta, rule = everyone.split([rank, rank, 1], dim=1)
-        return Scales(alpha, beta, rule[:, 0].long())
+        norms = torch.stack([_gradient_diagonal(gram, rank) for gram in (gram_a, gram_b)])
+        return rows, norms
 
     def fits(self, layers: Sequence[LayerShards], scales: Scales) -> bool:
         """Whether fp16 gradients stay finite when they are scaled. One all-reduce, in fp16 only.
@@ -164,13 +203,14 @@ class Rescaler(Transform):
         """
         if not self.fp16:
             return True  # scaled gradients stay far below the largest fp32 and bfloat16 number
-        largest = 0.0
-        for layer, alpha, beta in zip(layers, scales.alpha, scales.beta, strict=True):
-            for grad, scale in ((layer.grad_A, beta), (layer.grad_B, alpha)):
-                for piece in grad.pieces():
-                    columns = piece.block.abs().amax(0).double().cpu() * scale[piece.cols]
-                    largest = max(largest, float(columns.max()))
-        return self.world.max(largest)[0] < torch.finfo(torch.float16).max
+        layout, gradients = self.merger.layout, gradient_shards(layers)
+        tables = scale_tables(scales, layers, layout)[1:2]
+        largest = torch.zeros((), device=layout.device)
+        for batch in layout.batches:
+            scaled = layout.pack(batch, gradients) * layout.column_values(batch, tables)[0]
+            largest = torch.maximum(largest, scaled.abs().max())
+        most = host.on_host(float, self.world.largest(largest))
+        return most < torch.finfo(torch.float16).max
 
     def merge(self, layers: Sequence[LayerShards], scales: Scales, clock: Clock) -> None:
         """``W += s·A diag(1 − α∘β) Bᵀ``, with A and B before they are scaled."""
@@ -178,23 +218,44 @@ class Rescaler(Transform):
         self.merger(layers, 1 - scales.alpha * scales.beta, clock, moved)
 
 
-def scale_factors_(layers: Sequence[LayerShards], scales: Scales) -> None:
+def scale_factors_(layers: Sequence[LayerShards], scales: Scales, layout: Layout) -> None:
     """Scale the columns of A, B, their gradients and their moments (Lemmas 2 and 4). Local.
 
     A by α, B by β; ∇A and m_A by β, v_A by β²; ∇B and m_B by α, v_B by α².
+
+    Args:
+        layout: which rank holds which range of the factors.
     """
-    # One float64 copy to the device for all layers. Each shard casts it to its own precision.
-    both = torch.stack([scales.alpha, scales.beta]).to(layers[0].A.local.device)
-    first, second = both, both**2
-    for layer, alpha, beta, alpha2, beta2 in zip(layers, *first, *second, strict=True):
-        layer.A.scale_columns_(alpha)
-        layer.B.scale_columns_(beta)
-        layer.grad_A.scale_columns_(beta)
-        layer.grad_B.scale_columns_(alpha)
-        for moment, scale in zip(layer.moments_A, (beta, beta2), strict=False):
-            moment.scale_columns_(scale)
-        for moment, scale in zip(layer.moments_B, (alpha, alpha2), strict=False):
-            moment.scale_columns_(scale)
+    tables = scale_tables(scales, layers, layout)
+    m, v = [[x] for x in moment_shards(layers)] or [[], []]
+    layout.scale_columns_(tables, [[factor_shards(layers)], [gradient_shards(layers), *m], v])
+
+
+def scale_tables(scales: Scales, layers: Sequence[LayerShards], layout: Layout) -> Tensor:
+    """What scales the columns of A and B of each layer in turn: (3, 2·layers, r) on the device.
+
+    Those of the factors: α and β. Of their gradients and first moments: β and α. Of their second
+    moments: β² and α².
+    """
+    both = torch.stack([scales.alpha, scales.beta], dim=1)  # (layers, 2, r) float64
+    crossed = both.flip(1)
+    tables = torch.stack([both, crossed, crossed**2]).flatten(1, 2)
+    return host.to_device(tables.to(_precision(layers)), layout.device)
+
+
+def _precision(layers: Sequence[LayerShards]) -> torch.dtype:
+    """The dtype of the work: that of A and B, but fp32 at least."""
+    return torch.promote_types(layers[0].A.local.dtype, torch.float32)
+
+
+def _by_factor(grams: Tensor) -> tuple[Tensor, Tensor]:
+    return grams[0::2], grams[1::2]
+
+
+def _read(layers: int, rank: int, rows: Tensor) -> Scales:
+    """The scales of all layers, from the rows of all ranks."""
+    alpha, beta, rule = rows[:layers].split([rank, rank, 1], dim=1)
+    return Scales(alpha, beta, rule[:, 0].long())
 
 
 def _gradient_diagonal(gram: Tensor, rank: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scalora_dist.config.options import Options
-from scalora_dist.core.flat_shard import global_norm
+from scalora_dist.core.layout import global_norm
 from scalora_dist.core.sharded_svd import truncated_svd
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import CoreLinear, LowRankLinear
@@ -190,10 +190,10 @@ class AdapterExport:
         here = update.local.device
         a, b = (merged.precise(f"{name}.{x}").float().to(here) for x in "AB")
         update.add_low_rank_(module.scaling * a, b)
-        norm = global_norm([update], device)
+        norm = float(global_norm([update], device))
         svd = truncated_svd(update, rank, device=device)
         root = svd.S.sqrt()
         a, b = ((side * root).float() for side in (svd.U, svd.V))
         update.add_low_rank_(-a, b)
-        missed = global_norm([update], device)
+        missed = float(global_norm([update], device))
         return a, b, missed / norm if norm else 0.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import full_tensor
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.engines.base import Engine
 from scalora_dist.layers.fourbit_linear import fourbit_weights
@@ -91,7 +92,7 @@ class EngineParameters:
         return shard if low is None else shard.like(join_halves(shard.local, low))
 
     def dense(self, name: str, shard: FlatShard) -> Tensor:
-        whole = shard.full_tensor(self.device)
+        whole = full_tensor(shard, self.device)
         if fourbit := self._fourbit.get(name):
             return fourbit.dense(whole, torch.float32)
         return whole.view(self._shards[name].shape)

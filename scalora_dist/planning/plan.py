@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from scalora_dist.config.options import Options
-from scalora_dist.core.flat_shard import GATHER_BUCKET_BYTES
+from scalora_dist.core.layout import BATCH_ELEMENTS, GATHER_BUCKET_BYTES
 from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
 from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.planning.residency import Held, LocalResidency, Message, Residency, others
@@ -16,6 +16,7 @@ from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
 
 GIB = 2**30
+SUMMED = "A and B, summed"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Plan:
     def gathered(self) -> float:
         """Bytes that all-gathers fill on a rank in a step with a rescale, own part included."""
         messages = [*self.messages, *self.rescale]
-        parts = [m for m in messages if "gradients" not in m.what and m.what != "grams"]
+        sums = ("grams", SUMMED)
+        parts = [m for m in messages if "gradients" not in m.what and m.what not in sums]
         return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
 
     @property
@@ -117,16 +119,18 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         phases.append(Moment("backward" if backward else "forward", parts))
     factors = 4 * traced.factors
     solves = options.method.reads("scaling_rule")
-    adamw = options.method.scaling_rule == "adamw"
     # As in Rescaler.grams: two matrices of a layer, in float64, from factors, gradients and N.
-    grams = 2 * traced.layers * ((3 if adamw else 2) * options.method.rank) ** 2 * 8
+    columns = 3 if options.method.scaling_rule == "adamw" else 2
+    grams = 2 * traced.layers * (columns * options.method.rank) ** 2 * 8
     if options.method.merge_target:
         scratch = 3 * 4 * min(SCRATCH_ELEMENTS, max(w.numel for w in weights if w.part == "base"))
-        gathered = 3 * min(factors, GATHER_BUCKET_BYTES) if residency.world > 1 else 0
+        # Gathered, and in order of shapes; one rank only puts them in order.
+        gathered = (2 if residency.ranks > 1 else 1) * min(factors, GATHER_BUCKET_BYTES)
         most: dict[str, float] = {"factors, scratch": gathered + scratch}
         if solves:
-            directions = held.device.get("moments", 0) / 2 if adamw else 0  # N in fp32
-            before = {"N, grams": directions + 2 * grams}  # freed before the merge
+            # A batch of the columns in fp32, with the rest of their rows, and in float64.
+            batch = 16 * columns * min(traced.factors / residency.ranks, BATCH_ELEMENTS)
+            before = {"columns, grams": batch + 2 * grams}  # freed before the merge
             most = max(most, before, key=lambda parts: sum(parts.values()))
         phases.append(Moment("rescale", held.device | most))
     phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
@@ -134,6 +138,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     passes = 3 if options.train.gradient_checkpointing else 2
     share = others(residency.ranks)
     rescale = [Message("A and B whole", share * factors, residency.ranks)]
+    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
+        rescale = [Message(SUMMED, 2 * share * factors, residency.ranks)]
     if solves:
         rescale.insert(0, Message("grams", 2 * share * grams, residency.ranks))
     return Plan(

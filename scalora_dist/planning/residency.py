@@ -84,7 +84,10 @@ class Residency(ABC):
     Attributes:
         ranks: number of ranks over which a weight is sharded, or from which it is gathered.
         world: world size.
+        cuts_a_buffer: whether the trained parameters are cut as one buffer (ZeRO-1 and 2).
     """
+
+    cuts_a_buffer = False
 
     def __init__(self, world: int) -> None:
         self.world = self.ranks = world

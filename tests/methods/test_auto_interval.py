@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Rule, Scales
-from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.engines.layer_shards import LayerShards, factor_shards
 from scalora_dist.methods.scalora import scale_factors_
 from tests.support import runs, tiny_models, tiny_runs, toy
 from tests.support.reference import State, transform
@@ -189,7 +190,8 @@ def test_the_transfer_of_moments_is_exact() -> None:
         moments_A=(old[0], old[1]),
         moments_B=(old[2], old[3]),
     )
-    scale_factors_([layer], Scales(alpha, beta, torch.tensor([int(Rule.COLUMN)])))
+    scales = Scales(alpha, beta, torch.tensor([int(Rule.COLUMN)]))
+    scale_factors_([layer], scales, Layout.of(factor_shards([layer])))
     scaled_A, scaled_B = A * alpha, B * beta
     new = [scaled_A, scaled_B, scaling * gradients[-1] @ scaled_B]
     new += [scaling * gradients[-1].T @ scaled_A, *moments(scaled_A, scaled_B, gradients, scaling)]

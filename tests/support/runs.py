@@ -56,13 +56,14 @@ def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[s
     solve, bounds = rescaler.solve, rescaler.bounds
     assert bounds is not None
 
-    def note(layers: Any, gram_a: Tensor, gram_b: Tensor) -> Any:
-        scales = solve(layers, gram_a, gram_b)
-        rules = [Rule(code).name.lower() for code in scales.rule.tolist()]
+    def note(layers: Any, grams: Tensor) -> Any:
+        found = solve(layers, grams)
+        assert found is not None
+        rules = [Rule(code).name.lower() for code in found[0].rule.tolist()]
         names = [layer.name for layer in layers]
-        far = distances(gram_a, gram_b, bounds)
+        far = distances(grams[0::2], grams[1::2], bounds)
         seen.append(dict(zip(names, zip(rules, far, strict=True), strict=True)))
-        return scales
+        return found
 
     rescaler.solve = note  # type: ignore[method-assign]
     trainer.run()

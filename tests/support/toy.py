@@ -16,7 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Rule, Scales
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.distributed.world import World
@@ -29,7 +30,7 @@ from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.engines.local import LocalEngine
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.lora_init import lora_init
-from scalora_dist.methods.adamw_direction import adamw_directions
+from scalora_dist.methods.adamw_direction import adamw_direction
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.methods.transform import TransformReport
@@ -193,15 +194,17 @@ class Run:
             bounds=BOUNDS,
             threshold=threshold,
             fp16=self.engine.gradient_dtype == torch.float16,
-            directions=partial(adamw_directions, self.engine, max_grad_norm=1.0)
+            direction=partial(adamw_direction, self.engine, max_grad_norm=1.0)
             if rule == "adamw"
             else None,
         )
         solve = self.rescaler.solve
 
-        def remember(layers: Sequence[LayerShards], gram_a: Tensor, gram_b: Tensor) -> Scales:
-            self.scales = solve(layers, gram_a, gram_b)
-            return self.scales
+        def remember(layers: Sequence[LayerShards], grams: Tensor) -> tuple[Scales, Tensor] | None:
+            found = solve(layers, grams)
+            if found:
+                self.scales = found[0]
+            return found
 
         self.rescaler.solve = remember  # type: ignore[method-assign]
 

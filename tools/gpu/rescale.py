@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.distributed.world import World
-from scalora_dist.methods.adamw_direction import directions
+from scalora_dist.methods.adamw_direction import AdamWDirection
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock, Stopwatch, now
@@ -50,7 +50,7 @@ def time_rescales(world: World, weights: list[Tensor], rank: int) -> dict[str, A
         rule=method.scaling_rule,
         eta_lipschitz=method.eta_l,
         bounds=method.bounds,
-        directions=partial(directions, betas=(0.9, 0.999), epsilon=1e-8, step=2, gradient_scale=1.0)
+        direction=partial(AdamWDirection, betas=(0.9, 0.999), epsilon=1e-8, step=2)
         if method.scaling_rule == "adamw"
         else None,
     )

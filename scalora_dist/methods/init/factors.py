@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import full_tensor
 from scalora_dist.core.split_precision import add_low_rank_
 from scalora_dist.layers.peft_layers import factor_names, factor_scaling
 from scalora_dist.methods.init.initialization import Initialization
@@ -88,5 +89,5 @@ class _Factors:
                 self._subtract(layer, weight, [shards[name] for name in factor_names(layer)])
 
     def _subtract(self, layer: str, weight: FlatShard, factors: list[FlatShard]) -> None:
-        a, b_transposed = (shard.full_tensor(self.init.engine.world.device) for shard in factors)
+        a, b_transposed = (full_tensor(shard, self.init.engine.world.device) for shard in factors)
         add_low_rank_(weight, -self.scaling(layer) * a, b_transposed.T, None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalora_dist.core.layout import full_tensor
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
@@ -82,7 +83,7 @@ def _look(carry: Carry, layer: LayerShards) -> tuple[int, Tensor, float]:
     for key, shard in zip("CD", layer.carry, strict=True):
         low = carry.low_halves.get(f"{layer.name}.{key}")
         exact = shard if low is None else shard.like(join_halves(shard.local, low))
-        wholes.append(exact.full_tensor().double())
+        wholes.append(full_tensor(exact).double())
     used = carry.modules[layer.name].used
     assert not any(whole[:, used:].any() for whole in wholes)
     return used, wholes[0] @ wholes[1].T, carry.lost[layer.name]

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from scalora_dist.checkpoint.parts import FlatPart, Stager
 from scalora_dist.config.method import MergeRounding
+from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
-from scalora_dist.engines.layer_shards import LayerShards
+from scalora_dist.engines.layer_shards import LayerShards, factor_shards
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler, scale_factors_
@@ -113,7 +114,8 @@ def scale(world: World) -> float:
     names = {"A": 0, "grad_A": 1, "B": 1, "grad_B": 0}  # 0: by α, 1: by β
     before = [{name: whole(getattr(layer, name)) for name in names} for layer in layers]
     moments = [[whole(x) for x in (*layer.moments_A, *layer.moments_B)] for layer in layers]
-    scale_factors_(layers, Scales(drawn[0], drawn[1], torch.ones(len(layers), dtype=torch.int64)))
+    scales = Scales(drawn[0], drawn[1], torch.ones(len(layers), dtype=torch.int64))
+    scale_factors_(layers, scales, Layout.of(factor_shards(layers), world.device))
     errors = []
     for i, layer in enumerate(layers):
         for name, side in names.items():

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalora_dist.core.flat_shard import FlatShard, Layout
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.layout import Layout
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, as_matrix
 from scalora_dist.methods.lora_pro import LoraPro

@@ -1,4 +1,4 @@
-"""Ways to shard matrices, and functions that ranks run in tests/core/test_flat_shard.py."""
+"""Ways to shard matrices, and functions that ranks run in tests/core."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalora_dist.core import flat_shard as module
-from scalora_dist.core.flat_shard import FlatShard, Layout, global_norm
+from scalora_dist.core import layout as module
+from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.grams import GramSums, packed
+from scalora_dist.core.layout import Layout, global_norm
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.methods.merger import IntoWeights, Merger
@@ -122,27 +124,39 @@ def counted() -> Iterator[Counter[str]]:
 
 def grams(world: World, shapes: list[Shape], kind: str) -> tuple[list[Tensor], dict[str, int]]:
     """The grams of [M, N] for every matrix, and the number of calls of each collective."""
-    stacks = list(
-        zip(
-            my_shards(world, matrices(shapes, 0), kind),
-            my_shards(world, matrices(shapes, 1), kind),
-            strict=True,
-        )
-    )
-    layout = Layout.of([stack[0] for stack in stacks])
-    before = [shard.local.clone() for stack in stacks for shard in stack]
+    lists = [my_shards(world, matrices(shapes, seed), kind) for seed in (0, 1)]
+    layout = Layout.of(lists[0])
+    before = [shard.local.clone() for shards in lists for shard in shards]
     with counted() as calls:
-        answer = layout.grams(stacks)
-    after = [shard.local for stack in stacks for shard in stack]
+        answer = GramSums(layout)(packed(layout, lists, torch.float32), 2).sums
+    after = [shard.local for shards in lists for shard in shards]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    return answer, dict(calls)
+    return list(answer), dict(calls)
 
 
 def gram_of_ranges(world: World, shape: Shape, ranges: Ranges) -> tuple[Tensor, list[int]]:
-    """FlatShard.gram of one matrix with the given ranges, and the indices of its split rows."""
+    """The gram of one matrix with the given ranges, and the indices of its split rows."""
     (whole,) = matrices([shape])
     shard = shard_of(whole, ranges[world.rank], dist.group.WORLD)
-    return shard.gram(), Layout.of([shard]).split[0].tolist()
+    layout = Layout.of([shard])
+    return gram_of(layout, shard), layout.split[0].tolist()
+
+
+def gram_of(layout: Layout, shard: FlatShard) -> Tensor:
+    return GramSums(layout)(packed(layout, [[shard]], torch.float32), 1).sums[0]
+
+
+def mixed(world: World, shapes: list[Shape], kind: str) -> list[Tensor]:
+    """[M, N] times a matrix of its own, for every M: gathered in full."""
+    lists = [my_shards(world, matrices(shapes, seed), kind) for seed in (0, 1)]
+    cols = shapes[0][1]
+    mixes = torch.stack(matrices([(2 * cols, cols)] * len(shapes), 2)).double()
+    layout = Layout.of(lists[0])
+    sums, columns = GramSums(layout), packed(layout, lists, torch.float32)
+    found = [shard.like(torch.full_like(shard.local, torch.nan)) for shard in lists[0]]
+    for batch, values in sums.mixed(columns, sums(columns, 2), mixes):
+        layout.unpack(batch, values, found)
+    return layout.gather(found, range(len(shapes)))
 
 
 def gathered(
@@ -168,8 +182,14 @@ def gathered(
     return wholes, buckets, dict(calls)
 
 
+def stacks(world: World, shapes: list[Shape], kind: str) -> list[tuple[list[int], Tensor]]:
+    """All matrices, gathered by shape."""
+    shards = my_shards(world, matrices(shapes), kind)
+    return Layout.of(shards).gather_stacks(shards, range(len(shapes)))
+
+
 def norm(world: World, shapes: list[Shape], kind: str) -> float:
-    return global_norm(my_shards(world, matrices(shapes), kind), world.device)
+    return float(global_norm(my_shards(world, matrices(shapes), kind), world.device))
 
 
 def rescale_collectives(world: World, layers: int) -> tuple[dict[str, int], dict[str, int]]:

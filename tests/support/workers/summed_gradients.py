@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from scalora_dist.core.flat_shard import Layout
+from scalora_dist.core.layout import Layout
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import factor_shards, gradient_shards
 from tests.support import runs
