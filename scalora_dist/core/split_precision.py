@@ -39,13 +39,21 @@ def split_halves(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     value in bfloat16. In float16 it is exact from 2⁻¹⁶ up to the largest number; below 2⁻¹⁶ the
     error is at most 2⁻²⁵, half of the smallest step. An infinity becomes NaN.
     """
+    high = torch.empty_like(value, dtype=dtype)
+    low = torch.empty_like(value, dtype=torch.int16)
+    _split_into(value.clone(), high, low)
+    return high, low
+
+
+def _split_into(value: Tensor, high: Tensor, low: Tensor) -> None:
+    """``split_halves`` into tensors that are there. Uses up ``value``."""
     bits = value.view(torch.int32)
+    if high.dtype == torch.bfloat16:  # its bits are the upper 16: the lower ones, signed, remain
+        low.copy_(bits)
     # Setting the lowest bit breaks ties away from zero, so the remainder fits a signed int16.
-    high = (bits | 1).view(torch.float32).to(dtype)
-    if dtype == torch.bfloat16:  # its bits are the upper 16: the lower ones, signed, remain
-        return high, bits.to(torch.int16)
-    low = bits - high.float().view(torch.int32)
-    return high, low.clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+    high.copy_((bits | 1).view(torch.float32))
+    if high.dtype != torch.bfloat16:
+        low.copy_(bits.sub_(high.float().view(torch.int32)).clamp_(-(2**15), 2**15 - 1))
 
 
 def add_low_rank_(
@@ -97,9 +105,7 @@ def add_with_pytorch_(weight: FlatShard, left: Tensor, right: Tensor, low: Tenso
             continue
         low_block = low[piece.flat].view_as(piece.block)
         value = increment.add_(join_halves(piece.block, low_block))
-        high, rest = split_halves(value, weight.local.dtype)
-        piece.block.copy_(high)
-        low_block.copy_(rest)
+        _split_into(value, piece.block, low_block)
 
 
 @cache

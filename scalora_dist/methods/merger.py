@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scalora_dist.config.method import MergeRounding
-from scalora_dist.core import host
+from scalora_dist.core import host, host_pieces
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.layout import Layout
 from scalora_dist.core.split_precision import add_low_rank_, zero_low_half
@@ -37,6 +37,8 @@ class MergeTarget(ABC):
     @abstractmethod
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         """Add ``left rightᵀ`` to the frozen part of a layer. Local, no collective.
+
+        Where it is in the host's memory, it is complete after ``host_pieces.wait()``.
 
         Args:
             left: the full left factor times ``factor``, (m, r) float32, contiguous.
@@ -82,7 +84,8 @@ class IntoWeights(MergeTarget):
         return layer.scaling
 
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
-        add_low_rank_(layer.W, left, right, self.low_halves.get(f"{layer.name}.weight"))
+        low = self.low_halves.get(f"{layer.name}.weight")
+        add_low_rank_(layer.W, left, right, low, wait=False)
 
 
 class Merger:
@@ -141,6 +144,7 @@ class Merger:
             clock.begin("merge")
             for i in bucket[::2]:
                 self.target.add(layers[i // 2], whole[i], whole[i + 1])
+        host_pieces.wait()
 
     def _weighted(
         self, shards: Sequence[FlatShard], bucket: Sequence[int], table: Tensor

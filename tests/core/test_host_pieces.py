@@ -104,13 +104,12 @@ def test_every_event_is_needed(monkeypatch: pytest.MonkeyPatch, lost: str) -> No
     class Careless(host_pieces.Slot):
         def __init__(self, device: torch.device) -> None:
             super().__init__(device)
-            if lost != "down":
-                setattr(self, lost, SimpleNamespace(record=lambda _: None, done=[True]))
-            else:  # the host may wait for it, but streams do not
-                event = self.down
-                self.down = SimpleNamespace(
-                    record=event.record, synchronize=event.synchronize, done=[True]
-                )
+            event = getattr(self, lost)
+            # The host may wait for it, but streams do not.
+            careless = SimpleNamespace(
+                record=event.record, synchronize=event.synchronize, done=[True]
+            )
+            setattr(self, lost, careless)
 
     monkeypatch.setattr(host_pieces, "Slot", Careless)
     wrong = 0

@@ -58,6 +58,9 @@ class Stream:
         self.wait_event(event)
 
 
+_Stream = Stream  # LazyCuda has a method of this name, as torch.cuda a class
+
+
 class LazyCuda(TorchDispatchMode):
     """What `host_pieces.cuda` is in a test. In its context non-blocking copies are queued.
 
@@ -91,11 +94,11 @@ class LazyCuda(TorchDispatchMode):
     def Stream(self, device: torch.device) -> Stream:
         return Stream(self, ("main", "up", "down")[len(self.streams)])
 
-    def current_stream(self, device: torch.device) -> Stream:
+    def current_stream(self, device: torch.device) -> _Stream:
         return self.main
 
     @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
+    def stream(self, stream: _Stream) -> Iterator[None]:
         before, self.now = self.now, stream
         yield
         self.now = before
