@@ -15,7 +15,8 @@ from torch import Tensor
 
 ROWS = 128
 COLS = 64
-# Programs of 8 warps share a multiprocessor in pairs. A larger rank needs more registers a thread.
+# Of a thread. A multiprocessor then has room for two programs of 8 warps: while one waits for its
+# bytes, the other computes. Loops over larger ranks need more, so 16 warps share their tile.
 REGISTERS = 128
 
 
@@ -130,6 +131,7 @@ def _launch(
     if not (numel := weight.numel()):
         return
     left, right = left.contiguous(), right.contiguous()
+    assert left.dtype == right.dtype == torch.float32  # the kernel reads their bits
     first_row, start = divmod(offset, cols)
     rows = -(-(start + numel) // cols)
     rank = right.shape[1]

@@ -20,7 +20,7 @@ from scalora_dist.core.merge_kernel import merge_range_
 from scalora_dist.core.split_precision import add_with_pytorch_, join_halves
 from tests.support.workers import shards as work
 
-CUT = object()  # merges are local: the group is never used
+CUT: Any = object()  # merges are local: the group is never used
 KINDS = {
     "fp32": (torch.float32, False),
     "bf16 nearest": (torch.bfloat16, False),
@@ -63,7 +63,7 @@ def merged(
         if use_kernel:
             merge_range_(local, remainder, left, right, span[0], shape[1])
         else:
-            add_with_pytorch_(FlatShard(local, span[0], shape, CUT), left, right, remainder)  # type: ignore[arg-type]
+            add_with_pytorch_(FlatShard(local, span[0], shape, CUT), left, right, remainder)
         edges = local.untyped_storage().nbytes() // local.itemsize
         padded = torch.empty(0, dtype=dtype).set_(local.untyped_storage())
         assert (padded[:8] == 7).all() and (padded[edges - 8 :] == 7).all()
@@ -138,9 +138,20 @@ def every_number(kind: str, factor: float) -> dict[str, float]:
     }
 
 
+def beyond_32_bits() -> bool:
+    """Whether the kernel's bits are PyTorch's where the index of an element needs 64 bits."""
+    shape, offset = (2**20, 4096), 2**31 + 777
+    left, right = work.matrices([(shape[0], 1), (shape[1], 1)])
+    ours, theirs = torch.zeros(9000), torch.zeros(9000)
+    merge_range_(ours, None, left, right, offset, shape[1])
+    add_with_pytorch_(FlatShard(theirs, offset, shape, CUT), left, right, None)
+    return torch.equal(ours, theirs) and bool(ours.any())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {"error": {}, "same": {}, "every number": {}}
+    found["same"]["beyond 32 bits"] = beyond_32_bits()
     for (kind, (place, case)), rank in zip(
         itertools.product(KINDS, RANGES.items()), itertools.cycle(RANKS)
     ):
