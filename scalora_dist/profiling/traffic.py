@@ -20,12 +20,13 @@ class Traffic(TorchDispatchMode):
         sent: bytes of the tensors that this rank passes to collectives.
         received: bytes of the tensors that collectives fill on this rank, its own part included.
         gathered: bytes of ``received`` that come from all-gathers.
+        messages: bytes of each collective's larger side, sent or received, summed.
         collectives: number of calls of each collective.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = self.received = self.gathered = 0
+        self.sent = self.received = self.gathered = self.messages = 0
         self.collectives: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,5 +38,6 @@ class Traffic(TorchDispatchMode):
             self.received += sizes[0]
             self.sent += sizes[-1]
             self.gathered += sizes[0] if "allgather" in name else 0
+            self.messages += max(sizes)
             self.collectives[name.partition(".")[0].strip("_")] += 1
         return func(*args, **(kwargs or {}))
