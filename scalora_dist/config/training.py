@@ -114,7 +114,7 @@ class TrainArguments(Group):
     )
     torch_compile: bool = option(
         False,
-        "Compile the decoder blocks with torch.compile (not under ZeRO-3, nor with a carry).",
+        "Compile the decoder blocks; not under ZeRO-3, in 4 bits or with a carry.",
         resume="warned",
     )
     update_rank_layers: int = option(

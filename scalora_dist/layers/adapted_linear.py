@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.layers.fourbit_linear import FourBitLinear
-from scalora_dist.layers.low_rank_product import LowRankProduct
+from scalora_dist.layers.low_rank_product import Coded, LowRankProduct
 
 L = TypeVar("L", bound="AdaptedLinear")
 LR = TypeVar("LR", bound="LowRankLinear")
@@ -116,7 +115,7 @@ class LowRankLinear(AdaptedLinear):
             D,
             self.used,
             self.scaling,
-            self if isinstance(self, FourBitLinear) else None,
+            cast(Coded, self) if hasattr(self, "fourbit") else None,
         )
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:

@@ -8,12 +8,20 @@ engines.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from scalora_dist.layers.fourbit_linear import FourBitLinear
+
+class Coded(Protocol):
+    """A layer whose W is stored as codes (``FourBitLinear``)."""
+
+    def product(self, x: Tensor, codes: Tensor) -> Tensor:
+        """W x + bias, without autograd."""
+
+    def gradient(self, grad_y: Tensor, codes: Tensor) -> Tensor:
+        """The gradient of x."""
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -37,13 +45,13 @@ class LowRankProduct(torch.autograd.Function):
         D: Tensor | None,
         used: int,
         scaling: float,
-        fourbit: FourBitLinear | None,
+        coded: Coded | None,
     ) -> Tensor:
         """
         Args:
             x: input (…, n).
             dropped: d (…, n); None: x itself.
-            weight: W (m, n), or the codes of ``fourbit``.
+            weight: W (m, n), or its codes.
             bias: (m,), or None.
             A: (m, r), as all factors of x's dtype or fp32 masters.
             B: (n, r).
@@ -51,7 +59,7 @@ class LowRankProduct(torch.autograd.Function):
             D: right factor of the carry (n, K), or None.
             used: number of filled columns of C and D.
             scaling: s.
-            fourbit: the layer, if its W is in 4 bits.
+            coded: the layer, if ``weight`` has codes.
 
         Returns:
             y (…, m).
@@ -63,8 +71,8 @@ class LowRankProduct(torch.autograd.Function):
             z = seen @ _beside(low_B, D, used)
         else:
             z = torch.cat([seen @ low_B, rows @ _filled(D, used, x.dtype)], dim=1)
-        if fourbit is not None:
-            y = fourbit.product(rows, weight)
+        if coded is not None:
+            y = coded.product(rows, weight)
         else:
             y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         y.addmm_(z, _beside(low_A, C, used).T, alpha=scaling)
@@ -77,7 +85,7 @@ class LowRankProduct(torch.autograd.Function):
             C,
             D,
         )
-        ctx.used, ctx.scaling, ctx.fourbit = used, scaling, fourbit
+        ctx.used, ctx.scaling, ctx.coded = used, scaling, coded
         ctx.drops, ctx.dtypes, ctx.shape = dropped is not None, (A.dtype, B.dtype), x.shape
         return y.view(*x.shape[:-1], y.shape[1])
 
@@ -89,7 +97,7 @@ class LowRankProduct(torch.autograd.Function):
         grad_x = grad_dropped = grad_A = grad_B = None
         grad_z = _product(ctx.scaling, grad, _beside(A, C, used))
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.fourbit.gradient(grad, weight) if ctx.fourbit else grad @ weight
+            grad_x = ctx.coded.gradient(grad, weight) if ctx.coded else grad @ weight
             if not ctx.drops:
                 grad_x.addmm_(grad_z, _beside(B, D, used).T)
             elif used:

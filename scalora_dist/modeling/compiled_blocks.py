@@ -49,4 +49,4 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     torch._dynamo.config.recompile_limit = GRAPHS
     for block in blocks:
         # Not `block.compile()`: it would compile the hooks with the forward.
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)

@@ -17,6 +17,7 @@ from scalora_dist.methods.method import AddContext, Method
 from scalora_dist.model_io.import_adapter import SavedAdapter
 from scalora_dist.modeling.compiled_blocks import check_compiler, compile_blocks
 from scalora_dist.modeling.load import BaseModelSpec, load_model
+from scalora_dist.modeling.offloaded_activations import offload_activations
 from scalora_dist.training.optimizer import make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -70,4 +71,7 @@ def build_model(
     if options.train.torch_compile:
         check_compiler(world)
         compile_blocks(blocks.values())
+    if options.train.activation_offloading:
+        whole = [*blocks.values(), *layers.values()]
+        offload_activations(model, whole, world.device, inside=not options.train.torch_compile)
     return model

@@ -22,7 +22,7 @@ def train(world: World, options: dict[str, Any]) -> tuple[int, int, int]:
     torch._dynamo.reset()
     counters.clear()
     # Ranks that compile in threads of their own would stop each other on two cores.
-    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+    torch._inductor.config.compile_threads = 1
     runs.run(world, options)
     graphs = counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
