@@ -76,7 +76,7 @@ class LowRankProduct(torch.autograd.Function):
         else:
             y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         y.addmm_(z, _beside(low_A, C, used).T, alpha=scaling)
-        # A carry's part of z is not needed, and nor are the casts of factors that are cast anew.
+        # Beside a carry, the backward casts A and B again, with C and D.
         ctx.save_for_backward(
             seen,
             z[:, :rank].clone() if used else z,
@@ -91,8 +91,9 @@ class LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        assert not ctx.needs_input_grad[2] and not ctx.needs_input_grad[3], "W and bias are frozen"
         seen, z, weight, A, B, C, D = ctx.saved_tensors
-        (rank, used, grad) = z.shape[1], ctx.used, _rows(grad_y)
+        rank, used, grad = z.shape[1], ctx.used, _rows(grad_y)
         A, B = A.to(grad.dtype), B.to(grad.dtype)
         grad_x = grad_dropped = grad_A = grad_B = None
         grad_z = _product(ctx.scaling, grad, _beside(A, C, used))
