@@ -103,6 +103,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     micro_batches = options.train.gradient_accumulation_steps
     held = residency.held(weights, micro_batches)
     held.device["buffers"] = traced.buffers
+    if traced.trace.offloaded:
+        held.host["activations"] = traced.trace.offloaded
     gathers = residency.gathers(weights, events)
     phases = []
     for backward in (False, True):
