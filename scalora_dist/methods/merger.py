@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from scalora_dist.core.layout import Layout
 from scalora_dist.core.split_precision import add_low_rank_, zero_low_half
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards
-from scalora_dist.methods.rank_monitor import RankMonitor
 from scalora_dist.profiling.clock import Clock
 
 
@@ -88,6 +87,13 @@ class IntoWeights(MergeTarget):
         add_low_rank_(layer.W, left, right, low, wait=False)
 
 
+class Monitor(Protocol):
+    """Follows the merges (``RankMonitor``)."""
+
+    def add(self, layers: Sequence[LayerShards], weights: Tensor) -> None:
+        """Called before ``W += A diag(weights) Bᵀ``, with weights (layers, r) on the device."""
+
+
 class Merger:
     """Gathers A and B of each layer and merges their products.
 
@@ -95,10 +101,10 @@ class Merger:
         world: the ranks.
         target: what the products are added to.
         layout: which rank holds which range of A and B, for each layer in turn.
-        monitor: tracks the rank of the accumulated update. It is called at every merge.
+        monitor: is called before every merge, or None.
     """
 
-    monitor: RankMonitor | None = None
+    monitor: Monitor | None = None
 
     def __init__(self, layers: Sequence[LayerShards], world: World, target: MergeTarget) -> None:
         """Exchange which rank holds which range (one all-gather).
