@@ -109,6 +109,14 @@ class TrainArguments(Group):
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward.", resume="free"
     )
+    activation_offloading: bool = option(
+        False, "Keep activations in the host's memory until the backward.", resume="free"
+    )
+    torch_compile: bool = option(
+        False,
+        "Compile the decoder blocks; not under ZeRO-3, in 4 bits or with a carry.",
+        resume="warned",
+    )
     update_rank_layers: int = option(
         8,
         "Number of layers whose accumulated update's rank is measured at the end; 0: none.",

@@ -1,5 +1,7 @@
 """The ways between a device's memory and the host's. All of ours go through these two functions.
 
+The weights of CPU offload do not: ``host_pieces.py`` merges into them.
+
 A host synchronisation stops the host until the device has done all its work. So there are few, and
 a test can count them: it replaces these functions. Call them by their module, ``host.on_host``.
 """

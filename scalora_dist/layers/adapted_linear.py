@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalora_dist.core.arithmetic import ceil_div
+from scalora_dist.layers.low_rank_product import Coded, LowRankProduct
 
 L = TypeVar("L", bound="AdaptedLinear")
 LR = TypeVar("LR", bound="LowRankLinear")
@@ -50,11 +51,8 @@ class AdaptedLinear(nn.Linear):
         # node, other engines do not, and in bf16 another order of sums is another rounding.
         x = x.view_as(x)
         y = super().forward(x)
-        return y + self.scaling * self.added(x).to(y.dtype)
-
-    def added(self, x: Tensor) -> Tensor:
-        """The term added to W x, before scaling, (…, n) → (…, m)."""
-        return self.update(F.dropout(x, self.dropout, self.training))
+        added = self.update(F.dropout(x, self.dropout, self.training))
+        return torch.add(y, added.to(y.dtype), alpha=self.scaling)
 
     def update(self, x: Tensor) -> Tensor:
         """ΔW x, (…, n) → (…, m). Cast parameters to x's dtype: they may be fp32 master weights."""
@@ -75,10 +73,14 @@ class LowRankLinear(AdaptedLinear):
 
     A is (m, r), B is (n, r). Both factors are tall, so a shard of rows is a shard of features.
     In PEFT's names A is ``lora_B.weight`` and Bᵀ is ``lora_A.weight``.
+
+    Attributes:
+        used: number of filled columns of a carry.
     """
 
     A: nn.Parameter
     B: nn.Parameter
+    used = 0
 
     @classmethod
     def adapt(
@@ -98,10 +100,23 @@ class LowRankLinear(AdaptedLinear):
         """C and D of a carry beside W (``CarryLinear``), or None."""
         return None
 
-    def update(self, x: Tensor) -> Tensor:
-        # matmul saves B itself for the backward. F.linear would save the view Bᵀ. Under ZeRO-3 the
-        # view would keep all of B gathered from this layer's forward to its backward.
-        return F.linear(x @ self.B.to(x.dtype), self.A.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        # Dropout is for A and B only: a carry belongs to W.
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
+        C, D = self.carried or (None, None)
+        return LowRankProduct.apply(
+            x,
+            dropped,
+            self.weight,
+            self.bias,
+            self.A,
+            self.B,
+            C,
+            D,
+            self.used,
+            self.scaling,
+            cast(Coded, self) if hasattr(self, "fourbit") else None,
+        )
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
         weight.addmm_(own["A"], own["B"].T, alpha=self.scaling)

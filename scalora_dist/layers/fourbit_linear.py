@@ -96,9 +96,18 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # A method may have changed the class; that class's forward then calls this one.
+        return _Product.apply(x, self.weight, self)
+
+    def product(self, x: Tensor, codes: Tensor) -> Tensor:
+        """W x + bias without autograd, (…, n) → (…, m), from all the codes."""
         dtype = self.fourbit.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _Product.apply(x.to(dtype), self.weight, bias, self).to(x.dtype)
+        return F.linear(x.to(dtype), self.dense(codes, dtype), bias).to(x.dtype)
+
+    def gradient(self, grad_y: Tensor, codes: Tensor) -> Tensor:
+        """The gradient of x, (…, m) → (…, n), from all the codes."""
+        dtype = self.fourbit.compute_dtype or grad_y.dtype
+        return (grad_y.to(dtype) @ self.dense(codes, dtype)).to(grad_y.dtype)
 
     def dense(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """W (m, n) in ``dtype``, dequantized from all the codes."""
@@ -158,17 +167,15 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, bias: Tensor | None, layer: FourBitLinear
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, layer: FourBitLinear) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.layer = layer
-        return F.linear(x, layer.dense(codes, x.dtype), bias)
+        return layer.product(x, codes)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (codes,) = ctx.saved_tensors
-        return grad_y @ ctx.layer.dense(codes, grad_y.dtype), None, None, None
+        return ctx.layer.gradient(grad_y, codes), None, None
 
 
 def quantize(weight: Tensor, fourbit: FourBit) -> tuple[Tensor, Tensor]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from scalora_dist.config.method import MergeRounding
-from scalora_dist.core import host
+from scalora_dist.core import host, host_pieces
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.layout import Layout
 from scalora_dist.core.split_precision import add_low_rank_, zero_low_half
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards
-from scalora_dist.methods.rank_monitor import RankMonitor
 from scalora_dist.profiling.clock import Clock
 
 
@@ -37,6 +36,8 @@ class MergeTarget(ABC):
     @abstractmethod
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
         """Add ``left rightᵀ`` to the frozen part of a layer. Local, no collective.
+
+        Where it is in the host's memory, it is complete after ``host_pieces.wait()``.
 
         Args:
             left: the full left factor times ``factor``, (m, r) float32, contiguous.
@@ -82,7 +83,15 @@ class IntoWeights(MergeTarget):
         return layer.scaling
 
     def add(self, layer: LayerShards, left: Tensor, right: Tensor) -> None:
-        add_low_rank_(layer.W, left, right, self.low_halves.get(f"{layer.name}.weight"))
+        low = self.low_halves.get(f"{layer.name}.weight")
+        add_low_rank_(layer.W, left, right, low, wait=False)
+
+
+class Monitor(Protocol):
+    """Follows the merges (``RankMonitor``)."""
+
+    def add(self, layers: Sequence[LayerShards], weights: Tensor) -> None:
+        """Called before ``W += A diag(weights) Bᵀ``, with weights (layers, r) on the device."""
 
 
 class Merger:
@@ -92,10 +101,10 @@ class Merger:
         world: the ranks.
         target: what the products are added to.
         layout: which rank holds which range of A and B, for each layer in turn.
-        monitor: tracks the rank of the accumulated update. It is called at every merge.
+        monitor: is called before every merge, or None.
     """
 
-    monitor: RankMonitor | None = None
+    monitor: Monitor | None = None
 
     def __init__(self, layers: Sequence[LayerShards], world: World, target: MergeTarget) -> None:
         """Exchange which rank holds which range (one all-gather).
@@ -141,6 +150,7 @@ class Merger:
             clock.begin("merge")
             for i in bucket[::2]:
                 self.target.add(layers[i // 2], whole[i], whole[i + 1])
+        host_pieces.wait()
 
     def _weighted(
         self, shards: Sequence[FlatShard], bucket: Sequence[int], table: Tensor

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from scalora_dist.config.options import Options
+from scalora_dist.core.host_pieces import SLOT_BYTES, SLOTS
 from scalora_dist.core.layout import BATCH_ELEMENTS, GATHER_BUCKET_BYTES
 from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
 from scalora_dist.modeling.load import BaseModelSpec
@@ -107,6 +108,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     micro_batches = options.train.gradient_accumulation_steps
     held = residency.held(weights, micro_batches)
     held.device["buffers"] = traced.buffers
+    if traced.trace.offloaded:
+        held.host["activations"] = traced.trace.offloaded
     gathers = residency.gathers(weights, events)
     phases = []
     for backward in (False, True):
@@ -128,7 +131,10 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     columns = 3 if options.method.scaling_rule == "adamw" else 2
     grams = 2 * traced.layers * (columns * options.method.rank) ** 2 * 8
     if options.method.merge_target:
+        # Of a CPU's merge: a GPU's kernel needs none, but slots for weights of the host.
         scratch = 3 * 4 * min(SCRATCH_ELEMENTS, max(w.numel for w in weights if w.part == "base"))
+        if "base" in held.host:
+            scratch = SLOTS * SLOT_BYTES
         # Gathered, and in order of shapes; one rank only puts them in order.
         gathered = (2 if residency.ranks > 1 else 1) * min(factors, GATHER_BUCKET_BYTES)
         most: dict[str, float] = {"factors, scratch": gathered + scratch}

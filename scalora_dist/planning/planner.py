@@ -60,7 +60,13 @@ class Planner:
 
     def _trace(self, options: Options, base: BaseModelSpec, compute: torch.dtype) -> Traced:
         train = options.train
-        key = (train.per_device_train_batch_size, train.gradient_checkpointing, base, compute)
+        key = (
+            train.per_device_train_batch_size,
+            train.gradient_checkpointing,
+            train.activation_offloading,
+            base,
+            compute,
+        )
         if key not in self.traces:
             self.traces[key] = trace_model(options, base, compute)
         return self.traces[key]

@@ -26,6 +26,7 @@ def describe(options: Options, where: PlanArguments) -> str:
         f"{where.nodes} node(s) × {where.gpus_per_node} {GPUS[where.gpu].name}; "
         f"{train.gradient_accumulation_steps} × {train.per_device_train_batch_size} examples of "
         f"{options.data.max_length} tokens a GPU and step, {checkpoints} gradient checkpointing"
+        f"{', activations on the host' if train.activation_offloading else ''}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from scalora_dist.modeling.loss import LossHead
+from scalora_dist.modeling.offloaded_activations import HostCopies, OffloadedActivations
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from scalora_dist.profiling.live import LiveBytes
 
@@ -50,14 +51,18 @@ class Trace:
         events: all events in order. The first and last belong to the model itself ("").
         flops: floating-point operations of forward and backward, recomputation included.
         kernels: what a GPU does in forward and backward.
+        offloaded: bytes of activations that the forward leaves in the host's memory.
     """
 
     events: list[Event] = field(default_factory=list)
     flops: int = 0
     kernels: Counts = field(default_factory=Counts)
+    offloaded: int = 0
 
 
-def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Trace:
+def trace_micro_batch(
+    model: PreTrainedModel, examples: int, length: int, *, offloads: bool = False
+) -> Trace:
     """Run forward and backward of a model without storage, with an attention mask.
 
     The activations are those of scaled dot-product attention in its flash form with a mask: a GPU
@@ -69,8 +74,9 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
             used afterwards.
         examples: number of sequences.
         length: tokens of each sequence.
+        offloads: whether activations are kept in the host's memory.
     """
-    trace = Trace()
+    trace, copies = Trace(), _Uncopied()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _without_storage(model)
@@ -84,24 +90,51 @@ def trace_micro_batch(model: PreTrainedModel, examples: int, length: int) -> Tra
         products = stack.enter_context(_Products())
         kernels = stack.enter_context(KernelCount())
         live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
+        offloading = OffloadedActivations(copies)
+        offloading.hold(held)
+
+        def forward() -> Tensor:
+            with offloading if offloads else nullcontext():
+                return model(**inputs, **_no_cache(model)).logits
+
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
             head.__class__ = _EveryToken
         before = live.now
         with _hooks(model, trace.events, live, before):
-            logits = model(**inputs, **_no_cache(model)).logits
+            logits = forward()
             if changed := type(head) is _EveryToken and logits is not head.given:
                 trace.events.clear()
             else:
                 _loss(logits, tokens).backward()
         if changed:  # the model changes its logits after the head: use full logits, like TargetLoss
-            head.__class__, head.given, logits = nn.Linear, None, None
-            products.total = 0
+            head.__class__, head.given = nn.Linear, None
+            del logits
+            products.total = copies.bytes = 0
             kernels.take()
             with _hooks(model, trace.events, live, before):
-                _loss(model(**inputs, **_no_cache(model)).logits, tokens).backward()
-        trace.flops, trace.kernels = products.total, kernels.take()
+                _loss(forward(), tokens).backward()
+        trace.flops, trace.offloaded = products.total, copies.bytes
+        trace.kernels = kernels.take()
     return trace
+
+
+class _Uncopied(HostCopies):
+    """Copies nothing to the host, and counts the bytes.
+
+    Attributes:
+        bytes: bytes on the host at the end of the forward. torch's pinned memory is allocated in
+            powers of two.
+    """
+
+    bytes = 0
+
+    def send(self, tensor: Tensor) -> tuple[Any, ...]:
+        self.bytes += 1 << (tensor.nbytes - 1).bit_length()
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    def fetch(self, copy: tuple[Any, ...]) -> Tensor:
+        return torch.empty_strided(*copy[:2], dtype=copy[2])
 
 
 class _Products(TorchDispatchMode):

@@ -104,7 +104,12 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
     return Traced(
         weights=weights,
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
-        trace=trace_micro_batch(model, train.per_device_train_batch_size, length),
+        trace=trace_micro_batch(
+            model,
+            train.per_device_train_batch_size,
+            length,
+            offloads=train.activation_offloading,
+        ),
         length=length,
         blocks=[*decoder_blocks(model)],
         head=names.get(id(head), ""),

@@ -12,9 +12,12 @@ from scalora_dist.config.options import Options
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
+from scalora_dist.layers.target_modules import decoder_blocks
 from scalora_dist.methods.method import AddContext, Method
 from scalora_dist.model_io.import_adapter import SavedAdapter
+from scalora_dist.modeling.compiled_blocks import check_compiler, compile_blocks
 from scalora_dist.modeling.load import BaseModelSpec, load_model
+from scalora_dist.modeling.offloaded_activations import offload_activations
 from scalora_dist.training.optimizer import make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -63,5 +66,12 @@ def build_model(
     set_seed(options.train.seed + world.rank)  # Python's, numpy's and torch's generators
     if options.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = decoder_blocks(model)  # FSDP2 renames their classes
     engine.attach(model, layers, partial(make_optimizer, method, options))
+    if options.train.torch_compile:
+        check_compiler(world)
+        compile_blocks(blocks.values())
+    if options.train.activation_offloading:
+        whole = [*blocks.values(), *layers.values()]
+        offload_activations(model, whole, world.device, inside=not options.train.torch_compile)
     return model

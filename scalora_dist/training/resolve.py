@@ -32,6 +32,16 @@ def resolve(options: Options, ranks: int, base: BaseModelSpec) -> Options:
     """
     check_engine_choice(options, ranks)
     method = resolve_merges(options.method, quantized=base.fourbit is not None)
+    if options.train.torch_compile and base.fourbit:
+        raise UserError(
+            "--torch_compile cannot compile bitsandbytes' 4-bit kernels: leave it out, or load the "
+            "model unquantized"
+        )
+    if options.train.torch_compile and method.merge_target == "carry":
+        raise UserError(
+            "--torch_compile would compile again after each merge into a carry: leave it out, or "
+            "set --merge_target weight"
+        )
     if method.reads("eta_lipschitz"):
         method = replace(method, eta_lipschitz=method.eta_l)
     return replace(options, train=resolve_batch(options.train, ranks), method=method)

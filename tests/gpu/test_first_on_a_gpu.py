@@ -93,6 +93,10 @@ def test_merge(
     assert weight < of_weight and increment < of_increment
 
 
+def test_the_merge_kernel_has_pytorchs_bits(ranks: GetRanks) -> None:
+    assert ranks(1).run(work.merge_kernel) == [0]
+
+
 def test_scale(ranks: GetRanks) -> None:
     assert ranks(1).run(work.scale)[0] < 1e-6
 

@@ -54,6 +54,11 @@ SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
     "zero1, bf16, accumulation": (2, {"bf16": True, "gradient_accumulation_steps": 3}),
     "fsdp, full": (2, FULL),
+    "local, offloaded activations": (1, {"activation_offloading": True}),
+    "zero3, offloaded activations, checkpointing": (
+        2,
+        {"activation_offloading": True, "gradient_checkpointing": True},
+    ),
 }
 QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing")
 

@@ -59,7 +59,7 @@ def row(plain: float, peak: float, **others: Any) -> dict[str, Any]:
 def figures(of_copy: float, rescale: float, peak: float, peft: float) -> dict[str, Any]:
     """Parts' figures: LoRA's step takes 2 s and 40 GB, and low halves take 10 GB."""
     merge = {"kind": "split", "rank": 8, "of_copy": of_copy}
-    merge |= {"model_bytes": 86e9, "model_seconds": 0.03}
+    merge |= {"model_bytes": 86e9, "model_seconds": 0.03, "pytorch_seconds": 0.2}
     ways = {
         "lora": row(2.0, 40e9),
         "scalora": row(2.0, peak, rescale_seconds=rescale, low_half_bytes=10e9),

@@ -65,11 +65,13 @@ def merge_table(found: Found) -> Iterator[str]:
     if rows := found.get("merge", {}).get("rows"):
         rate = found["merge"]["copy_bytes_per_second"] / 1e9
         yield f"\nA copy: {rate:,.0f} GB/s, read and written."
-        yield "\n| merge | r | all weights, ms | GB/s | of a copy |\n|---|---|---|---|---|"
+        heads = ("merge", "r", "all weights, ms", "by PyTorch's operators", "GB/s", "of a copy")
+        yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     for row in rows or []:
         rate = row["model_bytes"] / row["model_seconds"] / 1e9
-        cells = (row["kind"], row["rank"], f"{1e3 * row['model_seconds']:.1f}", f"{rate:,.0f}")
-        yield f"| {' | '.join(map(str, cells))} | {row['of_copy']:.1%} |"
+        times = [f"{1e3 * row[key]:.1f}" for key in ("model_seconds", "pytorch_seconds")]
+        cells = (row["kind"], str(row["rank"]), *times, f"{rate:,.0f}", f"{row['of_copy']:.1%}")
+        yield f"| {' | '.join(cells)} |"
 
 
 def loss_table(found: Found) -> Iterator[str]:

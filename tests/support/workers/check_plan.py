@@ -7,15 +7,19 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
-from scalora_dist.modeling import loss
+from scalora_dist.modeling import loss, offloaded_activations
+from scalora_dist.modeling.offloaded_activations import HostCopies
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.measured import STEPS, MeasuredTrainer
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from tests.support import runs
+
+SMALLEST = 2**12  # bytes; of a tiny model's activations, those are offloaded that weigh something
 
 
 class Found(NamedTuple):
@@ -39,7 +43,12 @@ def measured(world: World, options: dict[str, Any]) -> Found:
     gc.collect()
     # What earlier tests left on the GPU, where this process has run others.
     others = torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
-    with patch.object(loss, "FOR_LIGER", ""):  # a plan knows the loss in chunks
+    # A plan knows the loss in chunks. It counts the device's memory, which here is the host's.
+    with (
+        patch.object(loss, "FOR_LIGER", ""),
+        patch.object(offloaded_activations, "SMALLEST", SMALLEST),
+        patch.multiple(HostCopies, send=_sent, fetch=_fetched),
+    ):
         trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
         assert isinstance(trainer, MeasuredTrainer)
         trainer.run()
@@ -49,6 +58,21 @@ def measured(world: World, options: dict[str, Any]) -> Found:
     return Found(trainer.tracked, traffic.gathered, reduced, peak)
 
 
+def _sent(_: HostCopies, tensor: Tensor) -> Any:
+    """A copy that is no tensor, so that it is not counted."""
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    data = flat.view(torch.uint8).numpy().copy()
+    return data, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _fetched(_: HostCopies, copy: Any) -> Tensor:
+    data, dtype, shape, stride = copy
+    flat = torch.empty(len(data), dtype=torch.uint8)
+    flat.numpy()[:] = data
+    return flat.view(dtype).as_strided(shape, stride)
+
+
 def planned(options: dict[str, Any], size: int) -> Plan:
     parsed = parse_options(runs.words(options))
-    return Planner(parsed, PlanArguments()).plan(parsed, size)
+    with patch.object(offloaded_activations, "SMALLEST", SMALLEST):
+        return Planner(parsed, PlanArguments()).plan(parsed, size)

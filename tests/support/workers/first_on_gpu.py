@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from scalora_dist.profiling.clock import Clock
 from tests.support import runs, toy
 from tests.support.reference import relative_error
 from tools.gpu.gemma import random_layers
+from tools.gpu.merge import KINDS, other_bits
 
 SHAPES = [(384, 256), (256, 640)]
 RANK = 8
@@ -105,6 +107,12 @@ def merge(world: World, dtype: torch.dtype, rounding: MergeRounding) -> tuple[fl
         increment = layer.scaling * (whole(layer.A) * scale) @ whole(layer.B).T
         errors.append((off(whole(W), start + increment), off(whole(W) - start, increment)))
     return max(e for e, _ in errors), max(e for _, e in errors)
+
+
+def merge_kernel(world: World) -> int:
+    """How many numbers a GPU's merge kernel and PyTorch's operators round to other bits."""
+    cases = itertools.product(SHAPES, KINDS, (1, 3, RANK, 64))
+    return sum(other_bits(shape, kind, rank, world.device) for shape, kind, rank in cases)
 
 
 def scale(world: World) -> float:

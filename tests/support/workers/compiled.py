@@ -1,0 +1,36 @@
+"""Trains with compiled blocks on ranks that already run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from scalora_dist.distributed.world import World
+from tests.support import runs, tiny_runs
+
+
+def train(world: World, options: dict[str, Any]) -> tuple[int, int, int]:
+    """Train.
+
+    Returns:
+        the numbers of compiled graphs, of breaks between them, and of functions that were left
+        eager at the limit of graphs.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    # Ranks that compile in threads of their own would stop each other on two cores.
+    torch._inductor.config.compile_threads = 1
+    runs.run(world, options)
+    graphs = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    return graphs, sum(counters["graph_break"].values()), len(counters["recompile_limit"])
+
+
+def refused_without_compiler(world: World, options: dict[str, Any]) -> Any:
+    """The refusal of a run whose ranks find no C++ compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        return tiny_runs.refusal(world, options)
