@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalora_dist.core import host
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
@@ -85,11 +86,14 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each number summed over all ranks, in float64. One all-reduce."""
+        """Each number summed over all ranks, in float64. One all-reduce, one wait for the device.
+
+        Tensors are scalars on any device. Those on ``device`` are not read before the sum.
+        """
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, *values: float | Tensor) -> list[float]:
-        """The maximum of each number over all ranks, in float64. One all-reduce."""
+        """The maximum of each number over all ranks, in float64; as ``sum``."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def agree(self, number: float) -> bool:
@@ -100,23 +104,30 @@ class World:
     def _reduce(
         self, values: tuple[float | Tensor, ...], op: dist.ReduceOp.RedOpType
     ) -> list[float]:
-        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-        message = torch.stack(numbers)
+        on_device = [isinstance(v, Tensor) and v.device == self.device for v in values]
+        order = sorted(range(len(values)), key=on_device.__getitem__)  # numbers, then tensors
+        first = len(values) - sum(on_device)
+        numbers = torch.tensor([float(values[i]) for i in order[:first]], dtype=torch.float64)
+        message = host.to_device(numbers, self.device)
+        if first < len(values):
+            tensors = [torch.as_tensor(values[i]).double() for i in order[first:]]
+            message = torch.cat([message, torch.stack(tensors)])
         dist.all_reduce(message, op=op)
-        return message.tolist()
+        reduced = dict(zip(order, host.on_host(Tensor.tolist, message), strict=True))
+        return [reduced[i] for i in range(len(values))]
 
     def from_rank_0(self, tensor: Tensor) -> Tensor:
         """Rank 0's ``tensor`` on every rank, for a tensor that all ranks computed. One broadcast.
 
         On different kinds of processors, the ranks' own results may differ in the last bit.
         """
-        message = tensor.to(self.device).contiguous()
+        message = host.to_device(tensor.contiguous(), self.device)
         dist.broadcast(message, src=0)
-        return message.to(tensor.device)
+        return message if tensor.device == self.device else host.on_host(lambda copy: copy, message)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """``rows`` (k, …) of all ranks, in rank order, as (size·k, …). One all-gather."""
-        rows = rows.to(self.device).contiguous()
+        rows = host.to_device(rows.contiguous(), self.device)
         everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
