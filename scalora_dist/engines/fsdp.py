@@ -40,7 +40,8 @@ class FSDPEngine(LocalEngine):
     Rank 0 reads the model and sends each rank its rows.
 
     A and B are stored as sharded fp32 masters and gathered in ``param_dtype``. Frozen weights are
-    stored in ``dtype``. On a 2-D mesh, each row of ranks shards the full model among its ranks, and
+    stored in ``dtype``. Before each forward, FSDP lets its gathers wait for all work so far, so
+    writes need no order of their own. On a 2-D mesh, each row of ranks shards the full model among its ranks, and
     all rows hold the same values. Grams are summed over one row, gradients over all ranks.
     """
 
