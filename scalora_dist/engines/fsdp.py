@@ -40,9 +40,11 @@ class FSDPEngine(LocalEngine):
     Rank 0 reads the model and sends each rank its rows.
 
     A and B are stored as sharded fp32 masters and gathered in ``param_dtype``. Frozen weights are
-    stored in ``dtype``. Before each forward, FSDP lets its gathers wait for all work so far, so
-    writes need no order of their own. On a 2-D mesh, each row of ranks shards the full model among its ranks, and
+    stored in ``dtype``. On a 2-D mesh, each row of ranks shards the full model among its ranks, and
     all rows hold the same values. Grams are summed over one row, gradients over all ranks.
+
+    FSDP lets the gathers of each forward wait for all work before it, so ``order_writes`` has
+    nothing to do.
     """
 
     keeps_whole_weights = False

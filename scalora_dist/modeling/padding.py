@@ -35,7 +35,7 @@ def needs_mask(model: PreTrainedModel) -> bool:
     if not type(decoder).__module__.startswith("transformers.models."):
         return True
     says = [module.is_causal for module in decoder.modules() if hasattr(module, "is_causal")]
-    kinds = set(getattr(decoder.config, "layer_types", None) or [])
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
     recurrent = getattr(model, "_is_stateful", False) or not kinds <= CAUSAL_ATTENTION
     return recurrent or not says or not all(says)
 

@@ -1,4 +1,4 @@
-"""Functions that ranks run in tests/engines/test_order.py, with stand-ins for a device's streams."""
+"""Functions that ranks run in tests/engines/test_order.py, with stand-ins for streams."""
 
 from __future__ import annotations
 
