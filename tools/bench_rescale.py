@@ -41,7 +41,7 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.config.words import Parser
 from scalora_dist.core.flat_shard import global_norm
 from scalora_dist.core.scale_solver import Scales
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.collate import batch_of
 from scalora_dist.engines.build import join
 from scalora_dist.engines.layer_shards import gradient_shards
 from scalora_dist.errors import UserError, exit_with_one_sentence
@@ -118,7 +118,7 @@ class Bench:
         shape = (train.per_device_train_batch_size, options.data.max_length)
         vocabulary = trainer.model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, shape, generator=generator)
-        self.batch = Batch.of(ids, ids).to(world.device)
+        self.batch = batch_of(ids, ids).to(world.device)
 
     def scales(self, low: float, high: float) -> Scales:
         """Random α and β, each (layers, r) float64 in [low, high), the same on all ranks."""

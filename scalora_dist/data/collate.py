@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,55 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.core import host
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prompts import IGNORE
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch, padded on the right.
-
-    The targets are found on the CPU, where the data is: on a GPU, their number would make the host
-    wait for the device.
-
-    Attributes:
-        input_ids: (examples, longest) int64.
-        attention_mask: (examples, longest) int64, 1 for tokens and 0 for padding; None: the model
-            does not need one (``modeling.padding.needs_mask``).
-        predicting: indices of the tokens before each target, in the flattened ``input_ids``,
-            ascending, (targets,) int64.
-        targets: ids that are predicted there, (targets,) int64.
-        tokens: number of tokens without padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    predicting: Tensor
-    targets: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Batch:
-        """Find the targets in labels. All tensors are (examples, length) int64 on the CPU."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return cls(input_ids, attention_mask, *find_targets(labels), tokens=int(mask.sum()))
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The arguments of the model's forward."""
-        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``. The host does not wait."""
-        mask = self.attention_mask
-        return replace(
-            self,
-            input_ids=host.to_device(self.input_ids, device),
-            attention_mask=None if mask is None else host.to_device(mask, device),
-            predicting=host.to_device(self.predicting, device),
-            targets=host.to_device(self.targets, device),
-        )
 
 
 def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +23,12 @@ def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     wanted = labels[:, 1:] != IGNORE
     predicting = F.pad(wanted, (0, 1)).flatten().nonzero().squeeze(1)
     return predicting, labels[:, 1:][wanted]
+
+
+def batch_of(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Batch:
+    """The batch of these tensors, each (examples, length) int64 on the CPU."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return Batch(input_ids, attention_mask, *find_targets(labels), tokens=int(mask.sum()))
 
 
 class Collator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import socket
 import time
@@ -17,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist.core import host
+from scalora_dist.distributed.cores import cores
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,7 @@ class World:
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        elif "OMP_NUM_THREADS" not in os.environ:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // (here or int(os.environ["WORLD_SIZE"]))))
+        _set_threads(on_cpu=not cuda)
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface()):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -206,6 +206,27 @@ class World:
         if message:
             raise UserError(message)
         return result
+
+
+def _set_threads(*, on_cpu: bool) -> None:
+    """Give this rank its share of the cores as threads, unless OMP_NUM_THREADS decides.
+
+    torchrun sets it to 1 where the user has not set it. Nothing tells that from the user's own 1,
+    so it stays, and ranks that compute on a CPU are told what they lose.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    threads = max(1, cores() // (here or int(os.environ["WORLD_SIZE"])))
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is None:
+        torch.set_num_threads(threads)
+        return
+    by_torchrun = given == "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    if by_torchrun and on_cpu and threads > 1 and os.environ["RANK"] == "0":
+        logger.warning(
+            "each rank uses 1 of its %d cores, torchrun's default: set OMP_NUM_THREADS=%d",
+            threads,
+            threads,
+        )
 
 
 def _interface() -> str | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from scalora_dist.core import host
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.modeling.padding import whole_rows
 
 logger = logging.getLogger(__name__)

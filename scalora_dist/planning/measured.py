@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.collate import batch_of
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.profiling.live import LiveBytes, living_tensors
 from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
@@ -63,7 +64,7 @@ class MeasuredTrainer(Trainer):
             if self.feed.collate.masks:
                 mask = torch.ones_like(ids)
                 mask[-1, -1] = 0
-            yield Batch.of(ids, ids, mask)
+            yield batch_of(ids, ids, mask)
 
     def take_step(self, step: int, *args: Any) -> Any:
         if step == TRACKED:

@@ -19,7 +19,7 @@ from torch import Tensor
 from scalora_dist.config.options import Options
 from scalora_dist.core.rank_sketch import RELATIVE_THRESHOLD
 from scalora_dist.core.scale_solver import Rule, solve
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from scalora_dist.core import host
 from scalora_dist.data.batches import eval_batches
-from scalora_dist.data.collate import Batch, Collator, PaddedExamples
+from scalora_dist.data.collate import Collator, PaddedExamples
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import TargetLoss, Targets
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalora_dist.config.data import DataArguments
 from scalora_dist.config.options import Options
 from scalora_dist.data.batches import GlobalBatches, RankBatches
-from scalora_dist.data.collate import Batch, Collator
+from scalora_dist.data.collate import Collator
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prepare import Prepared, prepare_data
 from scalora_dist.data.show import show_examples
 from scalora_dist.distributed.stop_signals import SIGNALS
@@ -93,6 +95,8 @@ class DataFeed:
             start_step=first_step,
         )
         workers = self.options.train.dataloader_num_workers
+        if multiprocessing.current_process().daemon:  # it may start no processes
+            workers = 0
         loader = DataLoader(
             # Arrays of numbers: reading and padding them takes a fifth of the time of lists.
             self.data.train.with_format("numpy", columns=["input_ids", "labels"]),

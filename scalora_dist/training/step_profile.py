@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from scalora_dist.config.options import Options
 from scalora_dist.core import host
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.errors import UserError
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.runner import MethodRunner

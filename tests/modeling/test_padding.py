@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.collate import batch_of
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.modeling import loss
 from scalora_dist.modeling.loss import TargetLoss
@@ -28,14 +29,14 @@ VOCABULARY, LENGTHS = 97, (19, 6, 13)  # longer and shorter than Gemma-3's windo
 KEPT = {"bloom", "mamba", "jamba", "minimax", "nemotron_h", "qwen3_5_text", "lfm2"}
 
 
-def batch_of(*, masked: bool) -> Batch:
+def a_batch(*, masked: bool) -> Batch:
     """Examples of different lengths; about a third of their tokens are no targets."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, VOCABULARY - 1, (n,), generator=generator) for n in LENGTHS]
     ids = pad_sequence(rows, batch_first=True)
     labels = pad_sequence(rows, batch_first=True, padding_value=IGNORE)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return Batch.of(ids, labels.masked_fill(ids % 3 == 0, IGNORE), mask if masked else None)
+    return batch_of(ids, labels.masked_fill(ids % 3 == 0, IGNORE), mask if masked else None)
 
 
 def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -54,8 +55,8 @@ def test_a_model_without_mask_has_the_same_loss_and_gradients(family: str) -> No
         if p.dim() > 1:  # large enough for attention to matter
             torch.nn.init.normal_(p, std=0.3)
     assert needs_mask(model) == (family in KEPT)
-    expected, gradients = loss_and_gradients(model, batch_of(masked=True))
-    found, others = loss_and_gradients(model, batch_of(masked=False))
+    expected, gradients = loss_and_gradients(model, a_batch(masked=True))
+    found, others = loss_and_gradients(model, a_batch(masked=False))
     assert expected > 10 and gradients.keys() == others.keys()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
@@ -70,7 +71,7 @@ def test_a_decoder_whose_tokens_see_later_ones_keeps_its_mask() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     assert needs_mask(model)
-    one, other = (loss_and_gradients(model, batch_of(masked=m))[0] for m in (True, False))
+    one, other = (loss_and_gradients(model, a_batch(masked=m))[0] for m in (True, False))
     assert abs(one - other) > 1e-4 * one
 
 
@@ -90,7 +91,7 @@ def test_a_model_with_code_of_its_own_keeps_its_mask() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 def test_the_host_reads_nothing_in_a_forward_and_backward(family: str) -> None:
     module = families.build(family, VOCABULARY)
-    chunked, batch = TargetLoss(module), batch_of(masked=False)
+    chunked, batch = TargetLoss(module), a_batch(masked=False)
     chunked(module, batch)  # the first reads the mark
     with HostReads() as reads:
         chunked(module, batch).loss.backward()
@@ -102,7 +103,7 @@ def test_transformers_reads_positions_to_find_several_sequences_in_a_row(
 ) -> None:
     """If it no longer does, ``whole_rows`` is not needed."""
     module = families.build("llama", VOCABULARY)
-    chunked, batch = TargetLoss(module), batch_of(masked=False)
+    chunked, batch = TargetLoss(module), a_batch(masked=False)
     chunked(module, batch)
     monkeypatch.setattr(loss, "whole_rows", nullcontext)
     with HostReads() as reads:

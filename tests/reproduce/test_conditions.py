@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError

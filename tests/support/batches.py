@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prompts import IGNORE
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.collate import batch_of
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.modeling import loss as loss_module
 from scalora_dist.modeling.loss import LossHead, target_losses
 from scalora_dist.profiling.memory import restart_peak
@@ -45,7 +46,7 @@ def measure(file: Path, *, smoke: bool) -> None:
     head.requires_grad_(False)
     head.__class__ = LossHead
     ids = torch.randint(vocabulary, shape)
-    batch = Batch.of(ids, ids).to(device)
+    batch = batch_of(ids, ids).to(device)
     hidden = torch.randn(*shape, width, dtype=torch.bfloat16, device=device).requires_grad_()
     ways = ["chunks", "full logits"]
     if device.type == "cuda" and is_liger_kernel_available():

@@ -8,7 +8,8 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from scalora_dist.data.collate import Batch, Collator, PaddedExamples
+from scalora_dist.data.collate import Collator, PaddedExamples
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import Targets
 

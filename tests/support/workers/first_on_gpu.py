@@ -14,7 +14,7 @@ from scalora_dist.checkpoint.parts import FlatPart, Stager
 from scalora_dist.config.method import MergeRounding
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.core.split_precision import join_halves
-from scalora_dist.data.collate import Batch
+from scalora_dist.data.collate import batch_of
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
@@ -166,7 +166,7 @@ def liger(world: World) -> dict[str, float]:
     ids = torch.randint(4099, (4, 96))
     labels = ids.clone()
     labels[:, :9] = IGNORE
-    batch = Batch.of(ids, labels).to(world.device)
+    batch = batch_of(ids, labels).to(world.device)
     hidden = torch.randn(4, 96, 256, device=world.device).bfloat16()
     found = []
     for device_type in ("cuda", "no device"):
