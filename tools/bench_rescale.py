@@ -41,6 +41,7 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.config.words import Parser
 from scalora_dist.core.layout import global_norm
 from scalora_dist.core.scale_solver import Scales
+from scalora_dist.data.collate import batch_of
 from scalora_dist.engines.build import join
 from scalora_dist.engines.layer_shards import gradient_shards
 from scalora_dist.errors import UserError, exit_with_one_sentence
@@ -92,7 +93,7 @@ class Bench:
         rescaler: ScaLoRA's transform.
         factors: shape (2, layers, r) of α and β together.
         seconds: this rank's latest rescale in seconds, in total and by part.
-        tokens: random token ids (examples, length) int64 on the device.
+        batch: random token ids, all but the first of each example targets, on the device.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -116,7 +117,8 @@ class Bench:
         generator = torch.Generator().manual_seed(train.seed + world.rank)
         shape = (train.per_device_train_batch_size, options.data.max_length)
         vocabulary = trainer.model.config.get_text_config().vocab_size
-        self.tokens = torch.randint(vocabulary, shape, generator=generator).to(world.device)
+        ids = torch.randint(vocabulary, shape, generator=generator)
+        self.batch = batch_of(ids, ids).to(world.device)
 
     def scales(self, low: float, high: float) -> Scales:
         """Random α and β, each (layers, r) float64 in [low, high), the same on all ranks."""
@@ -163,9 +165,8 @@ class Bench:
         self._step(applied=report.applied)
 
     def _backward(self) -> None:
-        batch = {"input_ids": self.tokens, "labels": self.tokens}
-        loss = self.loss(self.engine.module, batch).loss
-        self.engine.backward(loss / (self.world.size * self.tokens[:, 1:].numel()), last=True)
+        loss = self.loss(self.engine.module, self.batch).loss
+        self.engine.backward(loss / (self.world.size * len(self.batch.targets)), last=True)
         self.world.sum(float(loss.detach()))
 
     def _step(self, *, applied: bool) -> None:

@@ -38,6 +38,7 @@ from scalora_dist.compare.workers import Workers
 from scalora_dist.config.option import Group, tool_option
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.config.words import Parser
+from scalora_dist.distributed.cores import cores
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.errors import Preempted, UserError
 from scalora_dist.training.resolve import resolve_batch
@@ -320,7 +321,7 @@ def _workers(study: Study, wanted: int | None, context: ForkServerContext | None
                 f"{len(gpus)} GPU(s) here: lower --workers or gpus_per_run"
             )
     else:
-        gpus, most = [], max(1, len(os.sched_getaffinity(0)) // ranks)
+        gpus, most = [], max(1, cores() // ranks)
     return Workers(
         wanted or most, ranks=ranks, gpus=gpus, quantized=study.quantized, context=context
     )

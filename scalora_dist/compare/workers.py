@@ -24,6 +24,7 @@ from transformers.utils import import_utils
 
 from scalora_dist.compare.runs import Run
 from scalora_dist.config.parser import parse_options
+from scalora_dist.distributed.cores import cores
 from scalora_dist.distributed.stop_signals import StopSignals
 from scalora_dist.engines.build import join
 from scalora_dist.errors import exit_with_one_sentence
@@ -108,7 +109,7 @@ class Workers:
             log: a file that all that is printed is added to.
         """
         place = min(set(range(self.count)) - {each.place for each in self.running})
-        threads = max(1, len(os.sched_getaffinity(0)) // (self.count * self.ranks))
+        threads = max(1, cores() // (self.count * self.ranks))
         environment = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             "TOKENIZERS_PARALLELISM": "false",

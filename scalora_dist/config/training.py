@@ -80,6 +80,13 @@ class TrainArguments(Group):
     gradient_accumulation_steps: int = option(
         1, "Micro-batches of one step.", resume="free", at_least=1
     )
+    dataloader_num_workers: int = option(
+        0,
+        "Processes of each rank that read and pad the training batches ahead; 0: the rank itself, "
+        "while its device computes.",
+        resume="free",
+        at_least=0,
+    )
     train_batch_size: Optional[int] = option(
         None,
         "Examples of one step on all ranks; decides gradient_accumulation_steps.",

@@ -1,16 +1,34 @@
-"""Pads examples of different lengths to one rectangular batch."""
+"""Pads examples of different lengths to one rectangular batch, and finds its targets."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prompts import IGNORE
+
+
+def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``Batch.predicting`` and ``Batch.targets`` of labels (examples, length) int64 on the CPU.
+
+    A label is predicted at the token before it. It is no target where it is IGNORE.
+    """
+    wanted = labels[:, 1:] != IGNORE
+    predicting = F.pad(wanted, (0, 1)).flatten().nonzero().squeeze(1)
+    return predicting, labels[:, 1:][wanted]
+
+
+def batch_of(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Batch:
+    """The batch of these tensors, each (examples, length) int64 on the CPU."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return Batch(input_ids, attention_mask, *find_targets(labels), tokens=int(mask.sum()))
 
 
 class Collator:
@@ -18,29 +36,43 @@ class Collator:
 
     It ignores the tokenizer's `padding_side` (a setting for generation): models with absolute
     positions must see each example from position 0 on. The padding is the first of the pad token,
-    EOS and id 0 that the model's embedding has a row for. The id does not matter: attention mask 0
-    and label -100 keep it out of the loss.
+    EOS and id 0 that the model's embedding has a row for. The id does not matter: padding is no
+    target, and no token sees it.
+
+    Attributes:
+        pad_token_id: the id of the padding.
+        masks: whether batches have an attention mask. ``DataFeed.fit`` decides it for a model.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, rows: int, *, masks: bool = True
+    ) -> None:
         """
         Args:
             tokenizer: the tokenizer of the examples.
             rows: number of rows of the model's embedding.
+            masks: as the attribute.
         """
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(i for i in candidates if i is not None and 0 <= i < rows)
+        self.masks = masks
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return input_ids, attention_mask and labels, each int64 (examples, longest)."""
-        ids = [torch.tensor(example["input_ids"]) for example in examples]
-        labels = [torch.tensor(example["labels"]) for example in examples]
-        mask = [torch.ones_like(row) for row in ids]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence(mask, batch_first=True, padding_value=0),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-        }
+    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        """Pad examples with ``input_ids`` and ``labels``, lists or arrays of equal length."""
+        ids, labels = (
+            [torch.tensor(example[name], dtype=torch.int64) for example in examples]
+            for name in ("input_ids", "labels")
+        )
+        mask = None
+        if self.masks:
+            ones = [torch.ones_like(row) for row in ids]
+            mask = pad_sequence(ones, batch_first=True, padding_value=0)
+        return Batch(
+            pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            mask,
+            *find_targets(pad_sequence(labels, batch_first=True, padding_value=IGNORE)),
+            tokens=sum(map(len, ids)),
+        )
 
 
 class PaddedExamples(torch.utils.data.Dataset[dict[str, Any]]):

@@ -70,7 +70,9 @@ class StopSignals:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup)
-            self._writer.close()  # ends the thread
+            # Ends the thread. A mere close would not where a forked process has a copy.
+            self._writer.shutdown(socket.SHUT_RDWR)
+            self._writer.close()
             self._thread.join()
             self._reader.close()
             if self._others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import socket
 import time
@@ -17,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist.core import host
+from scalora_dist.distributed.cores import cores
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,7 @@ class World:
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        elif "OMP_NUM_THREADS" not in os.environ:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // (here or int(os.environ["WORLD_SIZE"]))))
+        _set_threads(on_cpu=not cuda)
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface()):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -86,11 +86,14 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each number summed over all ranks, in float64. One all-reduce."""
+        """Each number summed over all ranks, in float64. One all-reduce, one wait for the device.
+
+        Tensors are scalars on any device. Those on ``device`` are not read before the sum.
+        """
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, *values: float | Tensor) -> list[float]:
-        """The maximum of each number over all ranks, in float64. One all-reduce."""
+        """The maximum of each number over all ranks, in float64; as ``sum``."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def largest(self, number: Tensor) -> Tensor:
@@ -106,11 +109,12 @@ class World:
     def _reduce(
         self, values: tuple[float | Tensor, ...], op: dist.ReduceOp.RedOpType
     ) -> list[float]:
-        if any(isinstance(value, Tensor) for value in values):
-            numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
-            message = torch.stack([host.to_device(number, self.device) for number in numbers])
-        else:
-            message = host.to_device(torch.tensor(values, dtype=torch.float64), self.device)
+        here = [isinstance(value, Tensor) and value.device == self.device for value in values]
+        numbers = [0.0 if on else float(value) for value, on in zip(values, here, strict=True)]
+        message = host.to_device(torch.tensor(numbers, dtype=torch.float64), self.device)
+        for place, value, on in zip(message, values, here, strict=True):
+            if on:
+                place.copy_(value)
         dist.all_reduce(message, op=op)
         return host.on_host(Tensor.tolist, message)
 
@@ -119,13 +123,13 @@ class World:
 
         On different kinds of processors, the ranks' own results may differ in the last bit.
         """
-        message = tensor.to(self.device).contiguous()
+        message = host.to_device(tensor.contiguous(), self.device)
         dist.broadcast(message, src=0)
-        return message.to(tensor.device)
+        return message if tensor.device == self.device else host.on_host(lambda copy: copy, message)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """``rows`` (k, …) of all ranks, in rank order, as (size·k, …). One all-gather."""
-        rows = rows.to(self.device).contiguous()
+        rows = host.to_device(rows.contiguous(), self.device)
         everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
@@ -204,6 +208,27 @@ class World:
         if message:
             raise UserError(message)
         return result
+
+
+def _set_threads(*, on_cpu: bool) -> None:
+    """Give this rank its share of the cores as threads, unless OMP_NUM_THREADS decides.
+
+    torchrun sets it to 1 where the user has not set it. Nothing tells that from the user's own 1,
+    so it stays, and ranks that compute on a CPU are told what they lose.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    threads = max(1, cores() // (here or int(os.environ["WORLD_SIZE"])))
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is None:
+        torch.set_num_threads(threads)
+        return
+    by_torchrun = given == "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    if by_torchrun and on_cpu and threads > 1 and os.environ["RANK"] == "0":
+        logger.warning(
+            "each rank uses 1 of its %d cores, torchrun's default: set OMP_NUM_THREADS=%d",
+            threads,
+            threads,
+        )
 
 
 def _interface() -> str | None:

@@ -218,6 +218,15 @@ class Engine(ABC):
         """Write to shards inside it, between steps. After it, the forward reads the new values."""
         with torch.no_grad():
             yield
+        self.order_writes()
+
+    def order_writes(self) -> None:  # noqa: B027 (most engines read weights on one stream)
+        """Make the device's next reads of weights wait for all writes so far.
+
+        Called after writes between steps, and by ``step`` after its own and a transform's. Writes
+        are on the current stream. An engine that reads weights on another stream makes that one
+        wait. The host does not wait.
+        """
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint besides shards: a few numbers, the same on every rank."""

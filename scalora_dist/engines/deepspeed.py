@@ -103,6 +103,7 @@ class DeepSpeedEngine(Engine):
             3: _Stage3Shards,
         }
         self.shards = kinds[self.stage](self.engine)
+        self.order_writes()
 
     def _shard_from_rank_0(self, model: nn.Module) -> None:
         """Shard ``model``, which only rank 0 has read, over all ranks, parameter by parameter."""
@@ -144,6 +145,7 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         self.shards.drop_copies()
         self.shards.clear_gradients(trained)
+        self.order_writes()
 
     def shape_of(self, p: ZeroParameter) -> torch.Size:
         # Under stage 3 a parameter's own shape is empty.
@@ -151,6 +153,10 @@ class DeepSpeedEngine(Engine):
 
     def release(self) -> None:
         self.shards.release()
+
+    def order_writes(self) -> None:
+        if (stream := self.shards.gather_stream) is not None:
+            stream.wait_stream(get_accelerator().current_stream())
 
     @property
     def loss_scale(self) -> float:
@@ -197,9 +203,13 @@ class _ZeroShards(ParameterShards):
         engine: DeepSpeed's engine.
         zero: DeepSpeed's optimizer wrapper of this stage.
         offloads: whether the optimizer state is offloaded.
+        gather_stream: the device's stream that gathers weights, where it is not the current one.
+            DeepSpeed lets it wait for no other, and fills it while the step before is still
+            computed. None on CPUs, and below stage 3.
     """
 
     checks_overflow = True  # DeepSpeed's step discards non-finite gradients by itself
+    gather_stream: Any = None
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine.basic_optimizer)
@@ -331,6 +341,7 @@ class _Stage3Shards(_ZeroShards):
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine)
         self.index = {p: i for group in self.zero.fp16_groups for i, p in enumerate(group)}
+        self.gather_stream = self.zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
 
     def _shard(self, p: ZeroParameter, local: Tensor) -> FlatShard:
         size = p.ds_tensor.ds_numel

@@ -42,6 +42,9 @@ class FSDPEngine(LocalEngine):
     A and B are stored as sharded fp32 masters and gathered in ``param_dtype``. Frozen weights are
     stored in ``dtype``. On a 2-D mesh, each row of ranks shards the full model among its ranks, and
     all rows hold the same values. Grams are summed over one row, gradients over all ranks.
+
+    FSDP lets the gathers of each forward wait for all work before it, so ``order_writes`` has
+    nothing to do.
     """
 
     keeps_whole_weights = False

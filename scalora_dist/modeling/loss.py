@@ -7,9 +7,10 @@ would take 17 GB in float32. Instead, the LM head sums the loss over one chunk o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from scalora_dist.data.prompts import IGNORE
+from scalora_dist.core import host
+from scalora_dist.data.micro_batch import Batch
+from scalora_dist.modeling.padding import whole_rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +60,22 @@ class TargetLoss:
             self.head = cast(LossHead, head)
         self.checked = False
 
-    def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Targets:
-        """Compute the loss of one micro-batch.
+    def __call__(self, module: nn.Module, batch: Batch) -> Targets:
+        """Compute the loss of one micro-batch, on the model's device. The host does not wait.
 
         Args:
             module: the engine's module to call for a forward of the model.
-            batch: the model's inputs, and labels (examples, length) int64, IGNORE where there is no
-                target.
+            batch: the micro-batch.
         """
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if self.head is None:
-            logits = module(**inputs, use_cache=False).logits
-            return target_losses(logits, batch["labels"])
-        with self.head.expecting(batch["labels"]):
-            found = module(**inputs, use_cache=False).logits.flatten()
+            with whole_rows():
+                logits = module(**batch.inputs, use_cache=False).logits
+            return target_losses(logits, batch)
+        with whole_rows(), self.head.expecting(batch):
+            found = module(**batch.inputs, use_cache=False).logits.flatten()
             right = self.head.right
         # A model that changes its logits changes the mark too. The same on all ranks.
-        if not self.checked and (len(found) != 2 or float(found[1].detach()) != MARK):
+        if not self.checked and not _is_marked(found):
             logger.warning("the model changes its logits after the LM head: they are kept whole")
             # To mypy, the class of a LossHead is LossHead or below it.
             self.head.__class__ = nn.Linear  # type: ignore[assignment]
@@ -87,21 +89,21 @@ class LossHead(nn.Linear):
     """An LM head that returns the loss and a mark instead of logits, inside ``expecting``.
 
     Attributes:
-        labels: labels (examples, length) int64 of the current batch; None: return logits.
+        batch: the current batch; None: return logits.
         right: as in ``Targets``, of the latest forward.
     """
 
-    labels: Tensor | None = None
+    batch: Batch | None = None
     right: Tensor | None = None
 
     @contextmanager
-    def expecting(self, labels: Tensor) -> Iterator[None]:
+    def expecting(self, batch: Batch) -> Iterator[None]:
         """Inside it, the forward returns [[[loss, MARK]]] instead of logits, and sets ``right``."""
-        self.labels = labels
+        self.batch = batch
         try:
             yield
         finally:
-            self.labels = self.right = None
+            self.batch = self.right = None
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits, or inside ``expecting`` [[[loss, MARK]]] (1, 1, 2) float32.
@@ -109,14 +111,16 @@ class LossHead(nn.Linear):
         Args:
             input: hidden states (examples, length, width).
         """
-        if self.labels is None:
+        if self.batch is None:
             return super().forward(input)
-        hidden, wanted = _shifted(input, self.labels)
+        hidden, wanted = _predicting(input, self.batch), self.batch.targets
         if self._fits_liger(hidden):
             loss = self._with_liger(hidden, wanted)
         else:
             loss, self.right = self._in_chunks(hidden, wanted)
-        return torch.stack([loss.float(), loss.new_tensor(MARK, dtype=torch.float32)]).view(1, 1, 2)
+        # Filled on the device: a number from the host would make the host wait.
+        mark = loss.new_full((), MARK, dtype=torch.float32)
+        return torch.stack([loss.float(), mark]).view(1, 1, 2)
 
     def _in_chunks(self, hidden: Tensor, wanted: Tensor) -> Targets:
         rows = max(1, CHUNK // self.out_features)
@@ -124,7 +128,9 @@ class LossHead(nn.Linear):
         if len(chunks) == 1 or not torch.is_grad_enabled():
             parts = [self._one(*chunk) for chunk in chunks]
         else:  # the backward computes a chunk's logits again
-            parts = [Targets(*checkpoint(self._one, *c, use_reentrant=False)) for c in chunks]
+            # Nothing random happens in a chunk.
+            again = partial(checkpoint, self._one, use_reentrant=False, preserve_rng_state=False)
+            parts = [Targets(*again(*chunk)) for chunk in chunks]
         loss = torch.stack([part.loss for part in parts]).sum()
         right = [part.right for part in parts if part.right is not None]
         return Targets(loss, torch.cat(right) if right else None)
@@ -146,20 +152,19 @@ class LossHead(nn.Linear):
         return loss(self.weight, hidden, wanted, self.bias)
 
 
-def target_losses(logits: Tensor, labels: Tensor) -> Targets:
-    """The loss from full logits (examples, length, vocabulary); ``labels`` as in ``TargetLoss``."""
-    return _cross_entropy(*_shifted(logits, labels))
+def target_losses(logits: Tensor, batch: Batch) -> Targets:
+    """The loss from a batch's full logits (examples, length, vocabulary)."""
+    return _cross_entropy(_predicting(logits, batch), batch.targets)
 
 
-def _shifted(predicting: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of ``predicting`` one token before each target (targets, …), and the targets.
+def _predicting(states: Tensor, batch: Batch) -> Tensor:
+    """The hidden states or logits (examples, length, …) before each target: (targets, …)."""
+    return states.flatten(0, 1).index_select(0, batch.predicting)
 
-    Args:
-        predicting: hidden states or logits (examples, length, …).
-        labels: labels (examples, length) int64.
-    """
-    counts = labels[:, 1:] != IGNORE
-    return predicting[:, :-1][counts], labels[:, 1:][counts]
+
+def _is_marked(found: Tensor) -> bool:
+    """Whether ``found``, what the model returned, is a loss and the mark."""
+    return len(found) == 2 and host.on_host(float, found[1].detach()) == MARK
 
 
 def _cross_entropy(logits: Tensor, wanted: Tensor) -> Targets:

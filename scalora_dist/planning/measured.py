@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.collate import batch_of
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.profiling.live import LiveBytes, living_tensors
 from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
-from scalora_dist.training.trainer import MicroBatches, Trainer
+from scalora_dist.training.feed import MicroBatches
+from scalora_dist.training.trainer import Trainer
 
 # The first steps are not measured: they create the optimizer's state and record module order.
 TRACKED, COUNTED, ALONE = 2, 3, 4
@@ -43,20 +46,25 @@ class MeasuredTrainer(Trainer):
         super().__init__(*args)
 
     def micro_batches(self, first_step: int) -> MicroBatches:
-        """Random examples of ``max_length`` tokens. One token is padding, so there is a mask.
+        """Random examples of ``max_length`` tokens, of which all but the first are targets.
 
-        They are shorter if the model has no positions for so many tokens.
+        They are shorter if the model has no positions for so many tokens. Where the model needs an
+        attention mask, the last token of each batch is padding: a mask without any is dropped.
         """
+        return MicroBatches(self._random_batches(), self.world.device)
+
+    def _random_batches(self) -> Iterator[Batch]:
         tables = self.feed.tables
         length = tables.longest(self.options.data.max_length)
         shape = self.options.train.per_device_train_batch_size, length
         generator = torch.Generator().manual_seed(self.world.rank)
         while True:
             ids = torch.randint(min(tables.rows, tables.logits), shape, generator=generator)
-            mask = torch.ones_like(ids)
-            mask[-1, -1] = 0
-            labels = ids.masked_fill(mask == 0, IGNORE)
-            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            mask = None
+            if self.feed.collate.masks:
+                mask = torch.ones_like(ids)
+                mask[-1, -1] = 0
+            yield batch_of(ids, ids, mask)
 
     def take_step(self, step: int, *args: Any) -> Any:
         if step == TRACKED:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from scalora_dist.modeling.loss import LossHead
 from scalora_dist.modeling.offloaded_activations import HostCopies, OffloadedActivations
+from scalora_dist.modeling.padding import needs_mask, whole_rows
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from scalora_dist.profiling.live import LiveBytes
 
@@ -63,11 +64,11 @@ class Trace:
 def trace_micro_batch(
     model: PreTrainedModel, examples: int, length: int, *, offloads: bool = False
 ) -> Trace:
-    """Run forward and backward of a model without storage, with an attention mask.
+    """Run forward and backward of a model without storage; with an attention mask if it needs one.
 
-    The activations are those of scaled dot-product attention in its flash form with a mask: a GPU
-    and torch's CPU kernel keep these. Gradients of parameters are not counted, because an engine
-    stores them elsewhere.
+    The activations are those of scaled dot-product attention in its flash form: a GPU and torch's
+    CPU kernel keep these. Gradients of parameters are not counted, because an engine stores them
+    elsewhere.
 
     Args:
         model: the model on the meta device, in the dtypes that an engine computes in. It cannot be
@@ -79,6 +80,7 @@ def trace_micro_batch(
     trace, copies = Trace(), _Uncopied()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(whole_rows())
         _without_storage(model)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -86,7 +88,9 @@ def trace_micro_batch(
         model.train()
         held = [*model.parameters(), *model.buffers()]
         tokens = torch.zeros(examples, length, dtype=torch.int64)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        inputs = {"input_ids": tokens}
+        if needs_mask(model):
+            inputs["attention_mask"] = torch.ones_like(tokens)
         products = stack.enter_context(_Products())
         kernels = stack.enter_context(KernelCount())
         live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))

@@ -19,6 +19,7 @@ from torch import Tensor
 from scalora_dist.config.options import Options
 from scalora_dist.core.rank_sketch import RELATIVE_THRESHOLD
 from scalora_dist.core.scale_solver import Rule, solve
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
@@ -27,7 +28,8 @@ from scalora_dist.methods.rank_monitor import spread_out
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.methods.transform import Transform, TransformReport
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.training.trainer import MicroBatches, Trainer
+from scalora_dist.training.feed import MicroBatches
+from scalora_dist.training.trainer import Trainer
 
 BUDGET_BYTES = 512 * 2**20  # for gradients of frozen weights at one time
 
@@ -143,16 +145,15 @@ class ObservingTrainer(Trainer):
         batch = list(islice(micro_batches, self.options.train.gradient_accumulation_steps))
         if step % self.every == 0:
             self._measure(step, batch)
-        return super().take_step(step, iter(batch))
+        return super().take_step(step, MicroBatches(iter(batch), self.world.device))
 
-    def _measure(self, step: int, batch: Sequence[dict[str, Tensor]]) -> None:
-        targets, device = self.feed.batches.target_tokens(step), self.world.device
+    def _measure(self, step: int, batch: Sequence[Batch]) -> None:
+        targets = self.feed.batches.target_tokens(step)
 
         def losses() -> Iterator[Tensor]:
-            for inputs in batch:
+            for micro_batch in batch:
                 self.watchdog.at(f"the gradients of step {step + 1}")
-                moved = {name: value.to(device) for name, value in inputs.items()}
-                yield self.loss(self.model, moved).loss / targets
+                yield self.loss(self.model, micro_batch).loss / targets
 
         for name, gradient in weight_gradients(
             self.model,

@@ -12,9 +12,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scalora_dist.core import host
 from scalora_dist.data.batches import eval_batches
 from scalora_dist.data.collate import Collator, PaddedExamples
-from scalora_dist.data.prompts import IGNORE
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import TargetLoss, Targets
 
@@ -48,7 +49,7 @@ def evaluate(
 
     Exact match needs no generation. Greedy decoding produces an example's targets exactly if, with
     teacher forcing, the argmax at each target position is the target. Leaves the module in training
-    mode.
+    mode. The host waits for the device once, at the end.
 
     Args:
         batch_size: examples per rank and batch.
@@ -57,31 +58,33 @@ def evaluate(
     """
     examples = PaddedExamples(dataset)
     batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, targets, exact matches
+    device = world.device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, exact matches
+    targets = 0
     module.eval()
     for batch in tqdm(batches, "evaluating", disable=None if world.is_main else True, leave=False):
         each_batch()
-        tensors = collate([examples[i] for i in batch])
-        inputs = {name: tensor.to(world.device) for name, tensor in tensors.items()}
-        found = loss(module, inputs)
+        inputs = collate([examples[i] for i in batch])
         # A truncated example is never an exact match: some of its targets were cut off.
-        whole = [i is not None and not dataset[i]["truncated"] for i in batch]
-        totals += _totals(found, inputs["labels"], torch.tensor(whole).to(world.device)).cpu()
+        whole = torch.tensor([i is not None and not dataset[i]["truncated"] for i in batch])
+        inputs, whole = inputs.to(device), host.to_device(whole, device)
+        totals += _totals(loss(module, inputs), inputs, whole)
+        targets += len(inputs.targets)
     module.train()
-    total, targets, matches = world.sum(*totals.tolist())
-    return Evaluation(total / targets, matches / len(dataset), len(dataset))
+    total, matches, count = world.sum(*totals, targets)
+    return Evaluation(total / count, matches / len(dataset), len(dataset))
 
 
-def _totals(found: Targets, labels: Tensor, whole: Tensor) -> Tensor:
-    """(3,) float64: summed loss, number of target tokens, number of exact matches.
+def _totals(found: Targets, batch: Batch, whole: Tensor) -> Tensor:
+    """(2,) float64: summed loss, number of exact matches.
 
     Args:
-        labels: (examples, length) int64.
         whole: (examples,) bool: False for examples that cannot count as a match.
     """
-    counts = labels[:, 1:] != IGNORE
-    right = torch.ones_like(counts)
     assert found.right is not None
-    right[counts] = found.right
-    matches = (right.all(1) & whole).sum()
-    return torch.stack([found.loss.double(), counts.sum().double(), matches.double()])
+    examples, length = batch.input_ids.shape
+    example = batch.predicting // length  # of each target
+    wrong = torch.zeros(examples, dtype=torch.int64, device=whole.device)
+    wrong.index_add_(0, example, (~found.right).long())
+    matches = ((wrong == 0) & whole).sum()
+    return torch.stack([found.loss.double(), matches.double()])

@@ -11,11 +11,11 @@ from statistics import median
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scalora_dist.config.options import Options
-from scalora_dist.data.prompts import IGNORE
+from scalora_dist.core import host
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.errors import UserError
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.runner import MethodRunner
@@ -40,12 +40,8 @@ class Profile(Clock):
     def start(self, step: int) -> None:
         """Called when step ``step``, counted from 1, begins."""
 
-    def forward(self, batch: Mapping[str, Tensor]) -> None:
-        """Called when the forward of a micro-batch begins.
-
-        Args:
-            batch: input_ids and labels, (examples, length) int64.
-        """
+    def forward(self, batch: Batch) -> None:
+        """Called when the forward of a micro-batch begins."""
         self.begin("forward")
 
     def finish(self, tokens: int) -> dict[str, Any]:
@@ -151,11 +147,10 @@ class StepProfile(Profile):
         if peak is not None:
             self.peaks[part] = max(peak, self.peaks.get(part, 0))
 
-    def forward(self, batch: Mapping[str, Tensor]) -> None:
+    def forward(self, batch: Batch) -> None:
         if self.flops:
-            targets = int((batch["labels"][:, 1:] != IGNORE).sum())
-            examples, length = batch["input_ids"].shape
-            self.work += self.flops.step(examples, length, targets)
+            examples, length = batch.input_ids.shape
+            self.work += self.flops.step(examples, length, len(batch.targets))
         super().forward(batch)
 
     def finish(self, tokens: int) -> dict[str, Any]:
@@ -204,7 +199,8 @@ class StepProfile(Profile):
         row = [value for group in numbers.values() for value in group.values()]
         rows = self.world.gather_rows(torch.tensor([row], dtype=torch.float64))
         found = []
-        for values in (rows.mean(0).tolist(), rows.amax(0).tolist()):
+        both = host.on_host(lambda rows: (rows.mean(0).tolist(), rows.amax(0).tolist()), rows)
+        for values in both:
             value = iter(values)
             found.append({key: {n: next(value) for n in group} for key, group in numbers.items()})
         return found[0], found[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from scalora_dist.modeling.load import read_base_model
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.training.build_model import build_model, check_same_attention
 from scalora_dist.training.evaluate import Evaluation, evaluate
-from scalora_dist.training.feed import DataFeed
+from scalora_dist.training.feed import DataFeed, MicroBatches
 from scalora_dist.training.optimizer import make_schedule
 from scalora_dist.training.progress import Progress
 from scalora_dist.training.resolve import resolve
@@ -43,8 +43,6 @@ from scalora_dist.training.step_profile import make_profile
 from scalora_dist.training.upload import prepare_upload
 
 logger = logging.getLogger(__name__)
-
-MicroBatches = Iterator[dict[str, Tensor]]
 
 
 class Trainer:
@@ -115,6 +113,7 @@ class Trainer:
         check_same_attention(base, world)
         self.engine = make_engine()
         self.model = build_model(options, base, method, self.engine, self.saved_adapter)
+        self.feed.fit(self.model)
         self.loss = TargetLoss(self.model)
         self.runner = MethodRunner(method, self.engine, options)
         logger.info(
@@ -332,30 +331,31 @@ class Trainer:
 
     def _accumulate(
         self, step: int, targets: int, micro_batches: MicroBatches
-    ) -> tuple[Tensor, Tensor]:
-        """Run forward and backward of a step's micro-batches.
+    ) -> tuple[Tensor, int]:
+        """Run forward and backward of a step's micro-batches. The host does not wait for them.
 
         Args:
             targets: number of target tokens in the global batch.
 
         Returns:
-            this rank's summed loss, float64, and its number of tokens, int64; both scalars.
+            this rank's summed loss, a float64 scalar on its device, and its number of tokens.
         """
-        device = self.world.device
         accumulation = self.options.train.gradient_accumulation_steps
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        tokens = torch.zeros((), dtype=torch.int64, device=device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        tokens = 0
         for micro_step in range(accumulation):
             self.watchdog.at(f"step {step + 1}")
             self.profile.begin("data")
-            batch = {k: v.to(device) for k, v in next(micro_batches).items()}
+            batch = next(micro_batches)
             self.profile.forward(batch)
             loss = self.loss(self.engine.module, batch).loss
             self.profile.begin("backward")
             # The sum over ranks and micro-batches of these is the mean over all target tokens.
             self.engine.backward(loss / targets, last=micro_step == accumulation - 1)
             loss_sum += loss.detach()
-            tokens += batch["attention_mask"].sum()
+            tokens += batch.tokens
+            self.profile.begin("data")
+            micro_batches.load_next()
         return loss_sum, tokens
 
     def _describe(self, step: int, loss: float) -> dict[str, Any]:

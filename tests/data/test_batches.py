@@ -91,7 +91,7 @@ def test_target_tokens_is_what_the_micro_batches_hold(
             collate_fn=Collator(tokenizer, len(tokenizer)),
         )
         for number, batch in enumerate(islice(loader, 4 * g)):
-            held[number // g] += int((batch["labels"][:, 1:] != IGNORE).sum())
+            held[number // g] += len(batch.targets)
     assert held == {step: batches.target_tokens(step) for step in range(4)}
     assert len(set(held.values())) > 1
 
@@ -100,19 +100,41 @@ def test_collator_pads_right_with_eos_and_hides_it(
     data: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert tokenizer.pad_token_id is None and tokenizer.padding_side == "left"
-    short, long = data[0], data[16]
+    short, long = data[3], data[16]
     batch = Collator(tokenizer, len(tokenizer))([short, long])
     size = len(short["input_ids"])
-    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
-        ("input_ids", "attention_mask", "labels"), torch.int64
-    )
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, len(long["input_ids"]))}
-    assert batch["input_ids"][0, :size].tolist() == short["input_ids"]
-    assert batch["labels"][0, :size].tolist() == short["labels"]
-    assert set(batch["input_ids"][0, size:].tolist()) == {tokenizer.eos_token_id}
-    assert set(batch["labels"][0, size:].tolist()) == {IGNORE}
-    assert batch["attention_mask"][0].tolist() == [1] * size + [0] * (len(long["input_ids"]) - size)
-    assert batch["attention_mask"][1].all()
+    ids, mask, length = batch.input_ids, batch.attention_mask, len(long["input_ids"])
+    assert mask is not None
+    for tensor in (ids, mask, batch.predicting, batch.targets):
+        assert tensor.dtype == torch.int64
+    assert ids.shape == mask.shape == (2, length)
+    assert ids[0, :size].tolist() == short["input_ids"]
+    assert set(ids[0, size:].tolist()) == {tokenizer.eos_token_id}
+    assert mask[0].tolist() == [1] * size + [0] * (length - size)
+    assert mask[1].all()
+    assert batch.tokens == size + length
+    targets = [
+        (row * length + k - 1, label)
+        for row, example in enumerate((short, long))
+        for k, label in enumerate(example["labels"])
+        if k > 0 and label != IGNORE
+    ]
+    assert list(zip(batch.predicting.tolist(), batch.targets.tolist(), strict=True)) == targets
+    assert len(targets) < size + length - 2
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_columns_of_arrays_give_the_same_batch(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, masks: bool
+) -> None:
+    collate = Collator(tokenizer, len(tokenizer), masks=masks)
+    arrays = data.with_format("numpy", columns=["input_ids", "labels"])
+    one, other = (collate([rows[3], rows[9]]) for rows in (data, arrays))
+    assert list(one.inputs) == (["input_ids", "attention_mask"] if masks else ["input_ids"])
+    for name, tensor in one.inputs.items():
+        assert torch.equal(tensor, other.inputs[name])
+    assert torch.equal(one.predicting, other.predicting) and one.tokens == other.tokens
+    assert torch.equal(one.targets, other.targets) and one.targets.dtype == other.targets.dtype
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -139,6 +161,6 @@ def test_pad_examples_count_for_nothing(data: Dataset, tokenizer: PreTrainedToke
                 collate_fn=Collator(tokenizer, len(tokenizer)),
             )
             for batch in loader:
-                assert batch["attention_mask"].sum(1).min() > 0
-                held += int((batch["labels"][:, 1:] != IGNORE).sum())
+                assert batch.attention_mask.sum(1).min() > 0
+                held += len(batch.targets)
         assert held == total

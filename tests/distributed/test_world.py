@@ -65,3 +65,9 @@ def test_where_nothing_can_be_written(ranks: Any, tmp_path: Path) -> None:
 
 def test_reductions(ranks: Any) -> None:
     assert ranks(3).run(world_work.reductions) == [[3.0, 3.0, 2.0, 0.0]] * 3
+
+
+def test_tensors_are_summed_without_being_read(ranks: Any) -> None:
+    for found, reads, waits in ranks(3).run(world_work.mixed_reduction):
+        assert found == [3.0, 1.5, 1.0, 3.0, 0.75]
+        assert reads == [] and waits == 1

@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from scalora_dist.data.collate import batch_of
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import loss
@@ -53,17 +55,16 @@ def model_of(kind: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIGS[kind]).float()
 
 
-def batch_of(examples: int = 3, length: int = 11) -> dict[str, Tensor]:
-    """Targets here and there, and an example that has none."""
-    ids = torch.randint(1, 97, (examples, length), generator=torch.Generator().manual_seed(1))
+def a_batch(*, targets: bool = True) -> Batch:
+    """Targets here and there, and an example that has none; or no targets at all."""
+    ids = torch.randint(1, 97, (3, 11), generator=torch.Generator().manual_seed(1))
     labels = ids.masked_fill(ids % 3 == 0, IGNORE)
-    labels[1] = IGNORE
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    labels[1 if targets else slice(None)] = IGNORE
+    return batch_of(ids, labels, torch.ones_like(ids))
 
 
-def plain(model: PreTrainedModel, batch: dict[str, Tensor]) -> Targets:
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return target_losses(model(**inputs).logits, batch["labels"])
+def plain(model: PreTrainedModel, batch: Batch) -> Targets:
+    return target_losses(model(**batch.inputs).logits, batch)
 
 
 @pytest.mark.floors
@@ -73,7 +74,7 @@ def test_chunks_give_what_whole_logits_give(
     kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK", rows * 97)
-    model, batch = model_of(kind), batch_of()
+    model, batch = model_of(kind), a_batch()
     other = copy.deepcopy(model)
     expected = plain(other, batch)
     (0.37 * expected.loss).backward()
@@ -90,12 +91,11 @@ def test_chunks_give_what_whole_logits_give(
     assert torch.equal(found.right, expected.right)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
     # Whoever asks for logits gets them still.
-    assert torch.equal(model(batch["input_ids"]).logits, other(batch["input_ids"]).logits)
+    assert torch.equal(model(batch.input_ids).logits, other(batch.input_ids).logits)
 
 
 def test_a_model_that_changes_its_logits_is_found_out_without_targets_too() -> None:
-    model, batch = model_of("softcapped"), batch_of()
-    batch["labels"].fill_(IGNORE)
+    model, batch = model_of("softcapped"), a_batch(targets=False)
     chunked = TargetLoss(model)
     with tiny_runs.warnings_of() as heard:
         found = chunked(model, batch)
@@ -123,21 +123,20 @@ def test_ligers_kernel_is_called_rightly(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", kernels)
     monkeypatch.setattr(loss, "is_liger_kernel_available", lambda: True)
     monkeypatch.setattr(loss, "FOR_LIGER", "cpu")
-    model, batch = model_of("tied"), batch_of()
+    model, batch = model_of("tied"), a_batch()
     expected, found = plain(copy.deepcopy(model), batch), TargetLoss(model)(model, batch)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
-    batch["labels"].fill_(IGNORE)
-    assert float(TargetLoss(model)(model, batch).loss.detach()) == 0
+    assert float(TargetLoss(model)(model, a_batch(targets=False)).loss.detach()) == 0
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 10 * 97)
     head = nn.Linear(8, 97).requires_grad_(False)
     hidden = torch.randn(40, 51, 8, requires_grad=True)
-    labels = torch.randint(97, (40, 51))
+    ids = torch.randint(97, (40, 51))
     head.__class__ = LossHead
     assert isinstance(head, LossHead)
-    with LiveBytes() as live, head.expecting(labels):
+    with LiveBytes() as live, head.expecting(batch_of(ids, ids)):
         head(hidden)[0, 0, 0].backward()
     # Half of whole logits, most of it hidden states and their gradients; plain they live 3 times.
     assert 0 < live.most < 4 * 97 * 40 * 50 / 2

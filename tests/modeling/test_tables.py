@@ -175,4 +175,4 @@ def test_the_padding_has_a_row(pad: int, eos: int, rows: int, padding: int) -> N
     tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([pad, eos])
     short, long = ({"input_ids": [3] * n, "labels": [3] * n} for n in (1, 3))
     batch = Collator(tokenizer, rows)([short, long])
-    assert batch["input_ids"][0].tolist() == [3, padding, padding]
+    assert batch.input_ids[0].tolist() == [3, padding, padding]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
@@ -56,14 +57,14 @@ class Checked(ObservingTrainer):
 
         rescaler.grams = note  # type: ignore[method-assign]
 
-    def _measure(self, step: int, batch: Sequence[dict[str, Tensor]]) -> None:
+    def _measure(self, step: int, batch: Sequence[Batch]) -> None:
         super()._measure(step, batch)
         targets = self.feed.batches.target_tokens(step)
         for name in self.chosen:
             weight = self.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.requires_grad_(True)
-            losses = torch.stack([self.loss(self.model, inputs).loss for inputs in batch])
+            losses = torch.stack([self.loss(self.model, part).loss for part in batch])
             (gradient,) = torch.autograd.grad(losses.sum() / targets, weight)
             self.dense.append((step, name, gradient))
             weight.requires_grad_(False)

@@ -119,8 +119,7 @@ def loss_on_held_out(case: dict[str, Any], model: Path) -> float:
     with torch.no_grad():
         for i in range(len(data)):
             batch = collate([examples[i]])
-            labels = batch.pop("labels")
-            total += float(target_losses(loaded(**batch).logits, labels).loss)
+            total += float(target_losses(loaded(**batch.inputs).logits, batch).loss)
             targets += data[i]["target_tokens"]
     return total / targets
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.training.feed import DataFeed
+from scalora_dist.training.feed import DataFeed, MicroBatches
 from scalora_dist.training.resolve import resolve_batch
 from tests.support import runs, tiny_models, tiny_runs
+from tests.support.host_reads import HostReads
 from tests.support.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]
@@ -103,3 +105,30 @@ def test_chats_are_said_in_the_log_and_the_summary(
     ((_, summary, warned),) = ranks(1).run(tiny_runs.train, case)
     assert summary["chat_turns"] == {"each": 6} and summary["steps"] == 6
     assert [line for line in warned if "not used" in line] == ["in the data, but not used: source"]
+
+
+def reads_of_a_step(world: World, case: dict[str, Any]) -> tuple[list[str], bool]:
+    """What the host reads in a step's forwards and backwards; whether each batch came once."""
+    trainer = runs.make(world, case)
+    accumulation = trainer.options.train.gradient_accumulation_steps
+    # Padding them reads their values, on the CPU.
+    padded = list(islice(trainer.start(), 2 * accumulation + 1))
+    micro_batches = MicroBatches(iter(padded), world.device)
+    trainer.engine.module.train()
+    targets = trainer.feed.batches.target_tokens(0)
+    trainer._accumulate(0, targets, micro_batches)  # the first forward reads the mark
+    with HostReads() as reads:
+        trainer._accumulate(1, targets, micro_batches)
+    trainer.close()
+    micro_batches.load_next()  # again, for nothing
+    return reads.found, [x.input_ids is padded[-1].input_ids for x in micro_batches] == [True]
+
+
+@pytest.mark.parametrize(("size", "engine"), [(1, "local"), (2, "fsdp")])
+def test_the_host_reads_nothing_while_the_device_computes(
+    ranks: GetRanks, task: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    """A wait of the host in each micro-batch would leave a GPU idle."""
+    case = tiny_runs.options(task, tmp_path / "run", engine, gradient_checkpointing=True)
+    for reads, once in ranks(size).run(reads_of_a_step, case):
+        assert reads == [] and once

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_liger_kernel_available
 
+from scalora_dist.data.collate import batch_of
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.modeling import loss as loss_module
 from scalora_dist.modeling.loss import LossHead, target_losses
 from scalora_dist.profiling.memory import restart_peak
@@ -26,12 +28,12 @@ from tools.gpu.part import run_part
 SHAPE, SMOKE_SHAPE = (8, 256), (2, 16)  # examples and tokens of a micro-batch
 
 
-def loss_of(way: str, head: LossHead, hidden: Tensor, labels: Tensor) -> Tensor:
+def loss_of(way: str, head: LossHead, hidden: Tensor, batch: Batch) -> Tensor:
     """The summed loss by Liger, in chunks, or from full logits."""
     if way == "full logits":
-        return target_losses(head(hidden), labels).loss
+        return target_losses(head(hidden), batch).loss
     kind = loss_module.FOR_LIGER if way == "Liger" else ""
-    with patch.object(loss_module, "FOR_LIGER", kind), head.expecting(labels):
+    with patch.object(loss_module, "FOR_LIGER", kind), head.expecting(batch):
         return head(hidden).flatten()[0]
 
 
@@ -43,7 +45,8 @@ def measure(file: Path, *, smoke: bool) -> None:
     head: Any = nn.Linear(width, vocabulary, bias=False, dtype=torch.bfloat16, device=device)
     head.requires_grad_(False)
     head.__class__ = LossHead
-    labels = torch.randint(vocabulary, shape, device=device)
+    ids = torch.randint(vocabulary, shape)
+    batch = batch_of(ids, ids).to(device)
     hidden = torch.randn(*shape, width, dtype=torch.bfloat16, device=device).requires_grad_()
     ways = ["chunks", "full logits"]
     if device.type == "cuda" and is_liger_kernel_available():
@@ -53,7 +56,7 @@ def measure(file: Path, *, smoke: bool) -> None:
 
         def work(way: str = way) -> None:
             hidden.grad = None
-            loss_of(way, head, hidden, labels).backward()
+            loss_of(way, head, hidden, batch).backward()
 
         work()
         restart_peak(device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from scalora_dist.data.collate import PaddedExamples
+from scalora_dist.data.collate import Collator, PaddedExamples
+from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import Targets
 
@@ -25,9 +25,9 @@ class SamplePass:
 
     def __init__(
         self,
-        loss: Callable[[dict[str, Tensor]], Targets],
+        loss: Callable[[Batch], Targets],
         data: Dataset,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+        collate: Collator,
         world: World,
         *,
         count: int,
@@ -35,7 +35,7 @@ class SamplePass:
     ) -> None:
         """
         Args:
-            loss: the loss of a batch (token ids, attention mask and labels), summed over targets.
+            loss: the loss of a batch, summed over its targets.
             data: the tokenized examples to choose from.
             collate: makes a padded batch of examples.
             world: the ranks.
@@ -53,6 +53,5 @@ class SamplePass:
 
     def __call__(self) -> Iterator[Tensor]:
         for i in self.mine:
-            tensors = self.collate([self.examples[i]])
-            tensors = {name: tensor.to(self.world.device) for name, tensor in tensors.items()}
-            yield self.loss(tensors).loss / self.targets
+            batch = self.collate([self.examples[i]]).to(self.world.device)
+            yield self.loss(batch).loss / self.targets

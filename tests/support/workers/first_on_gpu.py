@@ -16,6 +16,7 @@ from scalora_dist.config.method import MergeRounding
 from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.core.split_precision import join_halves
+from scalora_dist.data.collate import batch_of
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards
@@ -172,15 +173,17 @@ def liger(world: World) -> dict[str, float]:
     head.requires_grad_(False)
     head.__class__ = LossHead
     assert isinstance(head, LossHead)
-    labels = torch.randint(4099, (4, 96), device=world.device)
+    ids = torch.randint(4099, (4, 96))
+    labels = ids.clone()
     labels[:, :9] = IGNORE
+    batch = batch_of(ids, labels).to(world.device)
     hidden = torch.randn(4, 96, 256, device=world.device).bfloat16()
     found = []
     for device_type in ("cuda", "no device"):
         before, loss_module.FOR_LIGER = loss_module.FOR_LIGER, device_type
         states = hidden.clone().requires_grad_()
         try:
-            with head.expecting(labels):
+            with head.expecting(batch):
                 loss = head(states)[0, 0, 0]
                 assert (head.right is None) and loss.requires_grad
             loss.backward()

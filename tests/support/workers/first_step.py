@@ -19,6 +19,7 @@ from scalora_dist.model_io.parameters import EngineParameters
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
+from tests.support.batches import arrays
 
 Batch = dict[str, np.ndarray]
 
@@ -81,8 +82,7 @@ def start(world: World, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def together(trainer: Trainer, indices: list[int]) -> Batch:
-    batch = trainer.feed.collate([trainer.feed.data.train[i] for i in indices])
-    return {name: tensor.numpy() for name, tensor in batch.items()}
+    return arrays(trainer.feed.collate([trainer.feed.data.train[i] for i in indices]))
 
 
 def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.methods.init.gradients import weight_gradients
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
+from tests.support.batches import arrays
 
 Rows = dict[str, tuple[int, tuple[int, int], np.ndarray]]  # name: (offset, shape, flat range)
 
@@ -108,7 +109,7 @@ def gradients(
             Found(
                 rows=rows,
                 batches=[
-                    {key: tensor.numpy() for key, tensor in batch.items()}
+                    arrays(batch)
                     for batch in itertools.islice(trainer.micro_batches(0), micro_batches)
                 ],
                 forwards=len(forwards),

@@ -6,13 +6,19 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from scalora_dist.checkpoint import storage
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.training import TrainArguments
+from scalora_dist.core import host
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.training.saving import check_shared
+from tests.support.host_reads import HostReads
 
 
 def on_nodes(world: World, ranks_of_each: int) -> tuple[World, int]:
@@ -75,3 +81,19 @@ def output_dirs(world: World, folders: list[Path], save_steps: int) -> str:
 
 def reductions(world: World) -> list[float]:
     return [*world.sum(world.rank, 1), *world.max(world.rank, -world.rank)]
+
+
+def mixed_reduction(world: World) -> tuple[list[float], list[str], int]:
+    """Sums of numbers and tensors; what the host read besides; how often it waited."""
+    rank = torch.tensor(world.rank)
+    waits: list[int] = []
+    plain = host.on_host
+
+    def counted(work: Any, *tensors: Any) -> Any:
+        waits.append(1)
+        return plain(work, *tensors)
+
+    with pytest.MonkeyPatch.context() as patch, HostReads() as reads:
+        patch.setattr(host, "on_host", counted)
+        found = world.sum(rank.double(), 0.5, rank > 1, True, rank.float() / 4)
+    return found, reads.found, len(waits)
