@@ -28,12 +28,12 @@ from scalora_dist.config.words import Parser
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.planning.arguments import config_folder
-from scalora_dist.planning.kernel_counts import method_counts, optimizer_counts
 from scalora_dist.planning.plan import pick_residency
 from scalora_dist.planning.traced_model import trace_frozen_model, trace_model
 from scalora_dist.profiling.kernels import Counts
 from scalora_dist.training.resolve import resolve
 from scalora_dist.training.run_log import write_json
+from tools.fake_gpu.counts import method_counts, optimizer_counts
 
 ENGINES: dict[str, list[str]] = {
     "local": [],

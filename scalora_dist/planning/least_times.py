@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.planning.arguments import PlanArguments
-from scalora_dist.planning.kernel_counts import (
-    LAUNCH_SECONDS,
-    method_counts,
-    optimizer_counts,
-)
+from scalora_dist.planning.launches import LAUNCH_SECONDS
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.residency import Message, others
 from scalora_dist.profiling.gpus import GPUS
@@ -48,9 +44,6 @@ class LeastTimes:
 def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
     gpu = GPUS[where.gpu]
     times = [_seconds(message, where) for message in plan.messages]
-    step = plan.options.train.gradient_accumulation_steps * plan.kernels.total
-    step += optimizer_counts(plan.options, plan.shapes, plan.world).total
-    rescale = method_counts(plan.options, plan.shapes, plan.world).values()
     return LeastTimes(
         compute=plan.flops / (gpu.tflops * 1e12),
         memory=plan.reads / gpu.bandwidth,
@@ -59,8 +52,8 @@ def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
         rescale=max(
             map(sum, zip(*(_seconds(m, where) for m in plan.rescale), strict=True)), default=0
         ),
-        launches=LAUNCH_SECONDS * step,
-        rescale_launches=LAUNCH_SECONDS * sum(counts.total for counts in rescale),
+        launches=LAUNCH_SECONDS * plan.launches,
+        rescale_launches=LAUNCH_SECONDS * plan.rescale_launches,
     )
 
 

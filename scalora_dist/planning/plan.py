@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from scalora_dist.config.options import Options
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.host_pieces import SLOT_BYTES, SLOTS
 from scalora_dist.core.layout import BATCH_ELEMENTS, GATHER_BUCKET_BYTES
 from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
 from scalora_dist.modeling.load import BaseModelSpec
+from scalora_dist.planning.launches import BESIDE_MERGES, optimizer_launches
 from scalora_dist.planning.residency import Held, LocalResidency, Message, Residency, others
 from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
-from scalora_dist.profiling.kernels import Counts
 
 GIB = 2**30
 SUMMED = "A and B, summed"
@@ -52,8 +53,8 @@ class Plan:
         flops: floating-point operations of a rank's step, recomputation included.
         reads: bytes of weights that the products of a rank's step read.
         trained: number of trained elements of the full model.
-        kernels: what a GPU does in forward and backward of one micro-batch.
-        shapes: (m, n) of the weight of each layer with factors A and B.
+        launches: kernels of a step without a rescale that the host launches, at least.
+        rescale_launches: kernels of a rescale that it launches, at least; 0 if there is none.
     """
 
     options: Options
@@ -65,8 +66,8 @@ class Plan:
     flops: float
     reads: float
     trained: int
-    kernels: Counts
-    shapes: list[tuple[int, int]]
+    launches: int
+    rescale_launches: int
 
     @property
     def gathered(self) -> float:
@@ -163,9 +164,20 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         flops=micro_batches * traced.trace.flops,
         reads=micro_batches * passes * matrices,
         trained=sum(w.numel for w in weights if w.trained),
-        kernels=traced.trace.kernels,
-        shapes=traced.shapes,
+        launches=_launches(options, residency, traced),
+        rescale_launches=len(traced.shapes) + BESIDE_MERGES if options.method.merge_target else 0,
     )
+
+
+def _launches(options: Options, residency: Residency, traced: Traced) -> int:
+    """Kernels of a step without a rescale. Compiled blocks launch fewer: theirs are not counted."""
+    trained = [weight.numel for weight in traced.weights if weight.trained]
+    if residency.steps_a_buffer:
+        trained = [sum(trained)]
+    optimizer = optimizer_launches([ceil_div(numel, residency.ranks) for numel in trained])
+    if options.train.torch_compile:
+        return optimizer
+    return options.train.gradient_accumulation_steps * traced.trace.kernels.total + optimizer
 
 
 def _logits(events: Sequence[Event], worst: int, head: str) -> int:

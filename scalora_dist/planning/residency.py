@@ -85,9 +85,11 @@ class Residency(ABC):
         ranks: number of ranks over which a weight is sharded, or from which it is gathered.
         world: world size.
         cuts_a_buffer: whether the trained parameters are cut as one buffer (ZeRO-1 and 2).
+        steps_a_buffer: whether the optimizer steps one buffer, and not each parameter (ZeRO).
     """
 
     cuts_a_buffer = False
+    steps_a_buffer = False
 
     def __init__(self, world: int) -> None:
         self.world = self.ranks = world

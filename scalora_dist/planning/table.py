@@ -91,7 +91,8 @@ def as_json(plan: Plan, times: LeastTimes, fits: bool) -> dict[str, Any]:
         "rescale_received_bytes": {m.what: m.received for m in plan.rescale},
         "flops": plan.flops,
         "trained_parameters": plan.trained,
-        "kernels": plan.kernels.total,
+        "launches": plan.launches,
+        "rescale_launches": plan.rescale_launches,
         "least_seconds": {**vars(times), "step": times.step},
     }
 

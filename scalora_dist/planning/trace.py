@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from scalora_dist.modeling.loss import LossHead
 from scalora_dist.modeling.offloaded_activations import HostCopies, OffloadedActivations
 from scalora_dist.modeling.padding import needs_mask, whole_rows
+from scalora_dist.profiling.flops import FORMULAS
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from scalora_dist.profiling.live import LiveBytes
 
@@ -154,8 +154,8 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = _SAME_FLOPS.get(func._overloadpacket, func._overloadpacket)
-        if packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if packet in FORMULAS:
+            self.total += FORMULAS[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
 

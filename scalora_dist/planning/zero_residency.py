@@ -29,6 +29,7 @@ class ZeroResidency(Residency):
         zero = config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
         self.cuts_a_buffer = self.stage in (1, 2)
+        self.steps_a_buffer = self.stage > 0
         self.bucket = int(zero.get("reduce_bucket_size", 5e8))
         self.overlaps = bool(zero.get("overlap_comm", self.stage == 3))
         self.contiguous = bool(zero.get("contiguous_gradients", True))

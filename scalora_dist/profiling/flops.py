@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import PreTrainedModel
 
+aten = torch.ops.aten
+# Of products: torch's, and one that it has no formula for.
+FORMULAS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
 LENGTHS = (64, 128)  # tokens of the counted examples; any two lengths would do
 
 
@@ -73,9 +76,9 @@ def _count(model: nn.Module, examples: int, length: int) -> tuple[int, int]:
     """FLOPs of the forward and of the backward."""
     tokens = torch.zeros(examples, length, dtype=torch.int64, device="meta")
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    with FlopCounterMode(display=False) as forward:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward:
         loss = model(**batch, use_cache=False).logits.float().sum()
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
         loss.backward()
     for parameter in model.parameters():
         parameter.grad = None

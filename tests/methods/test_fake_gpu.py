@@ -11,11 +11,11 @@ from torch import Tensor
 
 from scalora_dist.core import host
 from scalora_dist.core.flat_shard import FlatShard
-from scalora_dist.planning.fake_layers import SHARDINGS, Sharding, fake_layers, ranges_of
 from scalora_dist.profiling.clock import Clock
-from scalora_dist.profiling.fake_gpu import CUDA, fake_gpu
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from tests.support.fake_gpu import RULES, SHAPES, WALKS, walk
+from tools.fake_gpu.device import CUDA, fake_gpu
+from tools.fake_gpu.layers import SHARDINGS, Sharding, fake_layers, ranges_of
 
 # Times that the host waits in one run of each method, for any number of layers.
 WAITS = {

@@ -17,15 +17,15 @@ from scalora_dist.methods.lora_pro import LoraPro
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.relora import ReloraRestart
 from scalora_dist.methods.scalora import Rescaler
-from scalora_dist.planning.fake_layers import (
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.kernels import Counts, KernelCount
+from tools.fake_gpu.device import fake_gpu
+from tools.fake_gpu.layers import (
     Sharding,
     ShardsEngine,
     fake_layers,
     known_ranges,
 )
-from scalora_dist.profiling.clock import Clock
-from scalora_dist.profiling.fake_gpu import fake_gpu
-from scalora_dist.profiling.kernels import Counts, KernelCount
 
 RANK = 4
 SHAPES = [(48, 32), (32, 32), (25, 32)]  # of one block; the last has no whole share on 8 ranks

@@ -12,12 +12,12 @@ import pytest
 from safetensors import safe_open
 
 from scalora_dist.checkpoint.parts import Stager
-from scalora_dist.planning.fake_layers import known_ranges
-from scalora_dist.profiling.fake_gpu import fake_gpu
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs, tiny_runs
 from tests.support.tiny_models import save_task
+from tools.fake_gpu.device import fake_gpu
+from tools.fake_gpu.layers import known_ranges
 
 # Options that a method does not read, or that have other values for it.
 OWN: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""What a plan counts on a fake GPU, against the walks of the same code and against small models."""
+"""Counts of a step on a fake GPU, against small models, and what a plan takes of them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from scalora_dist.config.options import Options
 from scalora_dist.config.parser import parse_options
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.planning.arguments import PlanArguments
-from scalora_dist.planning.kernel_counts import (
-    LAUNCH_SECONDS,
-    method_counts,
-    optimizer_counts,
-    sharding_of,
-)
+from scalora_dist.planning.launches import BESIDE_MERGES, LAUNCH_SECONDS
 from scalora_dist.planning.least_times import least_times_of
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.traced_model import trace_frozen_model, trace_model
 from scalora_dist.training.resolve import resolve
 from tests.support import runs, tiny_runs
 from tests.support.tiny_models import save_task
+from tools.fake_gpu.counts import (
+    method_counts,
+    optimizer_counts,
+    sharding_of,
+)
 
 SHAPES = [(48, 32), (32, 32), (25, 32)]
 SHARDINGS = {"local": "local", "zero0": "local", "zero2": "zero1", "zero3": "zero3", "fsdp": "fsdp"}
@@ -88,15 +88,22 @@ def test_the_adapters_kernels_are_those_that_the_frozen_model_has_not(
     assert traced.trace.kernels.waits == 0 and added.read > 0
 
 
-def test_the_least_times_have_the_launches(task: Path, tmp_path: Path) -> None:
+def test_a_plan_takes_the_counts(task: Path, tmp_path: Path) -> None:
+    """Of the optimizer exactly; of a rescale no more than the walk counts."""
     where = PlanArguments(nodes=1, gpus_per_node=2)
     words = runs.words(tiny_runs.options(task, tmp_path / "run", "zero3", train_batch_size=12))
     planner = Planner(parse_options(words), where)
     plan = planner.plan(planner.options, 2)
-    times, micro_batches = least_times_of(plan, where), 2
-    counts = optimizer_counts(plan.options, plan.shapes, 2)
-    expected = micro_batches * plan.kernels.total + counts.total
-    assert times.launches == pytest.approx(LAUNCH_SECONDS * expected)
+    options = plan.options
+    base = read_base_model(options.model, options.train.dtype, torch.device("meta"))
+    traced = trace_model(options, base, torch.float32)
+    step = optimizer_counts(options, traced.shapes, 2).total
+    assert options.train.gradient_accumulation_steps == 2
+    assert plan.launches == 2 * traced.trace.kernels.total + step
+    rescale = sum(counts.total for counts in method_counts(options, traced.shapes, 2).values())
+    assert len(traced.shapes) + BESIDE_MERGES == plan.rescale_launches <= rescale
+    times = least_times_of(plan, where)
+    assert times.launches == pytest.approx(LAUNCH_SECONDS * plan.launches)
     assert times.step >= times.launches
-    rescale = method_counts(plan.options, plan.shapes, 2).values()
-    assert times.rescale_launches == pytest.approx(LAUNCH_SECONDS * sum(c.total for c in rescale))
+    compiled = planner.plan(planner.options.having(torch_compile=True), 1)
+    assert compiled.launches < 100 < plan.launches

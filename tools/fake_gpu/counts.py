@@ -19,19 +19,16 @@ from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradie
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import merge_target
-from scalora_dist.planning.fake_layers import (
+from scalora_dist.profiling.clock import Clock
+from scalora_dist.profiling.kernels import Counts, KernelCount
+from tools.fake_gpu.device import fake_gpu
+from tools.fake_gpu.layers import (
     FLAT,
     Sharding,
     ShardsEngine,
     fake_layers,
     known_ranges,
 )
-from scalora_dist.profiling.clock import Clock
-from scalora_dist.profiling.fake_gpu import fake_gpu
-from scalora_dist.profiling.kernels import Counts, KernelCount
-
-# Host's time for one launch, from Python through torch's dispatcher to the driver, on a fast CPU.
-LAUNCH_SECONDS = 5e-6
 
 
 def sharding_of(options: Options) -> Sharding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, NoReturn, TypeAlias
 from unittest.mock import patch
@@ -85,6 +86,7 @@ def fake_layers(
     dtype: torch.dtype = torch.bfloat16,
     moments: bool = True,
     carry: int = 0,
+    frozen_on: torch.device | None = None,
 ) -> list[LayerShards]:
     """This rank's shards of layers with weights (m, n). Called inside ``fake_gpu``.
 
@@ -97,19 +99,25 @@ def fake_layers(
         dtype: of W and of the carry.
         moments: whether AdamW's moments exist.
         carry: K, the columns of each carry; 0: no carry.
+        frozen_on: device of W and of the carry; None: the world's.
     """
     group = None if sharding == "local" else dist.group.WORLD
     weights = "local" if sharding == "zero1" else sharding  # ZeRO-1 shards what is trained
 
     def shards(
-        matrices: Sequence[tuple[int, int]], kind: Sharding, dtype: torch.dtype, flat: bool
+        matrices: Sequence[tuple[int, int]],
+        kind: Sharding,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        flat: bool = False,
     ) -> list[FlatShard]:
         ranges = ranges_of(kind, matrices, world.size)[world.rank].tolist()
         sizes = [high - low for low, high in ranges]
         if flat:
-            locals_ = torch.empty(sum(sizes), dtype=dtype, device=world.device).split(sizes)
+            locals_ = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
         else:
-            locals_ = tuple(torch.empty(n, dtype=dtype, device=world.device) for n in sizes)
+            locals_ = tuple(torch.empty(n, dtype=dtype, device=device) for n in sizes)
         held = group if kind != "local" else None
         return [
             FlatShard(local, low, shape, held)
@@ -117,16 +125,16 @@ def fake_layers(
         ]
 
     factors = [(rows, rank) for shape in shapes for rows in shape]
+    trained = partial(shards, factors, sharding, torch.float32, world.device)
     flat = sharding in FLAT
-    masters = shards(factors, sharding, torch.float32, flat)
-    gradients = shards(factors, sharding, torch.float32, flat=False)
+    masters, gradients = trained(flat=flat), trained()
     pairs: list[tuple[FlatShard, ...]] = [() for _ in factors]
     if moments:
-        first, second = (shards(factors, sharding, torch.float32, flat) for _ in range(2))
-        pairs = list(zip(first, second, strict=True))
-    frozen = shards(shapes, weights, dtype, flat=False)
+        pairs = list(zip(trained(flat=flat), trained(flat=flat), strict=True))
+    device = frozen_on or world.device
+    frozen = shards(shapes, weights, dtype, device)
     columns = [(rows, carry) for shape in shapes for rows in shape]
-    carries = shards(columns, weights, dtype, flat=False) if carry else []
+    carries = shards(columns, weights, dtype, device) if carry else []
     return [
         LayerShards(
             name=f"layers.{i}",
