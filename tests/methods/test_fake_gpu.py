@@ -27,12 +27,12 @@ WAITS = {
 }
 # Largest number of kernels of one run of each method: (in all, and more for each layer).
 KERNELS = {
-    **{f"rescale, {rule}": (80, 14) for rule in RULES},
-    "rescale, adamw": (106, 14),
-    "lora-pro": (60, 0),
-    "relora": (80, 20),
-    "carry": (50, 32),
-    "carry, full": (110, 32),
+    **{f"rescale, {rule}": (66, 3) for rule in RULES},
+    "rescale, adamw": (92, 3),
+    "lora-pro": (60, 2),
+    "relora": (42, 10),
+    "carry": (24, 32),
+    "carry, full": (88, 32),
 }
 
 
