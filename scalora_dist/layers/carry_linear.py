@@ -29,6 +29,7 @@ class CarryLinear(LowRankLinear):
         m, n = self.out_features, self.in_features
         self.C = nn.Parameter(torch.zeros(m, columns, dtype=dtype), requires_grad=False)
         self.D = nn.Parameter(torch.zeros(n, columns, dtype=dtype), requires_grad=False)
+        self.used = 0
 
     @property
     def carried(self) -> tuple[nn.Parameter, nn.Parameter]:

@@ -107,9 +107,9 @@ class LowRankProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_dropped = (grad_z[:, :rank] @ B.T).view(ctx.shape)
         if ctx.needs_input_grad[4]:
-            grad_A = _product(ctx.scaling, grad.T, z).to(ctx.dtypes[0])
+            grad_A = _gradient(ctx.scaling, grad, z).to(ctx.dtypes[0])
         if ctx.needs_input_grad[5]:
-            grad_B = (seen.T @ grad_z[:, :rank]).to(ctx.dtypes[1])
+            grad_B = _gradient(1.0, seen, grad_z[:, :rank]).to(ctx.dtypes[1])
         return grad_x, grad_dropped, None, None, grad_A, grad_B, *[None] * 5
 
 
@@ -129,7 +129,17 @@ def _beside(trained: Tensor, carried: Tensor | None, used: int) -> Tensor:
     return torch.cat([trained, _filled(carried, used, trained.dtype)], dim=1)
 
 
+def _gradient(scaling: float, wide: Tensor, thin: Tensor) -> Tensor:
+    """``s·wideᵀ thin``, the gradient of a factor."""
+    # A CPU's BLAS is up to four times as fast in the other order.
+    if wide.device.type == "cpu" and wide.dtype == torch.float32:
+        return _product(scaling, thin.T, wide).T
+    return _product(scaling, wide.T, thin)
+
+
 def _product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
     """``s·a b`` in one kernel. With beta = 0, BLAS reads nothing of what it overwrites."""
+    if scaling == 1:
+        return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
     return out.addmm_(a, b, beta=0, alpha=scaling)

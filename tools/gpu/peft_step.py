@@ -21,6 +21,7 @@ from scalora_dist.config.options import Options
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.build import join
 from scalora_dist.engines.ds_config import load_ds_config
+from scalora_dist.layers.target_modules import ALL_LINEAR
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.training.resolve import resolve
 from scalora_dist.training.run_log import write_json
@@ -40,10 +41,15 @@ def wrapped(options: Options, config: dict[str, Any], world: World) -> Any:
         **on_device,
     )
     del keep
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     method = options.method
+    targets = list(method.target_modules)
     lora = LoraConfig(
-        r=method.rank, lora_alpha=int(method.lora_alpha), target_modules=list(method.target_modules)
+        r=method.rank,
+        lora_alpha=int(method.lora_alpha),
+        lora_dropout=method.lora_dropout,
+        target_modules=targets if targets != [ALL_LINEAR] else ALL_LINEAR,
     )
     model = get_peft_model(model, lora)
     model.train()

@@ -1,0 +1,52 @@
+"""The step benchmark on a tiny model: it times both trainers in turn; a mistake is one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import launched
+from tests.support.tiny_models import save_task
+
+ROOT = Path(__file__).parents[2]
+
+# PEFT can be imported here, unlike in a launched run of ours.
+ENVIRONMENT = os.environ | launched.ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+
+pytestmark = pytest.mark.heavy
+
+
+def bench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    save_task(folder)
+    given = ["--model_name_or_path", folder, "--dataset", folder / "texts.jsonl", "--rank", "4"]
+    given += ["--rounds", "2", "--max_length", "8", "--json", folder / "out.json", *words]
+    return subprocess.run(
+        [sys.executable, "-m", "tools.bench_step", *map(str, given)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_every_step_is_timed_in_every_round(tmp_path: Path, stage: str) -> None:
+    done = bench(tmp_path, "--ds_config", stage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    for name in ("lora", "peft", "scalora", "rescale"):
+        assert len(found[name]) == 2 and min(found[name]) > 0
+    assert "at most 0.9 is wanted" in done.stdout and "at most 0.04 is wanted" in done.stdout
+    ratios = [mine / theirs for mine, theirs in zip(found["lora"], found["peft"], strict=True)]
+    assert found["LoRA / PEFT"] == ratios
+
+
+def test_a_run_without_deepspeed_is_refused(tmp_path: Path) -> None:
+    done = bench(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: PEFT's step is DeepSpeed's")

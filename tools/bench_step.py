@@ -1,0 +1,103 @@
+"""Times our LoRA and ScaLoRA steps beside PEFT's LoRA under DeepSpeed, in turn, in one process.
+
+    torchrun --nproc_per_node 2 -m tools.bench_step --ds_config zero2 --config demo \\
+        --model_name_or_path MODEL [--max_length 64 --rounds 5 --json out.json]
+
+Takes the trainer's options and starts like the trainer, on random tokens. A round is one step of
+each kind, on the same tokens. So other load on the machine affects all of them alike, and shares
+are taken within a round. PEFT's LoRA has the same model, rank, layers, DeepSpeed config and AdamW;
+its loss is the model's own. A step is timed as in tools/bench_rescale.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from scalora_dist.config.parser import parse_options
+from scalora_dist.config.words import Parser
+from scalora_dist.engines.build import join
+from scalora_dist.engines.ds_config import load_ds_config
+from scalora_dist.errors import UserError, exit_with_one_sentence
+from scalora_dist.profiling.versions import installed_versions
+from scalora_dist.training.run_log import write_json
+from scalora_dist.training.trainer import Trainer
+from tools.bench_rescale import Bench, BenchArguments
+from tools.gpu.peft_step import wrapped
+
+MOST = {"rescale / step": 0.04, "LoRA / PEFT": 0.9}  # what we want them to be at most
+
+
+def peft_step(trainer: Trainer, bench: Bench) -> Callable[[], None]:
+    """A step of PEFT's LoRA under the trainer's DeepSpeed config, on ``bench``'s tokens."""
+    options, world = trainer.options, trainer.world
+    if not options.launch.ds_config:
+        raise UserError("PEFT's step is DeepSpeed's: name a --ds_config")
+    if options.train.gradient_accumulation_steps > 1:
+        raise UserError("a step here is one micro-batch: leave out --train_batch_size")
+    width = trainer.model.config.get_text_config().hidden_size
+    config = load_ds_config(
+        options.launch.ds_config, options.train, world_size=world.size, hidden_size=width
+    )
+    engine = wrapped(options, config, world)
+
+    def step() -> None:
+        loss = engine(input_ids=bench.tokens, labels=bench.tokens, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+
+    return step
+
+
+def measure(trainer: Trainer, rounds: int) -> dict[str, Any]:
+    """Time ``rounds`` rounds, after one in which the engines set themselves up. Collective."""
+    bench = Bench(trainer)
+    work = {"lora": bench.lora_step, "peft": peft_step(trainer, bench)}
+    history = []
+    for _ in range(1 + rounds):
+        now = {name: bench.time(step) for name, step in work.items()}
+        now["scalora"] = bench.time(bench.scalora_step)
+        (now["rescale"],) = bench.world.max(bench.seconds["rescale"])
+        now["rescale / step"] = now["rescale"] / now["scalora"]
+        now["LoRA / PEFT"] = now["lora"] / now["peft"]
+        history.append(now)
+    return {name: [now[name] for now in history[1:]] for name in history[0]}
+
+
+def render(found: dict[str, list[float]]) -> str:
+    lines = [f"{'':<16}{'median':>10}{'min':>10}{'max':>10}"]
+    for name, values in found.items():
+        unit, size = ("", 1.0) if name in MOST else (" ms", 1e3)
+        shown = (f"{size * f(values):>10.4g}" for f in (median, min, max))
+        line = f"{name + unit:<16}" + "".join(shown)
+        lines.append(line + (f"   at most {MOST[name]} is wanted" if name in MOST else ""))
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser([BenchArguments], allow_abbrev=False, description=__doc__.partition("\n")[0])
+    args, words = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = ["--output_dir", folder, "--save_steps", "0", "--eval_size", "0"]
+        options = parse_options([*words, *fixed])
+        world = join(options)
+        trainer = Trainer(options, world)
+        found = measure(trainer, args.rounds)
+        trainer.close()
+    if world.is_main:
+        print(render(found), flush=True)
+        if args.json:
+            versions = installed_versions("torch", "deepspeed", "transformers", "peft")
+            write_json(Path(args.json), {"ranks": world.size, "versions": versions, **found})
+    world.leave()
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    with exit_with_one_sentence():
+        main(sys.argv[1:])
