@@ -3,7 +3,7 @@
 The weights of CPU offload do not: ``host_pieces.py`` merges into them.
 
 A host synchronisation stops the host until the device has done all its work. So there are few, and
-a test can count them: it replaces these functions. Call them by their module, ``host.on_host``.
+tests count them.
 """
 
 from __future__ import annotations

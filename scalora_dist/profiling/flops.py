@@ -6,12 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    addmm_flop,
+    flop_registry,
+    register_flop_formula,
+)
 from transformers import PreTrainedModel
 
 aten = torch.ops.aten
-# Of products: torch's, and one that it has no formula for.
-FORMULAS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
+if aten.addmm_ not in flop_registry:  # the product that adds in place
+    register_flop_formula(aten.addmm_, get_raw=True)(addmm_flop)
+FORMULAS = flop_registry  # {operator: torch's function of its FLOPs}
 LENGTHS = (64, 128)  # tokens of the counted examples; any two lengths would do
 
 
@@ -76,9 +82,9 @@ def _count(model: nn.Module, examples: int, length: int) -> tuple[int, int]:
     """FLOPs of the forward and of the backward."""
     tokens = torch.zeros(examples, length, dtype=torch.int64, device="meta")
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward:
+    with FlopCounterMode(display=False) as forward:
         loss = model(**batch, use_cache=False).logits.float().sum()
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+    with FlopCounterMode(display=False) as backward:
         loss.backward()
     for parameter in model.parameters():
         parameter.grad = None

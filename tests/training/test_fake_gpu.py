@@ -36,9 +36,10 @@ OWN: dict[str, dict[str, Any]] = {
     "lora-ga": {"rank": 2},
 }
 DAILY = {("local", "scalora"), ("local", "lora-xs"), ("fsdp", "scalora"), ("fsdp", "pissa")}
-# Times that the host waits in a step: for its micro-batch, for the step, and for the method.
-MICRO_BATCH, STEP = 7, 2
-METHOD = {"scalora": 3, "lora-pro": 3, "relora": 2}
+# Times that the host waits in a step: never for its micro-batch; for its loss; and for the method,
+# which is the gradients' norm where it has no transform.
+STEP = 1
+METHOD = {"scalora": 2, "lora-pro": 2}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,7 @@ def test_steps(task: Path, tmp_path: Path, engine: str, method: str) -> None:
         counts = steps(trainer, 2)
         trainer.close()
     assert counts.total > 0
-    most = MICRO_BATCH + STEP + METHOD.get(method, 0)
-    assert counts.waits <= most, counts.synchronisations
+    assert counts.waits == STEP + METHOD.get(method, 1), counts.synchronisations
     if engine == "fsdp":
         assert counts.collectives["allgather_base"] and counts.collectives["reduce_scatter_base"]
 
