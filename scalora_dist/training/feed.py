@@ -85,7 +85,7 @@ class DataFeed:
     def micro_batches(self, first_step: int) -> MicroBatches:
         """This rank's micro-batches from ``first_step`` on, counted from 0.
 
-        Draws a number from torch's random generator. Nothing else depends on the number of workers.
+        Draws one number from torch's random generator, with any number of workers.
         """
         sampler = RankBatches(
             self.batches,
