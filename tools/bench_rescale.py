@@ -43,7 +43,6 @@ from scalora_dist.core.layout import global_norm
 from scalora_dist.core.scale_solver import Scales
 from scalora_dist.data.collate import batch_of
 from scalora_dist.engines.build import join
-from scalora_dist.engines.layer_shards import gradient_shards
 from scalora_dist.errors import UserError, exit_with_one_sentence
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.methods.scalora import Rescaler
@@ -107,6 +106,7 @@ class Bench:
             raise UserError("this tool times ScaLoRA's merges into W: set --method scalora")
         self.world = world
         self.engine = trainer.engine
+        self.scheduler = trainer.scheduler
         self.loss = trainer.loss
         self.modules = cast(Mapping[str, LowRankLinear], trainer.engine.adapted)
         self.shards = self.engine.layer_shards(gradients=False)
@@ -146,7 +146,7 @@ class Bench:
 
     def lora_step(self) -> None:
         self._backward()
-        gradients = gradient_shards(self.engine.layer_shards())
+        gradients = self.engine.gradients()
         self._step(applied=math.isfinite(global_norm(gradients, self.world.device)))
 
     def scalora_step(self, counted: AbstractContextManager[Any] | None = None) -> None:
@@ -167,12 +167,13 @@ class Bench:
     def _backward(self) -> None:
         loss = self.loss(self.engine.module, self.batch).loss
         self.engine.backward(loss / (self.world.size * len(self.batch.targets)), last=True)
-        self.world.sum(float(loss.detach()))
+        self.world.sum(loss.detach())
 
     def _step(self, *, applied: bool) -> None:
         if not applied:
             raise RuntimeError("gradients are not finite: a skipped step's time means nothing")
         self.engine.step()
+        self.scheduler.step()
 
     @torch.no_grad()
     def local_merge(self, scales: Scales) -> None:

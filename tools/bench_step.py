@@ -45,9 +45,10 @@ def peft_step(trainer: Trainer, bench: Bench) -> Callable[[], None]:
         options.launch.ds_config, options.train, world_size=world.size, hidden_size=width
     )
     engine = wrapped(options, config, world)
+    tokens = bench.batch.input_ids
 
     def step() -> None:
-        loss = engine(input_ids=bench.tokens, labels=bench.tokens, use_cache=False).loss
+        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
         engine.backward(loss)
         engine.step()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -171,17 +172,23 @@ class Engine(ABC):
             carry=carry,
         )
 
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """{name: trained parameter}, in model order, as the engine keeps them after ``attach``."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradients(self) -> list[FlatShard]:
+        """The reduced gradients of all trained parameters, as in ``trained_shards``."""
+        find = self.shards
+        return [find.master(p).like(find.gradient(p).view(-1)) for p in self.trained.values()]
+
     def trained_shards(self, *, gradients: bool = True) -> list[TrainedShard]:
         """This rank's shards of all trained parameters, in model order.
 
         Args:
             gradients: as for ``layer_shards``.
         """
-        return [
-            self._trained(name, p, gradients)
-            for name, p in self.model.named_parameters()
-            if p.requires_grad
-        ]
+        return [self._trained(name, p, gradients) for name, p in self.trained.items()]
 
     def _trained(self, name: str, p: nn.Parameter, gradients: bool) -> TrainedShard:
         master = self.shards.master(p)

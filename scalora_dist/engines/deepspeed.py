@@ -25,7 +25,7 @@ from scalora_dist.distributed.world import World
 from scalora_dist.engines.base import MOMENTS, Engine, MakeOptimizer, ParameterShards
 from scalora_dist.engines.broadcast import broadcast_buffers, match_rank_0, replaced_parameters
 from scalora_dist.engines.ds_config import compute_dtype, gradient_dtype
-from scalora_dist.engines.layer_shards import TrainedShard, as_matrix
+from scalora_dist.engines.layer_shards import as_matrix
 from scalora_dist.errors import UserError
 from scalora_dist.layers.adapted_linear import adapted_linear
 
@@ -122,7 +122,7 @@ class DeepSpeedEngine(Engine):
             get_accelerator().synchronize()
 
     def step(self) -> None:
-        self._step(self.trained_shards())
+        self._step()
         if not self.engine.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step that it should not have")
 
@@ -131,20 +131,20 @@ class DeepSpeedEngine(Engine):
             self.engine.zero_grad()
             self.engine.micro_steps += 1
             return
-        trained = self.trained_shards()
         # An inf triggers DeepSpeed's own overflow path, which discards the complete step.
-        for parameter in trained:
-            parameter.gradient.local.fill_(float("inf"))
-        self._step(trained)
+        for p in self.trained.values():
+            self.shards.gradient(p).fill_(float("inf"))
+        self._step()
         if self.engine.was_step_applied():
             raise RuntimeError("DeepSpeed applied a step that it should not have")
 
-    def _step(self, trained: list[TrainedShard]) -> None:
+    def _step(self) -> None:
         """Run DeepSpeed's step after the last micro-batch, on gradients edited in place."""
-        self.shards.note_gradient_norms(trained)
+        gradients = {p: self.shards.gradient(p) for p in self.trained.values()}
+        self.shards.note_gradient_norms(gradients)
         self.engine.step()
         self.shards.drop_copies()
-        self.shards.clear_gradients(trained)
+        self.shards.clear_gradients(list(gradients.values()))
         self.order_writes()
 
     def shape_of(self, p: ZeroParameter) -> torch.Size:
@@ -232,29 +232,27 @@ class _ZeroShards(ParameterShards):
     def drop_copies(self) -> None:
         """Drop DeepSpeed's copies of the weights, so that the next forward reads the shards."""
 
-    def note_gradient_norms(self, trained: list[TrainedShard]) -> None:
+    def note_gradient_norms(self, gradients: Mapping[ZeroParameter, Tensor]) -> None:
         """Update the norms that DeepSpeed took in the backward.
 
         With optimizer offload DeepSpeed clips by these norms, and the gradients were edited since.
         """
         if not self.offloads:
             return
-        parameters = dict(self.engine.module.named_parameters())
-        held = [parameter for parameter in trained if parameter.gradient.local.numel()]
+        held = {p: gradient for p, gradient in gradients.items() if gradient.numel()}
         if not held:
             return
-        norms = torch._foreach_norm([p.gradient.local for p in held], 2, torch.float64)
-        for parameter, norm in zip(held, torch.stack(norms).float(), strict=True):
-            parameter_id = self.zero.get_param_id(parameters[parameter.name])
-            self.zero.norm_for_param_grads[parameter_id] = norm
+        norms = torch.stack(torch._foreach_norm(list(held.values()), 2, torch.float64))
+        for p, norm in zip(held, norms.float(), strict=True):
+            self.zero.norm_for_param_grads[self.zero.get_param_id(p)] = norm
 
-    def clear_gradients(self, trained: list[TrainedShard]) -> None:
+    def clear_gradients(self, gradients: list[Tensor]) -> None:
         """Zero the gradient buffers, which a stage keeps from step to step.
 
         If the next forward does not reach a layer, the optimizer would step that layer with this
         step's gradients, or with the inf of a discarded step.
         """
-        torch._foreach_zero_([parameter.gradient.local for parameter in trained])
+        torch._foreach_zero_(gradients)
 
 
 class _Stage0Shards(_ZeroShards):
@@ -315,8 +313,8 @@ class _Stage1And2Shards(_ZeroShards):
             return self._nothing()
         return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
-    def clear_gradients(self, trained: list[TrainedShard]) -> None:
-        super().clear_gradients(trained)
+    def clear_gradients(self, gradients: list[Tensor]) -> None:
+        super().clear_gradients(gradients)
         if self.offloads:  # DeepSpeed keeps the fp32 sums of a discarded step on the device
             self.zero.averaged_gradients.clear()
 
@@ -341,6 +339,7 @@ class _Stage3Shards(_ZeroShards):
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().__init__(engine)
         self.index = {p: i for group in self.zero.fp16_groups for i, p in enumerate(group)}
+        self.parameters = list(engine.module.parameters())
         self.gather_stream = self.zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
 
     def _shard(self, p: ZeroParameter, local: Tensor) -> FlatShard:
@@ -375,7 +374,7 @@ class _Stage3Shards(_ZeroShards):
         gathered weight. While the shard exists, DeepSpeed gathers from it and not from the primary
         one. DeepSpeed's own step drops only those of trained parameters.
         """
-        for parameter in self.engine.module.parameters():
+        for parameter in self.parameters:
             parameter.ds_secondary_tensor = None
 
     def _gather_persistent(self) -> None:
@@ -402,8 +401,8 @@ class _Stage3Shards(_ZeroShards):
             local = self.zero.averaged_gradients[group][self.index[p]]
         return self._shard(p, local).local
 
-    def clear_gradients(self, trained: list[TrainedShard]) -> None:
-        super().clear_gradients(trained)
+    def clear_gradients(self, gradients: list[Tensor]) -> None:
+        super().clear_gradients(gradients)
         if self.offloads:  # the gradients also went through this buffer
             self.zero.grad_partitions_flat_buffer.zero_()
 

@@ -118,6 +118,10 @@ class FSDPEngine(LocalEngine):
         self.release()
         return super().trained_shards(gradients=gradients)
 
+    def gradients(self) -> list[FlatShard]:
+        self.release()
+        return super().gradients()
+
     def base_shards(self) -> Iterator[NamedShard]:
         self.release()
         return super().base_shards()

@@ -85,7 +85,7 @@ class LocalEngine(Engine):
         """Clip like torch's clip_grad_norm_, which cannot sum offloaded gradients over ranks."""
         if not self.max_grad_norm:
             return
-        gradients = [parameter.gradient for parameter in self.trained_shards()]
+        gradients = self.gradients()
         # Replicas of a hybrid mesh have the same sum up to rounding. All must clip by one number.
         norm = self.world.largest(global_norm(gradients, self.world.device))
         share = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1).float()

@@ -135,18 +135,26 @@ class MethodRunner:
             peak / 2**30,
         )
 
-    def before_step(
-        self, layers: Sequence[LayerShards], *, steps_taken: int, finite: bool
-    ) -> StepReport:
+    def layers_due(self, steps_taken: int) -> list[LayerShards]:
+        """This rank's shards, with reduced gradients, if a transform is due; else []. Local.
+
+        They may be found while the device still computes the backward.
+
+        Args:
+            steps_taken: number of steps before the next one that were not skipped.
+        """
+        due = self.transform is not None and self.transform.due(steps_taken)
+        return self.engine.layer_shards() if due else []
+
+    def before_step(self, layers: Sequence[LayerShards], *, finite: bool) -> StepReport:
         """Run the method's transform if one is due, and get the gradient norm. A collective.
 
         Args:
-            layers: this rank's shards, with reduced gradients. Edited in place.
-            steps_taken: number of steps before this one that were not skipped.
+            layers: as from ``layers_due``. Edited in place.
             finite: whether the loss is finite. If not, nothing is changed.
         """
         transform = self.transform
-        if transform is None or not transform.due(steps_taken):
+        if transform is None or not layers:
             norm = self._gradient_norm()
             return StepReport(finite and math.isfinite(norm), {"grad_norm": norm})
         loss_scale = self.engine.loss_scale
@@ -165,7 +173,7 @@ class MethodRunner:
     def _gradient_norm(self) -> float:
         """The norm over all trained parameters and ranks, without the loss scale."""
         self.clock.begin("norm")
-        gradients = [shard.gradient for shard in self.engine.trained_shards()]
+        gradients = self.engine.gradients()
         norm = host.on_host(float, global_norm(gradients, self.engine.world.device))
         self.clock.begin("optimizer")
         return norm / self.engine.loss_scale

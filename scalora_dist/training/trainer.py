@@ -303,14 +303,12 @@ class Trainer:
         targets = self.feed.batches.target_tokens(step)
         loss_sum, tokens = self._accumulate(step, targets, micro_batches)
         self.profile.begin("rest")
+        # The last backward has reduced the gradients. The device may still be at it, until the sum.
+        layers = self.runner.layers_due(self.progress.steps_taken)
         total_loss, total_tokens, *votes = self.world.sum(loss_sum, tokens, *self.saves.votes())
         record = self._describe(step, total_loss / targets)
-
-        # The last backward has reduced the gradients. The method edits this rank's shards in place.
-        layers = self.engine.layer_shards()
-        report = self.runner.before_step(
-            layers, steps_taken=self.progress.steps_taken, finite=math.isfinite(total_loss)
-        )
+        # The method edits this rank's shards in place.
+        report = self.runner.before_step(layers, finite=math.isfinite(total_loss))
         del layers  # views of gradients, which the engine frees
         if report.applied:
             self.engine.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tools.fake_gpu.layers import SHARDINGS, Sharding, fake_layers, ranges_of
 # Times that the host waits in one run of each method, for any number of layers.
 WAITS = {
     **{f"rescale, {rule}": 2 for rule in RULES},
+    "rescale, paper, fp16": 3,
     "lora-pro": 2,
     "relora": 0,
     "carry": 0,
@@ -29,6 +31,7 @@ WAITS = {
 KERNELS = {
     **{f"rescale, {rule}": (66, 3) for rule in RULES},
     "rescale, adamw": (92, 3),
+    "rescale, paper, fp16": (90, 3),
     "lora-pro": (60, 2),
     "relora": (42, 10),
     "carry": (24, 32),
@@ -90,6 +93,36 @@ class Faulty(Clock):
 
     def begin(self, part: str) -> None:
         self.mistake()
+
+
+GEMMA = [(4096, 3840), (2048, 3840), (2048, 3840), (3840, 4096)]
+GEMMA += [(15360, 3840), (15360, 3840), (3840, 15360)]
+BLOCKS = 48  # of Gemma-3-12B: 336 layers
+
+
+@pytest.mark.parametrize(
+    ("sharding", "rank", "size"),
+    [
+        ("local", 0, 1),
+        ("zero3", 512, 1024),
+        *(
+            pytest.param(sharding, rank, size, marks=pytest.mark.heavy)
+            for sharding in SHARDINGS[1:]
+            for rank, size in ((0, 8), (7, 8), (0, 16), (9, 16), (15, 16), (0, 1024), (1023, 1024))
+        ),
+    ],
+)
+def test_a_rescale_of_gemma_3_12b(sharding: Sharding, rank: int, size: int) -> None:
+    """One kernel for each merge. All others depend on shapes, and not on the number of layers."""
+    walked = partial(walk, "rescale, adamw", sharding, rank, size, shapes=GEMMA, r=8)
+    counts = walked(blocks=BLOCKS)
+    assert counts.kernels["scalora.add_low_rank_"] == BLOCKS * len(GEMMA)
+    assert counts.total <= 600
+    assert counts.waits == 2
+    if size > 1:  # on one rank, all factors take several batches
+        half = walked(blocks=BLOCKS // 2)
+        more = counts.total - half.total - BLOCKS // 2 * len(GEMMA)
+        assert more <= 60  # launches of operators that take some 100 tensors each
 
 
 def on_gpu() -> Tensor:

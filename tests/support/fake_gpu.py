@@ -38,6 +38,8 @@ def walk(
     size: int,
     *,
     blocks: int = 2,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    r: int = RANK,
     clock: Clock | None = None,
     dtype: torch.dtype = torch.bfloat16,
     moments: bool = True,
@@ -49,15 +51,23 @@ def walk(
         sharding: how the engine shards.
         rank: this rank.
         size: world size.
-        blocks: number of blocks, each with a layer of each of ``SHAPES``.
+        blocks: number of blocks, each with a layer of each of ``shapes``.
+        shapes: (m, n) of each layer of a block.
+        r: rank of A and B.
         clock: its ``begin`` is called inside the work.
         dtype: of W and the carry.
         moments: whether AdamW has stepped before.
     """
     with fake_gpu(rank, size) as world, known_ranges(sharding):
-        carry = 3 * RANK if method.startswith("carry") else 0
+        carry = 3 * r if method.startswith("carry") else 0
         layers = fake_layers(
-            world, sharding, SHAPES * blocks, rank=RANK, dtype=dtype, moments=moments, carry=carry
+            world,
+            sharding,
+            list(shapes) * blocks,
+            rank=r,
+            dtype=dtype,
+            moments=moments,
+            carry=carry,
         )
         engine = ShardsEngine(world, layers)
         work = WALKS[method](world, layers, engine)
@@ -71,9 +81,10 @@ def _rescaler(
 ) -> Callable[[Clock], object]:
     rescaler = Rescaler(
         Merger(layers, world, IntoWeights(layers, "split")),
-        rule=rule,
+        rule=rule.partition(",")[0],
         eta_lipschitz=0.5,
         bounds=(0.05, 5.0),
+        fp16=rule == "paper, fp16",
         direction=partial(adamw_direction, engine, max_grad_norm=1.0) if rule == "adamw" else None,
     )
 
@@ -117,7 +128,7 @@ def _carry(
     return work
 
 
-RULES = ("paper", "scalar", "nnls", "adamw")
+RULES = ("paper", "scalar", "nnls", "adamw", "paper, fp16")
 WALKS: dict[str, Callable[..., Callable[[Clock], object]]] = {
     **{f"rescale, {rule}": partial(_rescaler, rule) for rule in RULES},
     "lora-pro": _lora_pro,
