@@ -158,12 +158,28 @@ class Layout:
             return torch.cat(locals_, out=out)
         return out.copy_(self._joined(locals_))
 
-    def unpack(self, batch: Batch, packed: Tensor, shards: Shards) -> None:
-        """The inverse of ``pack``: write ``packed`` into the shards, rounded to their dtype."""
-        locals_ = [shards[i].local for group in batch for i in group.which]
-        packed = host.to_device(packed.to(locals_[0].dtype), locals_[0].device)
+    def unpack(self, batch: Batch, *pairs: tuple[Tensor, Shards]) -> None:
+        """The inverse of ``pack``: write each packed buffer into its shards, in their dtype.
+
+        The host waits once for all shards that are offloaded.
+        """
+        which = [i for group in batch for i in group.which]
         lengths = [group.length for group in batch for _ in group.which]
-        torch._foreach_copy_(locals_, packed.split(lengths))
+        away: list[tuple[Tensor, list[Tensor]]] = []
+        for packed, shards in pairs:
+            locals_ = [shards[i].local for i in which]
+            packed = packed.to(locals_[0].dtype)
+            if packed.device == locals_[0].device:
+                torch._foreach_copy_(locals_, packed.split(lengths))
+            else:
+                away.append((packed, locals_))
+
+        def write(*copies: Tensor) -> None:
+            for copy, (_, locals_) in zip(copies, away, strict=True):
+                torch._foreach_copy_(locals_, copy.split(lengths))
+
+        if away:
+            host.on_host(write, *(packed for packed, _ in away))
 
     def column_values(self, batch: Batch, tables: Tensor) -> Tensor:
         """For each element of a batch, its column's entry of the tables: (tables, elements).
@@ -188,16 +204,16 @@ class Layout:
         """
         for batch in self.batches:
             lengths = [group.length for group in batch for _ in group.which]
-            values = self.column_values(batch, tables)
-            for row, lists in zip(values, fields, strict=True):
+            scaled: list[tuple[Tensor, Shards]] = []  # of shards that no kernel can scale in place
+            for row, lists in zip(self.column_values(batch, tables), fields, strict=True):
                 for shards in lists:
                     first = shards[batch[0].which[0]].local
                     if first.dtype == row.dtype and first.device == row.device:
                         locals_ = [shards[i].local for group in batch for i in group.which]
                         torch._foreach_mul_(locals_, row.split(lengths))
                     else:
-                        packed = self.pack(batch, shards).to(row.dtype)
-                        self.unpack(batch, packed.mul_(row), shards)
+                        scaled.append((self.pack(batch, shards) * row, shards))
+            self.unpack(batch, *scaled)
 
     # --- full matrices ---------------------------------------------------------------------------
 

@@ -312,8 +312,9 @@ def _unpack(
     """The inverse of ``_packed``: ``values`` (elements,) float32."""
     if lows:
         values, rest = split_halves(values, shards[0].local.dtype)
-        layout.unpack(batch, rest, lows)
-    layout.unpack(batch, values, shards)
+        layout.unpack(batch, (values, shards), (rest, lows))
+    else:
+        layout.unpack(batch, (values, shards))
 
 
 def _carry(layer: LayerShards) -> tuple[FlatShard, FlatShard]:

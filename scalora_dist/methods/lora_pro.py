@@ -70,7 +70,7 @@ class LoraPro(Transform):
         before, after = host.on_host(_norms, grams.sums, mixes)
         clock.begin("mix")
         for batch, mixed in self.sums.mixed(columns, grams, mixes):
-            self.layout.unpack(batch, mixed, gradients)
+            self.layout.unpack(batch, (mixed, gradients))
         return TransformReport(applied=True, grad_norm_before=before, grad_norm=after)
 
 

@@ -59,7 +59,8 @@ class ReloraRestart(Restart):
 
         for batch in layout.batches:
             values = torch.cat([drawn(i) for group in batch for i in group.which])
-            layout.unpack(batch, host.to_device(values, layout.device), factors)
+            values = host.to_device(values, factors[0].local.device)
+            layout.unpack(batch, (values, factors))
 
     def _prune(self, layers: Sequence[LayerShards]) -> None:
         """Set small moments to 0: one all-gather per bucket of first moments.

@@ -108,7 +108,7 @@ def test_unpack_is_the_inverse_of_pack(
         ]
         copies = [shard.like(torch.full_like(shard.local, torch.nan)) for shard in shards]
         for batch in layout.batches:
-            layout.unpack(batch, layout.pack(batch, shards), copies)
+            layout.unpack(batch, (layout.pack(batch, shards), copies))
         for shard, copy in zip(shards, copies, strict=True):
             assert torch.equal(shard.local, copy.local)
 

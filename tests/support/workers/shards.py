@@ -155,7 +155,7 @@ def mixed(world: World, shapes: list[Shape], kind: str) -> list[Tensor]:
     sums, columns = GramSums(layout), packed(layout, lists, torch.float32)
     found = [shard.like(torch.full_like(shard.local, torch.nan)) for shard in lists[0]]
     for batch, values in sums.mixed(columns, sums(columns, 2), mixes):
-        layout.unpack(batch, values, found)
+        layout.unpack(batch, (values, found))
     return layout.gather(found, range(len(shapes)))
 
 
