@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.layers.low_rank_product import Coded, LowRankProduct
+from scalora_dist.layers.fourbit_linear import FourBitLinear
+from scalora_dist.layers.low_rank_product import LowRankProduct
 
 L = TypeVar("L", bound="AdaptedLinear")
 LR = TypeVar("LR", bound="LowRankLinear")
@@ -37,9 +38,10 @@ class AdaptedLinear(nn.Linear):
     def put_on(cls: type[L], linear: nn.Linear, *, scaling: float, dropout: float) -> L:
         """Change ``linear`` to this class in place. The caller adds the adapter's parameters.
 
-        A linear layer of another class (4-bit) keeps that class's way to compute W x.
+        A 4-bit layer keeps its way to compute W x. Other classes are never chosen as targets.
         """
         kind = type(linear)
+        assert kind in (nn.Linear, FourBitLinear), f"{kind.__name__} may compute W x in its own way"
         linear.__class__ = cls if kind is nn.Linear else _on(cls, kind)
         assert isinstance(linear, cls)
         linear.scaling, linear.dropout = scaling, dropout
@@ -104,9 +106,9 @@ class LowRankLinear(AdaptedLinear):
         # Dropout is for A and B only: a carry belongs to W.
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
         C, D = self.carried or (None, None)
-        return LowRankProduct.apply(
-            x,
-            dropped,
+        y = LowRankProduct.apply(
+            _rows(x),
+            None if dropped is None else _rows(dropped),
             self.weight,
             self.bias,
             self.A,
@@ -115,8 +117,9 @@ class LowRankLinear(AdaptedLinear):
             D,
             self.used,
             self.scaling,
-            cast(Coded, self) if hasattr(self, "fourbit") else None,
+            self if isinstance(self, FourBitLinear) else None,
         )
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     def merge_(self, weight: Tensor, own: Mapping[str, Tensor]) -> None:
         weight.addmm_(own["A"], own["B"].T, alpha=self.scaling)
@@ -189,6 +192,10 @@ class SquareLinear(AdaptedLinear):
         for columns in torch.arange(self.in_features, device=square.device).split(MERGED_COLUMNS):
             unit = F.one_hot(columns, self.in_features).to(square)
             weight[:, columns] += self.scaling * self._through(unit, square).T
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 _made: dict[tuple[type, type], Any] = {}

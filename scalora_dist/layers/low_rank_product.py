@@ -29,7 +29,12 @@ class LowRankProduct(torch.autograd.Function):
 
     C and D are the filled columns of a carry. Only x, A and B get gradients. For the backward the
     parameters themselves are saved, and not views of them or concatenations: some engines free a
-    layer's parameters after its forward, and gather them again for its backward.
+    layer's parameters after its forward, and gather them again for its backward. But of fp32
+    masters beside activations in 16 bits, without a carry, the copies of A and B in 16 bits are
+    saved. They are small.
+
+    x and y have two dimensions. A view that is made in here could not be changed in place, as some
+    models do with a layer's output. The caller reshapes. Does not work under autocast or torch.func.
     """
 
     @staticmethod
@@ -49,8 +54,8 @@ class LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            x: input (…, n).
-            dropped: d (…, n); None: x itself.
+            x: input (tokens, n).
+            dropped: d (tokens, n); None: x itself.
             weight: W (m, n), or its codes.
             bias: (m,), or None.
             A: (m, r), as all factors of x's dtype or fp32 masters.
@@ -62,19 +67,19 @@ class LowRankProduct(torch.autograd.Function):
             coded: the layer, if ``weight`` has codes.
 
         Returns:
-            y (…, m).
+            y (tokens, m).
         """
-        rank, rows = A.shape[1], _rows(x)
-        seen = rows if dropped is None else _rows(dropped)
+        rank = A.shape[1]
+        seen = x if dropped is None else dropped
         low_A, low_B = A.to(x.dtype), B.to(x.dtype)
         if dropped is None or not used:
             z = seen @ _beside(low_B, D, used)
         else:
-            z = torch.cat([seen @ low_B, rows @ _filled(D, used, x.dtype)], dim=1)
+            z = torch.cat([seen @ low_B, x @ _filled(D, used, x.dtype)], dim=1)
         if coded is not None:
-            y = coded.product(rows, weight)
+            y = coded.product(x, weight)
         else:
-            y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+            y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
         y.addmm_(z, _beside(low_A, C, used).T, alpha=scaling)
         # Beside a carry, the backward casts A and B again, with C and D.
         ctx.save_for_backward(
@@ -86,14 +91,14 @@ class LowRankProduct(torch.autograd.Function):
             D,
         )
         ctx.used, ctx.scaling, ctx.coded = used, scaling, coded
-        ctx.drops, ctx.dtypes, ctx.shape = dropped is not None, (A.dtype, B.dtype), x.shape
-        return y.view(*x.shape[:-1], y.shape[1])
+        ctx.drops, ctx.dtypes = dropped is not None, (A.dtype, B.dtype)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert not ctx.needs_input_grad[2] and not ctx.needs_input_grad[3], "W and bias are frozen"
         seen, z, weight, A, B, C, D = ctx.saved_tensors
-        rank, used, grad = z.shape[1], ctx.used, _rows(grad_y)
+        rank, used = z.shape[1], ctx.used
         A, B = A.to(grad.dtype), B.to(grad.dtype)
         grad_x = grad_dropped = grad_A = grad_B = None
         grad_z = _product(ctx.scaling, grad, _beside(A, C, used))
@@ -103,18 +108,13 @@ class LowRankProduct(torch.autograd.Function):
                 grad_x.addmm_(grad_z, _beside(B, D, used).T)
             elif used:
                 grad_x.addmm_(grad_z[:, rank:], _filled(D, used, grad.dtype).T)
-            grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_dropped = (grad_z[:, :rank] @ B.T).view(ctx.shape)
+            grad_dropped = grad_z[:, :rank] @ B.T
         if ctx.needs_input_grad[4]:
             grad_A = _gradient(ctx.scaling, grad, z).to(ctx.dtypes[0])
         if ctx.needs_input_grad[5]:
             grad_B = _gradient(1.0, seen, grad_z[:, :rank]).to(ctx.dtypes[1])
         return grad_x, grad_dropped, None, None, grad_A, grad_B, *[None] * 5
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _filled(carried: Tensor | None, used: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear
+from scalora_dist.layers.target_modules import inject
 from scalora_dist.profiling.kernels import Counts, KernelCount
+from tests.support import families
 
 M, N, RANK, USED = 96, 64, 4, 6
 SCALING = 1.7  # no power of two: a product with it is rounded
@@ -104,14 +106,51 @@ def test_four_bits() -> None:
         assert off(ours, exact) < 8e-3
 
 
+@pytest.mark.parametrize("kind", [LowRankLinear, CarryLinear])
+@pytest.mark.parametrize("fourbit", [False, True])
+@pytest.mark.parametrize("shape", [(6, N), (2, 3, N)])
+def test_an_output_can_be_changed_in_place(
+    kind: type[LowRankLinear], fourbit: bool, shape: tuple[int, ...]
+) -> None:
+    """OLMo clamps its queries in place, and Llama-4 adds to what a layer returns."""
+    four = FourBit("nf4", double_quant=True, compute_dtype=None, storage=torch.uint8)
+    layer = adapted(kind, FP32, FP32, fourbit=four if fourbit else None)
+    found = []
+    for in_place in (False, True):
+        x = torch.ones(shape, requires_grad=True)
+        y = layer(x * 0.5)
+        assert y.dim() > 2 or not y._is_view()
+        y = y.add_(1.0).clamp_(-0.5, 1.5) if in_place else (y + 1.0).clamp(-0.5, 1.5)
+        found.append([y.detach(), *torch.autograd.grad(y.sum(), (x, layer.A, layer.B))])
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 0 and torch.equal(one, other)
+
+
+def test_a_model_that_clamps_its_queries_trains() -> None:
+    model = families.build("olmo", 97)
+
+    def adapt(_: str, linear: nn.Linear) -> LowRankLinear:
+        a, b = (torch.randn(size, RANK) for size in linear.weight.shape)
+        return LowRankLinear.adapt(linear, a, b, scaling=1.0, dropout=0.0)
+
+    layers = inject(model, ["q_proj"], RANK, adapt)
+    model(torch.arange(2, 12).view(2, 5)).logits.square().sum().backward()
+    for layer in layers.values():
+        assert layer.A.grad is not None and layer.A.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", [LowRankLinear, CarryLinear])
 def test_parameters_are_saved_as_such_and_no_output(
-    kind: type[LowRankLinear], dropout: float
+    kind: type[LowRankLinear], dropout: float, dtype: torch.dtype
 ) -> None:
-    """ZeRO-3 and FSDP2 free what a saved parameter points to, but not a view or a copy of it."""
-    layer = adapted(kind, FP32, FP32, dropout=dropout)
-    x = torch.randn(50, N, requires_grad=True)
+    """ZeRO-3 and FSDP2 free what a saved parameter points to, but not a view or a copy of it.
+
+    Of fp32 masters beside bf16, the copies of A and B in bf16 are saved, if there is no carry.
+    """
+    layer = adapted(kind, dtype, FP32, dropout=dropout)
+    x = torch.randn(50, N, requires_grad=True, dtype=dtype)
     saved: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -122,10 +161,14 @@ def test_parameters_are_saved_as_such_and_no_output(
         y = layer(x)
     wholes = {p.data_ptr(): p for p in layer.parameters()}
     parameters = [t for t in saved if t.data_ptr() in wholes]
-    assert {t.data_ptr() for t in parameters} == wholes.keys() - {layer.bias.data_ptr()}
+    not_saved = [layer.bias]
+    if dtype == BF16 and not layer.carried:
+        not_saved += [layer.A, layer.B]
+    expected = wholes.keys() - {p.data_ptr() for p in not_saved}
+    assert {t.data_ptr() for t in parameters} == expected
     assert all(t.shape == wholes[t.data_ptr()].shape for t in parameters)
     others = [t for t in saved if t.data_ptr() not in wholes]
-    assert all(t.shape[-1] in (N, RANK) for t in others)  # x or dropout's, and Bᵀ d
+    assert all(t.shape[-1] in (N, RANK) for t in others)  # x or dropout's, Bᵀ d, copies
     assert y.shape == (50, M)
 
 

@@ -41,10 +41,14 @@ NEEDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"q_lora_rank": None, "num_key_value_heads": 2},
     "gptj": {"rotary_dim": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "olmo": {"clip_qkv": 1.0},  # changes q, k and v in place
     "nemotron_h": {"layers_block_type": ["mamba", "moe"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
 }
-PLAIN = ("llama", "gpt2", "gptj", "opt", "bloom", "stablelm", "phi3", "gemma2", "gpt_oss", "mamba")
+PLAIN = (
+    *("llama", "gpt2", "gptj", "opt", "bloom", "stablelm", "phi3", "gemma2", "gpt_oss", "mamba"),
+    "olmo",
+)
 CONVERTED = (
     *("gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "jamba", "minimax"),
     *("deepseek_v3", "ernie4_5_moe", "glm4_moe", "nemotron_h", "phimoe", "qwen3_5_text", "lfm2"),
