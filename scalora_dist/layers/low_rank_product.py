@@ -34,7 +34,8 @@ class LowRankProduct(torch.autograd.Function):
     saved. They are small.
 
     x and y have two dimensions. A view that is made in here could not be changed in place, as some
-    models do with a layer's output. The caller reshapes. Does not work under autocast or torch.func.
+    models do with a layer's output. So the caller reshapes. This does not work under autocast or
+    torch.func.
     """
 
     @staticmethod

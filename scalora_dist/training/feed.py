@@ -152,7 +152,10 @@ class MicroBatches(Iterator[Batch]):
         self._next: Batch | None = None
 
     def load_next(self) -> None:
-        """Send the next micro-batch to the device, if there is one. The host does not wait."""
+        """Send the next micro-batch to the device, if there is one.
+
+        The host does not wait for the device.
+        """
         if self._next is None and (batch := next(self._batches, None)) is not None:
             self._next = batch.to(self._device)
 
@@ -162,6 +165,11 @@ class MicroBatches(Iterator[Batch]):
         if batch is None:
             raise StopIteration
         return batch
+
+    def close(self) -> None:
+        """There are no more. Ends the workers: one that died later would end the run with it."""
+        self._batches = iter(())
+        self._next = None
 
 
 def _outlive_signals(worker: int) -> None:

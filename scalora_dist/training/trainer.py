@@ -29,6 +29,7 @@ from scalora_dist.model_io.export_adapter import check_adapter_rank
 from scalora_dist.model_io.import_adapter import SavedAdapter
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.modeling.loss import TargetLoss
+from scalora_dist.modeling.padding import whole_rows
 from scalora_dist.training.build_model import build_model, check_same_attention
 from scalora_dist.training.evaluate import Evaluation, evaluate
 from scalora_dist.training.feed import DataFeed, MicroBatches
@@ -71,10 +72,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        options: Options,
-        world: World,
-        signals: StopSignals | None = None,
+        self, options: Options, world: World, signals: StopSignals | None = None
     ) -> None:
         """Load data and model, add the method's layers, and shard the model. Writes no results.
 
@@ -265,6 +263,7 @@ class Trainer:
                     votes[0] = 1.0
             self.watchdog.pause()
             self.saves.after(done, progress.health.skipped_in_a_row, votes, save)
+        micro_batches.close()
         saved = self.saves.finish(steps, save)
         if not self.results.phases.done("training"):
             self.results.phases.trained(steps, saved=saved)
@@ -327,10 +326,13 @@ class Trainer:
         record |= {"tokens": int(total_tokens), "seconds": time.perf_counter() - started}
         return record, votes
 
+    @whole_rows()
     def _accumulate(
         self, step: int, targets: int, micro_batches: MicroBatches
     ) -> tuple[Tensor, int]:
         """Run forward and backward of a step's micro-batches. The host does not wait for them.
+
+        Only under --activation_offloading it waits in the backward, if it is far ahead.
 
         Args:
             targets: number of target tokens in the global batch.
@@ -353,7 +355,8 @@ class Trainer:
             loss_sum += loss.detach()
             tokens += batch.tokens
             self.profile.begin("data")
-            micro_batches.load_next()
+            if micro_step + 1 < accumulation or step + 1 < self.feed.steps:
+                micro_batches.load_next()
         return loss_sum, tokens
 
     def _describe(self, step: int, loss: float) -> dict[str, Any]:
@@ -379,7 +382,8 @@ class Trainer:
         self, log: RunLog, step: int, each_batch: Callable[[], None] | None = None
     ) -> Evaluation | None:
         """Evaluate after ``step`` steps, and log it. Calls ``each_batch`` before each batch."""
-        if self.feed.data.evaluation is None:
+        data = self.feed.data.evaluation
+        if data is None:
             return None
 
         def next_batch() -> None:
@@ -387,14 +391,9 @@ class Trainer:
             if each_batch:
                 each_batch()
 
+        size = self.options.train.per_device_eval_batch_size
         result = evaluate(
-            self.engine.module,
-            self.loss,
-            self.feed.data.evaluation,
-            self.feed.collate,
-            self.world,
-            self.options.train.per_device_eval_batch_size,
-            next_batch,
+            self.engine.module, self.loss, data, self.feed.collate, self.world, size, next_batch
         )
         self.watchdog.pause()
         log.evaluation(step, {"eval_loss": result.loss, "eval_exact_match": result.exact_match})

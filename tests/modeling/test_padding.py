@@ -20,8 +20,8 @@ from scalora_dist.data.micro_batch import Batch
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.modeling import loss
 from scalora_dist.modeling.loss import TargetLoss
-from scalora_dist.modeling.padding import needs_mask
-from tests.support import families
+from scalora_dist.modeling.padding import needs_mask, whole_rows
+from tests.support import families, stub_flash
 from tests.support.host_reads import HostReads
 
 VOCABULARY, LENGTHS = 97, (19, 6, 13)  # longer and shorter than Gemma-3's window of 8
@@ -96,6 +96,28 @@ def test_the_host_reads_nothing_in_a_forward_and_backward(family: str) -> None:
     with HostReads() as reads:
         chunked(module, batch).loss.backward()
     assert reads.found == []
+
+
+def test_a_hybrid_whose_config_names_only_attention_keeps_its_mask() -> None:
+    config = AutoConfig.for_model("lfm2", **families.SIZES, layer_types=["full_attention"] * 2)
+    assert needs_mask(AutoModelForCausalLM.from_config(config))
+
+
+def test_with_flash_attention_transformers_reads_positions_in_each_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If it no longer does, ``whole_rows`` replaces too much."""
+    module = families.build("llama", VOCABULARY)
+    stub_flash.use(module, monkeypatch)
+    chunked = TargetLoss(module)
+    ids = torch.arange(2, 12).view(1, 10)
+    batch = batch_of(ids, ids)
+    chunked(module, batch)
+    for context, layers in ((whole_rows, 0), (nullcontext, 2)):
+        monkeypatch.setattr(loss, "whole_rows", context)
+        with HostReads() as reads:
+            chunked(module, batch)
+        assert len(reads.found) == (layers + 1 if layers else 0)  # and once for the mask
 
 
 def test_transformers_reads_positions_to_find_several_sequences_in_a_row(

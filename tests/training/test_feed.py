@@ -17,7 +17,8 @@ from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.training.feed import DataFeed, MicroBatches
 from scalora_dist.training.resolve import resolve_batch
-from tests.support import runs, tiny_models, tiny_runs
+from scalora_dist.training.trainer import Trainer
+from tests.support import runs, stub_flash, tiny_models, tiny_runs
 from tests.support.host_reads import HostReads
 from tests.support.ranks import Ranks
 
@@ -107,9 +108,20 @@ def test_chats_are_said_in_the_log_and_the_summary(
     assert [line for line in warned if "not used" in line] == ["in the data, but not used: source"]
 
 
-def reads_of_a_step(world: World, case: dict[str, Any]) -> tuple[list[str], bool]:
+def reads_of_a_step(
+    world: World, case: dict[str, Any], flash: bool = False
+) -> tuple[list[str], bool]:
     """What the host reads in a step's forwards and backwards; whether each batch came once."""
     trainer = runs.make(world, case)
+    if flash:
+        with pytest.MonkeyPatch.context() as patch:
+            stub_flash.use(trainer.model, patch)
+            return _reads_of_a_step(trainer)
+    return _reads_of_a_step(trainer)
+
+
+def _reads_of_a_step(trainer: Trainer) -> tuple[list[str], bool]:
+    world = trainer.world
     accumulation = trainer.options.train.gradient_accumulation_steps
     # Padding them reads their values, on the CPU.
     padded = list(islice(trainer.start(), 2 * accumulation + 1))
@@ -132,3 +144,33 @@ def test_the_host_reads_nothing_while_the_device_computes(
     case = tiny_runs.options(task, tmp_path / "run", engine, gradient_checkpointing=True)
     for reads, once in ranks(size).run(reads_of_a_step, case):
         assert reads == [] and once
+
+
+def test_nor_with_flash_attention_in_layers_that_the_backward_repeats(
+    ranks: GetRanks, task: Path, tmp_path: Path
+) -> None:
+    """With one example a micro-batch, transformers asks in each layer whether it is several."""
+    sizes = {"per_device_train_batch_size": 1, "train_batch_size": 2}
+    case = tiny_runs.options(task, tmp_path / "run", "local", gradient_checkpointing=True, **sizes)
+    ((reads, once),) = ranks(1).run(reads_of_a_step, case, True)
+    assert reads == [] and once
+
+
+def taken(world: World, case: dict[str, Any]) -> list[bool]:
+    """For each step of a run, whether the next micro-batch is there at its end."""
+    trainer = runs.make(world, case)
+    micro_batches = trainer.start()
+    trainer.engine.module.train()
+    found = []
+    for step in range(trainer.feed.steps):
+        trainer.take_step(step, micro_batches)
+        found.append(micro_batches._next is not None)
+    trainer.close()
+    return found
+
+
+def test_the_last_step_loads_no_micro_batch_more(
+    ranks: GetRanks, task: Path, tmp_path: Path
+) -> None:
+    case = tiny_runs.options(task, tmp_path / "run", "local", max_steps=3)
+    assert ranks(1).run(taken, case) == [[True, True, False]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -94,6 +95,24 @@ def test_workers_end_with_a_run_that_fails(task: Path, tmp_path: Path) -> None:
         workers = started(forked, tmp_path / "run")
         assert forked.wait() == [1] and "broken on purpose" in forked.text()
         assert are_gone(workers, 10)
+
+
+class Bereft(Trainer):
+    """Its workers die after the last step."""
+
+    def _evaluate(self, log: Any, step: int, *args: Any, **others: Any) -> Any:
+        if step == self.feed.steps:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            time.sleep(0.5)
+        return super()._evaluate(log, step, *args, **others)
+
+
+def test_a_worker_that_dies_after_the_last_step_ends_no_run(task: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Forked(1, case(task, run), tmp_path / "log", Bereft) as forked:
+        assert forked.wait() == [0], forked.text()
+    assert "eval_loss" in tiny_runs.lines(run)[-1]
 
 
 @pytest.mark.heavy

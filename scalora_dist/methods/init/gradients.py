@@ -16,6 +16,7 @@ from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
+from scalora_dist.modeling.padding import whole_rows
 
 
 def weight_gradients(
@@ -180,7 +181,8 @@ class _Taps:
                 "the ranks' samples go through different layers (experts?): "
                 "leave those out of --target_modules"
             )
-        torch.autograd.grad(loss, self.end, allow_unused=True)
+        with whole_rows():
+            torch.autograd.grad(loss, self.end, allow_unused=True)
         self.reached.clear()
 
 
