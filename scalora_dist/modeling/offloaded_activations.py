@@ -76,30 +76,63 @@ class StreamedCopies(HostCopies):
         torch.cuda.current_stream(self.device).wait_event(copy[1])
 
 
+class _Stays:
+    """A tensor that a node saved, and that stays where it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a node's own output would keep that node
+        self.version = tensor._version
+
+    def fetch(self) -> Tensor:
+        return _unchanged(self.tensor, self.version)
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    """``tensor``, if nothing has changed it in place. Torch checks this only without hooks."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a tensor of shape {tuple(tensor.shape)} is at version {tensor._version}; "
+            f"expected version {version} instead"
+        )
+    return tensor
+
+
 class _Sent:
     """A tensor that was sent to the host, for each node of the graph that saved it.
 
     Attributes:
         here: the tensor on the device, while it is there.
+        version: torch's count of changes in place, when it was saved.
         copy: its copy on the host.
         uses: number of nodes that have not asked for it yet.
     """
 
     def __init__(self, tensor: Tensor, copies: HostCopies) -> None:
         self.here: Tensor | None = tensor
+        self.version = tensor._version
         self.copies = copies
         self.copy = copies.send(tensor)
         self.uses = 0
 
+    def leave(self) -> None:
+        """Free it on the device, unless it was changed while its copy was under way."""
+        assert self.here is not None
+        if self.here._version == self.version:
+            self.here = None
+
     def fetch(self) -> Tensor:
-        tensor = self.copies.fetch(self.copy) if self.here is None else self.here
+        if self.here is None:
+            self.here = self.copies.fetch(self.copy)
+            self.version = self.here._version
+        tensor = _unchanged(self.here, self.version)
         self.uses -= 1
         self.here = tensor if self.uses > 0 else None
         return tensor
 
 
 class _OfParameter:
-    """A parameter that a node saved, or a view of all of it.
+    """A parameter that a node saved, or a view of all of it in its dtype.
 
     A hook is given an alias of a saved parameter. If it were kept, so would be a parameter that an
     engine has gathered and frees after its layer's forward. The engine gathers it again for the
@@ -107,11 +140,11 @@ class _OfParameter:
     """
 
     def __init__(self, parameter: Tensor, saved: Tensor) -> None:
-        self.parameter = parameter
+        self.parameter, self.version = parameter, parameter._version
         self.shape, self.stride = saved.shape, saved.stride()
 
     def fetch(self) -> Tensor:
-        p = self.parameter.detach()
+        p = _unchanged(self.parameter, self.version).detach()
         return p.as_strided(self.shape, self.stride, p.storage_offset())
 
 
@@ -120,8 +153,9 @@ class OffloadedActivations(saved_tensors_hooks):
 
     What stays: parameters and buffers, tensors of less than ``SMALLEST`` bytes, those whose
     elements overlap, and the last ``IN_FLIGHT`` of a forward. A tensor that several nodes save
-    goes once. Inside a checkpointed block, checkpointing's own hooks replace these: only the
-    block's input goes to the host.
+    goes once. As in torch, a backward fails if what stays was changed in place since. Inside a
+    checkpointed block, checkpointing's own hooks replace these: only the block's input goes to the
+    host.
 
     Attributes:
         copies: copies to the host and back.
@@ -153,16 +187,19 @@ class OffloadedActivations(saved_tensors_hooks):
 
     def _pack(self, tensor: Tensor) -> Any:
         if isinstance(tensor, DTensor) or tensor.layout is not torch.strided:
-            return tensor
+            return _Stays(tensor)
         storage, offset = tensor.untyped_storage(), int(tensor.storage_offset())
         if (places := self.held.get(storage)) is not None:
             parameter = places.get(offset)
-            return tensor if parameter is None else _OfParameter(parameter, tensor)
+            if parameter is None or parameter.dtype != tensor.dtype or _has_bits(tensor):
+                return _Stays(tensor)
+            return _OfParameter(parameter, tensor)
         reach = _reach(tensor)
         if tensor.nbytes < SMALLEST or reach is None:
-            return tensor
+            return _Stays(tensor)
         places_sent = self.sent.setdefault(storage, {})
         key = (offset, tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        key += tensor.is_conj(), tensor.is_neg()
         if (sent := places_sent.get(key)) is None:
             # What lies between the elements does not go along.
             dense = tensor if reach == tensor.numel() else tensor.contiguous()
@@ -171,13 +208,18 @@ class OffloadedActivations(saved_tensors_hooks):
             if len(self.in_flight) > IN_FLIGHT:
                 landed = self.in_flight.popleft()
                 self.copies.landed(landed.copy)
-                landed.here = None
+                landed.leave()
         sent.uses += 1
         return sent
 
     @staticmethod
     def _unpack(packed: Any) -> Tensor:
-        return packed.fetch() if isinstance(packed, _Sent | _OfParameter) else packed
+        return packed.fetch()
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a view whose elements are conjugated or negated when they are read."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _reach(tensor: Tensor) -> int | None:

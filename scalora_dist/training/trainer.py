@@ -71,9 +71,7 @@ class Trainer:
         progress: how far the run is.
     """
 
-    def __init__(
-        self, options: Options, world: World, signals: StopSignals | None = None
-    ) -> None:
+    def __init__(self, options: Options, world: World, signals: StopSignals | None = None) -> None:
         """Load data and model, add the method's layers, and shard the model. Writes no results.
 
         The engine takes longest to set up, so it is made after all other checks.

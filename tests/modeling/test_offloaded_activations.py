@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -140,3 +141,81 @@ def test_a_backward_reads_a_parameter_as_it_is_then() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, again.sum(0).expand(2, 4))
+
+
+class Complex(nn.Module):
+    """Turns pairs of features by a parameter, as Llama-4 does by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, 2))
+        self.z = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x) * torch.view_as_complex(self.w)
+        h = turned * 1j
+        both = (h * turned) + h.conj() * turned + h.conj().imag * self.z.conj().imag
+        return torch.view_as_real(both * self.z.conj() * self.z)
+
+
+def test_complex_views_conjugates_and_negatives() -> None:
+    """A view of a parameter may have another dtype, or read other values."""
+    torch.manual_seed(0)
+    plain = Complex()
+    offloading = copy.deepcopy(plain)
+    offload_activations(offloading, [], CPU, inside=True)
+    x = torch.randn(4, 3, 2, requires_grad=True)
+    found = [
+        torch.autograd.grad(model(x).sum(), (x, model.w, model.z)) for model in (plain, offloading)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+class Changed(nn.Module):
+    """Changes in place what a node has saved.
+
+    Attributes:
+        what: "parameter", "view" (of a buffer's part), "input" or "output" of a node.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.w = nn.Parameter(torch.ones(4, 4))
+        self.b = nn.Buffer(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 2.0
+        y = h.exp()
+        z = y * 3.0 + h.sin() + x.sum(0) * self.b[4:] + x @ self.w
+        with torch.no_grad():
+            {"parameter": self.w, "view": self.b[4:], "input": h, "output": y}[self.what].add_(1.0)
+        for _ in range(IN_FLIGHT):
+            z = z.sigmoid()
+        return z
+
+
+@pytest.mark.parametrize("what", ["parameter", "view", "input", "output"])
+@pytest.mark.parametrize("offloads", [False, True])
+def test_what_was_changed_in_place_fails_the_backward(what: str, offloads: bool) -> None:
+    model, x = Changed(what), torch.ones(4, 4, requires_grad=True)
+    if offloads:
+        offload_activations(model, [], CPU, inside=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_tensors_that_stay_are_checked_too(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, and the last ones of a forward."""
+    if small:
+        monkeypatch.setattr(offloaded_activations, "SMALLEST", 10**6)
+    x = torch.ones(4, requires_grad=True)
+    with OffloadedActivations(HostCopies()):
+        h = x * 2.0
+        y = h.sin()
+    with torch.no_grad():
+        h.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
