@@ -83,6 +83,7 @@ class PaddedExamples(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
         if index is None:
-            # One token with attention mask 1: some attention kernels make NaN of an empty row.
+            # One token, which an attention mask shows, if there is one: some attention kernels make
+            # NaN of a row without tokens.
             return {"input_ids": [0], "labels": [IGNORE]}
         return self.dataset[index]

@@ -14,21 +14,30 @@ from scalora_dist.errors import UserError
 
 # Graphs of one block's forward. Evaluation, the first block and the others have one each, for each
 # kind of attention, first for one length and then for all. Beyond the limit torch would silently
-# not compile. Its own limit is 8.
+# not compile. Its own limit is 8. This one is for the whole process and stays, because torch reads
+# it whenever it compiles, and that is in any later forward.
 GRAPHS = 64
+torch._dynamo.config.recompile_limit = GRAPHS
 
 
 def check_compiler(world: World) -> None:
-    """Check that torch finds the C++ compiler that it needs on CPUs. A collective.
+    """Check that there is the compiler that torch needs: for C++ on CPUs, for C on GPUs.
+
+    A collective.
 
     Raises:
         UserError: on every rank, where one rank has no compiler.
     """
-    here = world.device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
-    (missing,) = world.max(float(not here))
+    if world.device.type == "cpu":
+        language, where, names = "C++", "CPUs", [os.environ.get("CXX", "g++")]
+    else:  # for Triton
+        language, where = "C", "GPUs"
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    (missing,) = world.max(float(not any(map(shutil.which, names))))
     if missing:
         raise UserError(
-            "--torch_compile needs a C++ compiler on CPUs: install g++, or leave it out"
+            f"--torch_compile needs a {language} compiler on {where}: install "
+            f"{'g++' if language == 'C++' else 'gcc'}, or leave it out"
         )
 
 
@@ -46,7 +55,6 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     blocks = list(blocks)
     if not blocks:
         raise UserError("the model names no decoder blocks to compile: leave out --torch_compile")
-    torch._dynamo.config.recompile_limit = GRAPHS
     for block in blocks:
         # Not `block.compile()`: it would compile the hooks with the forward.
         block.forward = torch.compile(block.forward)

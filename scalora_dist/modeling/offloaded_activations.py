@@ -198,8 +198,8 @@ class OffloadedActivations(saved_tensors_hooks):
         if tensor.nbytes < SMALLEST or reach is None:
             return _Stays(tensor)
         places_sent = self.sent.setdefault(storage, {})
-        key = (offset, tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
-        key += tensor.is_conj(), tensor.is_neg()
+        where = (offset, tensor.shape, tensor.stride(), tensor.dtype)
+        key = (*where, tensor._version, tensor.is_conj(), tensor.is_neg())
         if (sent := places_sent.get(key)) is None:
             # What lies between the elements does not go along.
             dense = tensor if reach == tensor.numel() else tensor.contiguous()

@@ -56,21 +56,25 @@ def evaluate(
         each_batch: called before each batch. It may end the evaluation by an exception, on all
             ranks before the same batch.
     """
-    examples = PaddedExamples(dataset)
+    examples = PaddedExamples(dataset.with_format("numpy", columns=["input_ids", "labels"]))
+    truncated = dataset["truncated"][:]
     batches = eval_batches(len(dataset), batch_size, world.rank, world.size)
     device = world.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, exact matches
     targets = 0
     module.eval()
-    for batch in tqdm(batches, "evaluating", disable=None if world.is_main else True, leave=False):
-        each_batch()
-        inputs = collate([examples[i] for i in batch])
-        # A truncated example is never an exact match: some of its targets were cut off.
-        whole = torch.tensor([i is not None and not dataset[i]["truncated"] for i in batch])
-        inputs, whole = inputs.to(device), host.to_device(whole, device)
-        totals += _totals(loss(module, inputs), inputs, whole)
-        targets += len(inputs.targets)
-    module.train()
+    shown = tqdm(batches, "evaluating", disable=None if world.is_main else True, leave=False)
+    try:
+        for batch in shown:
+            each_batch()
+            inputs = collate([examples[i] for i in batch])
+            # A truncated example is never an exact match: some of its targets were cut off.
+            whole = torch.tensor([i is not None and not truncated[i] for i in batch])
+            inputs, whole = inputs.to(device), host.to_device(whole, device)
+            totals += _totals(loss(module, inputs), inputs, whole)
+            targets += len(inputs.targets)
+    finally:
+        module.train()
     total, matches, count = world.sum(*totals, targets)
     return Evaluation(total / count, matches / len(dataset), len(dataset))
 

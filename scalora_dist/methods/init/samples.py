@@ -47,7 +47,7 @@ class SamplePass:
         self.world = world
         self.examples = PaddedExamples(data)
         chosen = np.random.default_rng(seed).permutation(len(data))[:count]
-        self.targets = int(np.asarray(data["target_tokens"])[chosen].sum())
+        self.targets = int(np.asarray(data["target_tokens"][:])[chosen].sum())
         padded = [*chosen.tolist(), *[None] * (-len(chosen) % world.size)]
         self.mine = padded[world.rank :: world.size]
 
