@@ -39,7 +39,10 @@ def peft_step(trainer: Trainer, bench: Bench) -> Callable[[], None]:
     if not options.launch.ds_config:
         raise UserError("PEFT's step is DeepSpeed's: name a --ds_config")
     if options.train.gradient_accumulation_steps > 1:
-        raise UserError("a step here is one micro-batch: leave out --train_batch_size")
+        raise UserError(
+            "a step here is one micro-batch: leave out --train_batch_size and "
+            "--gradient_accumulation_steps"
+        )
     width = trainer.model.config.get_text_config().hidden_size
     config = load_ds_config(
         options.launch.ds_config, options.train, world_size=world.size, hidden_size=width
@@ -77,7 +80,7 @@ def render(found: dict[str, list[float]]) -> str:
         shown = (f"{size * f(values):>10.4g}" for f in (median, min, max))
         line = f"{name + unit:<16}" + "".join(shown)
         lines.append(line + (f"   at most {MOST[name]} is wanted" if name in MOST else ""))
-    return "\n".join(lines)
+    return "\n".join([*lines, "PEFT's loss is its model's own, from full logits."])
 
 
 def main(argv: list[str]) -> None:

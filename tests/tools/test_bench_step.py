@@ -41,6 +41,7 @@ def test_every_step_is_timed_in_every_round(tmp_path: Path, stage: str) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     for name in ("lora", "peft", "scalora", "rescale"):
         assert len(found[name]) == 2 and min(found[name]) > 0
+    assert "from full logits" in done.stdout
     assert "at most 0.9 is wanted" in done.stdout and "at most 0.04 is wanted" in done.stdout
     ratios = [mine / theirs for mine, theirs in zip(found["lora"], found["peft"], strict=True)]
     assert found["LoRA / PEFT"] == ratios
@@ -50,3 +51,14 @@ def test_a_run_without_deepspeed_is_refused(tmp_path: Path) -> None:
     done = bench(tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: PEFT's step is DeepSpeed's")
+
+
+def test_a_step_of_several_micro_batches_is_refused(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--ds_config", "zero2", "--gradient_accumulation_steps", "2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--gradient_accumulation_steps")
+
+
+def test_peft_s_model_gets_the_attention_that_was_asked_for(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--ds_config", "zero2", "--attn_implementation", "no_such_attention")
+    assert done.returncode != 0 and "no_such_attention" in done.stderr

@@ -37,6 +37,7 @@ def wrapped(options: Options, config: dict[str, Any], world: World) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         options.model.model_name_or_path,
         dtype=options.train.dtype,
+        attn_implementation=options.model.attn_implementation,
         **options.model.source,
         **on_device,
     )
