@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.layers.fourbit_linear import FourBitLinear
-from scalora_dist.layers.low_rank_product import LowRankProduct
+from scalora_dist.layers.low_rank_product import Coded, LowRankProduct
 
 L = TypeVar("L", bound="AdaptedLinear")
 LR = TypeVar("LR", bound="LowRankLinear")
@@ -29,10 +28,12 @@ class AdaptedLinear(nn.Linear):
     Attributes:
         scaling: s.
         dropout: probability of dropout.
+        coded: whether W is stored as codes (``FourBitLinear``).
     """
 
     scaling: float
     dropout: float
+    coded = False
 
     @classmethod
     def put_on(cls: type[L], linear: nn.Linear, *, scaling: float, dropout: float) -> L:
@@ -41,7 +42,7 @@ class AdaptedLinear(nn.Linear):
         A 4-bit layer keeps its way to compute W x. Other classes are never chosen as targets.
         """
         kind = type(linear)
-        assert kind in (nn.Linear, FourBitLinear), f"{kind.__name__} may compute W x in its own way"
+        assert kind is nn.Linear or issubclass(kind, Coded), f"{kind} may compute W x otherwise"
         linear.__class__ = cls if kind is nn.Linear else _on(cls, kind)
         assert isinstance(linear, cls)
         linear.scaling, linear.dropout = scaling, dropout
@@ -117,7 +118,7 @@ class LowRankLinear(AdaptedLinear):
             D,
             self.used,
             self.scaling,
-            self if isinstance(self, FourBitLinear) else None,
+            cast(Coded, self) if self.coded else None,
         )
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -202,8 +203,8 @@ _made: dict[tuple[type, type], Any] = {}
 
 
 def _on(cls: type, kind: type) -> Any:
-    """The class of a method's layer on another class of linear layer; created once."""
-    return _made.setdefault((cls, kind), type(cls.__name__, (cls, kind), {}))
+    """The class of a method's layer on a class of layers whose W is codes; created once."""
+    return _made.setdefault((cls, kind), type(cls.__name__, (cls, kind), {"coded": True}))
 
 
 def square_side(out_features: int, in_features: int, rank: int) -> int:

@@ -8,12 +8,13 @@ engines.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class Coded(Protocol):
     """A layer whose W is stored as codes (``FourBitLinear``)."""
 

@@ -126,6 +126,16 @@ def test_an_output_can_be_changed_in_place(
         assert one.abs().max() > 0 and torch.equal(one, other)
 
 
+def test_a_layer_with_a_product_of_its_own_is_refused() -> None:
+    """It would be computed as W x + bias."""
+
+    class Other(nn.Linear):
+        pass
+
+    with pytest.raises(AssertionError, match="Other"):
+        LowRankLinear.put_on(Other(N, M), scaling=1.0, dropout=0.0)
+
+
 def test_a_model_that_clamps_its_queries_trains() -> None:
     model = families.build("olmo", 97)
 
