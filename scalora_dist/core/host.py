@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def on_host(work: Callable[..., T], *tensors: Tensor) -> T:
-    """The result of ``work`` on copies of ``tensors`` in the host's memory.
+    """The result of ``work`` on copies of ``tensors`` in the host's memory, or on those there.
 
     One host synchronisation for all of them; none where they are on the CPU.
 
