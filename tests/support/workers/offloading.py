@@ -23,16 +23,18 @@ def train(world: World, options: dict[str, Any]) -> tuple[int, int]:
     """
     seen: list[bool] = []
     send = HostCopies.send
-    trainer = runs.make(world, options)
+    model: list[nn.Module] = []
 
     def watched(copies: HostCopies, tensor: Tensor) -> Any:
-        seen.append(tensor.untyped_storage().data_ptr() in _of_parameters(trainer.model))
+        seen.append(tensor.untyped_storage().data_ptr() in _of_parameters(model[0]))
         return send(copies, tensor)
 
     with (
         patch.object(offloaded_activations, "SMALLEST", 0),
         patch.object(HostCopies, "send", watched),
     ):
+        trainer = runs.make(world, options)
+        model.append(trainer.model)
         trainer.run()
     return len(seen), sum(seen)
 
