@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def on_host(work: Callable[..., T], *tensors: Tensor) -> T:
-    """The result of ``work`` on copies of ``tensors`` in the host's memory.
+    """The result of ``work`` on copies of ``tensors`` in the host's memory, or on those there.
 
     One host synchronisation for all of them; none where they are on the CPU.
 
@@ -37,8 +37,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     The host does not wait, but for a copy to the CPU. A copy from pageable memory would make it
     wait, so the copy comes from pinned memory.
     """
+    if tensor.device.type == device.type:
+        return tensor
     if device.type == "cpu":
         return on_host(lambda copy: copy, tensor)
-    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+    if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -92,6 +92,8 @@ class HostPieces:
         cols: int,
         merge: Merge,
     ) -> None:
+        if not weight.numel():  # of this weight the rank has nothing
+            return
         main = cuda.current_stream(self.device)
         if not self.slots:
             self.slots.extend(Slot(self.device) for _ in range(SLOTS))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -87,7 +87,7 @@ class Layout:
     ranges: np.ndarray
     group: dist.ProcessGroup | None
     device: torch.device
-    rank: int = field(default=0)
+    rank: int
 
     @classmethod
     def of(cls, shards: Sequence[FlatShard], device: torch.device | str = "cpu") -> Layout:
@@ -252,7 +252,9 @@ class Layout:
             yield bucket
 
     def gather(self, shards: Shards, which: Sequence[int]) -> list[Tensor]:
-        """The full matrices ``which`` on every rank, on ``device``. One collective per call.
+        """The full matrices ``which`` on every rank, on ``device``.
+
+        One all-gather, one all-reduce or both, as for ``gather_stacks``.
 
         Without a group: views of the shards on their own device, no communication.
 
@@ -275,19 +277,19 @@ class Layout:
         pad every rank's part to the longest, and one bucket lies on a few ranks.
 
         Returns:
-            for each shape: indices of the matrices in the order of ``which``, and the matrices
-            (matrices, rows, cols), each of them contiguous.
+            for each shape (and share): indices of the matrices in the order of ``which``, and the
+            matrices (matrices, rows, cols), each of them contiguous.
         """
-        alike: dict[tuple[tuple[int, int], bool], list[int]] = {}
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for i in which:
-            alike.setdefault((self.shapes[i], bool(self.shares[i])), []).append(i)
+            alike.setdefault((self.shapes[i], self.shares[i]), []).append(i)
         if self.group is None:
             return [
                 (indices, self._packed(shards, indices).view(-1, *shape))
                 for (shape, _), indices in alike.items()
             ]
-        even = [indices for (_, shared), indices in alike.items() if shared]
-        odd = [indices for (_, shared), indices in alike.items() if not shared]
+        even = [indices for (_, share), indices in alike.items() if share]
+        odd = [indices for (_, share), indices in alike.items() if not share]
         return [
             *(self._gathered(shards, even) if even else []),
             *(self._summed(shards, odd) if odd else []),
@@ -318,15 +320,17 @@ class Layout:
             part = self._packed(shards, indices).view(len(indices), -1)
             missing = self.shares[indices[0]] - part.shape[1]
             parts.append((F.pad(part, (0, missing)) if missing else part).flatten())
+        sizes = [part.numel() for part in parts]
         mine = torch.cat(parts)
+        del parts
         everyone = _all_gather(mine, self.group).view(-1, mine.numel())
-        stacks, start = [], 0
-        for indices, part in zip(lists, parts, strict=True):
+        del mine
+        stacks = []
+        for indices, shares in zip(lists, everyone.split(sizes, dim=1), strict=True):
             rows, cols = self.shapes[indices[0]]
-            shares = everyone[:, start : start + part.numel()].unflatten(1, (len(indices), -1))
-            whole = shares.transpose(0, 1).flatten(1).contiguous()[:, : rows * cols]
+            by_matrix = shares.unflatten(1, (len(indices), -1)).transpose(0, 1)
+            whole = by_matrix.flatten(1).contiguous()[:, : rows * cols]
             stacks.append((indices, whole.unflatten(1, (rows, cols))))
-            start += part.numel()
         return stacks
 
     def _summed(self, shards: Shards, lists: Sequence[list[int]]) -> list[tuple[list[int], Tensor]]:
@@ -357,7 +361,7 @@ class Layout:
 
 
 def full_tensor(shard: FlatShard, device: torch.device | str = "cpu") -> Tensor:
-    """The full matrix (rows, cols) on every rank, on ``device``. Two all-gathers.
+    """The full matrix (rows, cols) on every rank, on ``device``. Two collectives.
 
     Without a group: a view of the shard on its own device, no communication.
     """

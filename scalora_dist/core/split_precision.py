@@ -65,7 +65,8 @@ def add_low_rank_(
     goes through the GPU of the factors in pieces. On a CPU, or without Triton, PyTorch does it.
 
     Args:
-        weight: shard of W (rows, cols), float32, bfloat16 or float16.
+        weight: shard of W (rows, cols), float32, bfloat16 or float16; in PyTorch also float64,
+            with float64 factors.
         left: full factor (rows, r) float32. The device of the factors computes, if it is a GPU.
         right: full factor (cols, r) float32, on the same device.
         low: remainders for ``split``, int16, 1-D, as long as ``weight.local`` and beside it;
@@ -77,7 +78,8 @@ def add_low_rank_(
     if weight.local.dtype == torch.float32:
         low = None
     device = weight.local.device if weight.local.is_cuda else left.device
-    merge = _kernel() if device.type == "cuda" else None
+    in_kernel = device.type == "cuda" and weight.local.dtype != torch.float64
+    merge = _kernel() if in_kernel else None
     if merge is None:
         add_with_pytorch_(weight, left, right, low)
         return

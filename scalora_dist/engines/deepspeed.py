@@ -252,7 +252,9 @@ class _ZeroShards(ParameterShards):
         If the next forward does not reach a layer, the optimizer would step that layer with this
         step's gradients, or with the inf of a discarded step.
         """
-        torch._foreach_zero_(gradients)
+        # What a rank does not hold is empty, and may have another dtype.
+        if held := [gradient for gradient in gradients if gradient.numel()]:
+            torch._foreach_zero_(held)
 
 
 class _Stage0Shards(_ZeroShards):

@@ -195,6 +195,9 @@ def _refuse(config: dict[str, Any], world_size: int, path: str) -> None:
         "super_offload steps before the rescale: remove it": (
             zero.get("offload_optimizer", {}).get("super_offload")
         ),
+        "offload_optimizer.ratio below 1 spreads one buffer over two devices: remove it": (
+            zero.get("offload_optimizer", {}).get("ratio", 1) != 1
+        ),
         "NVMe offload is not supported: set offload device to cpu": any(
             zero.get(part, {}).get("device") == "nvme"
             for part in ("offload_param", "offload_optimizer")

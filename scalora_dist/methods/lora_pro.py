@@ -62,31 +62,34 @@ class LoraPro(Transform):
         columns = packed(self.layout, [factor_shards(layers), gradients], torch.float32)
         grams = self.sums(columns, 2)
         clock.begin("solve")
-        mixes = host.on_host(partial(_solve, [layer.scaling for layer in layers]), grams.sums)
-        if mixes is None:
+        found = host.on_host(partial(_solve, [layer.scaling for layer in layers]), grams.sums)
+        if found is None:
             return self.refuse(layers)
+        solved, sums = found
         # Each rank has found them. Rank 0's are taken, so that they are the same everywhere.
-        mixes = self.world.from_rank_0(host.to_device(mixes, self.world.device))
-        before, after = host.on_host(_norms, grams.sums, mixes)
+        mixes = self.world.from_rank_0(host.to_device(solved, self.world.device))
+        before, after = host.on_host(partial(_norms, sums), mixes)
         clock.begin("mix")
         for batch, mixed in self.sums.mixed(columns, grams, mixes):
             self.layout.unpack(batch, (mixed, gradients))
         return TransformReport(applied=True, grad_norm_before=before, grad_norm=after)
 
 
-def _solve(scalings: Sequence[float], grams: Tensor) -> Tensor | None:
+def _solve(scalings: Sequence[float], grams: Tensor) -> tuple[Tensor, Tensor] | None:
     """The mixing matrices of A and B of each layer in turn, (2·layers, 2r, r) float64.
-
-    None: a gram is not finite.
 
     Args:
         scalings: s of each layer.
         grams: of A and B of each layer in turn, as for ``mixing_matrices``.
+
+    Returns:
+        the matrices and the grams. None: a gram is not finite.
     """
     if not bool(torch.isfinite(grams).all()):
         return None
     s = torch.tensor(scalings, dtype=torch.float64)
-    return torch.stack(mixing_matrices(grams[0::2], grams[1::2], s), dim=1).flatten(0, 1)
+    mixes = torch.stack(mixing_matrices(grams[0::2], grams[1::2], s), dim=1)
+    return mixes.flatten(0, 1), grams
 
 
 def mixing_matrices(gram_a: Tensor, gram_b: Tensor, scalings: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Merger:
     ) -> None:
         """Add ``s·A diag(weights) Bᵀ`` to the target of each layer.
 
-        A and B are gathered in full: one all-gather per bucket of layers. W is never sent.
+        A and B are gathered in full, bucket by bucket of layers. W is never sent.
 
         Args:
             weights: one factor per column, (layers, r) float64 on the CPU.
@@ -141,7 +141,6 @@ class Merger:
         self.target.make_room(layers, chosen, clock)
         clock.begin("gather")
         factors = torch.tensor([[self.target.factor(layer)] for layer in layers])
-        # One copy to the device for all layers: one copy per layer would synchronize each time.
         table = (factors * weights).to(torch.promote_types(shards[0].local.dtype, torch.float32))
         table = host.to_device(table, self.world.device)
         for bucket in self.layout.buckets([(2 * i, 2 * i + 1) for i in chosen]):
@@ -150,6 +149,7 @@ class Merger:
             clock.begin("merge")
             for i in bucket[::2]:
                 self.target.add(layers[i // 2], whole[i], whole[i + 1])
+            del whole  # before the next bucket is gathered
         host_pieces.wait()
 
     def _weighted(
@@ -157,7 +157,7 @@ class Merger:
     ) -> dict[int, Tensor]:
         """The full A, its columns multiplied by the layer's row of ``table``, and the full B.
 
-        By index in ``shards``. One all-gather.
+        By index in ``shards``.
         """
         found: dict[int, Tensor] = {}
         # A before B, so that of each shape the first matrices are those to multiply.

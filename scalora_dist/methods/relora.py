@@ -63,7 +63,7 @@ class ReloraRestart(Restart):
             layout.unpack(batch, (values, factors))
 
     def _prune(self, layers: Sequence[LayerShards]) -> None:
-        """Set small moments to 0: one all-gather per bucket of first moments.
+        """Set small moments to 0. First moments are gathered bucket by bucket.
 
         Each m is gathered in full, as factors are for a merge, because its threshold is one number
         for all ranks. v is set to 0 where m is. If v were pruned by its own size, some m could stay

@@ -5,7 +5,7 @@ It runs between the last backward and the optimizer's step (arXiv 2510.23818, Al
     grams    one all-reduce of small float64 blocks for all layers together; before it, for the rule
              adamw, one of the gradients' norm
     solve    α and β of this rank's share of the layers, then one all-gather
-    gather   full A and B by one all-gather per bucket (W is never sent)
+    gather   full A and B, bucket by bucket (W is never sent)
     merge    W += s·A diag(1 − α∘β) Bᵀ on the ranges of W that this rank owns
     scale    A, B, their gradients and AdamW's moments (Lemmas 2 and 4)
 """
@@ -90,6 +90,7 @@ class Rescaler(Transform):
         grams = self._grams(layers)
         clock.begin("solve")
         found = self.solve(layers, grams)
+        del grams  # before the factors are gathered
         if found is None:
             return self.refuse(layers)
         scales, norms = self.keep_unmoved(found[0]), found[1]

@@ -24,12 +24,13 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("room", [2**23, 30])
 @pytest.mark.parametrize("shapes", SHAPES, ids=["24", "3", "8"])
 @pytest.mark.parametrize(("world", "kind"), list(itertools.product(WORLDS, KINDS)))
 def test_grams_of_many_matrices(
-    ranks: StartRanks, world: int, kind: str, shapes: list[tuple[int, int]]
+    ranks: StartRanks, world: int, kind: str, shapes: list[tuple[int, int]], room: int
 ) -> None:
-    answers = ranks(world).run(work.grams, shapes, kind)
+    answers = ranks(world).run(work.grams, shapes, kind, room)
     for gram, ours, theirs in zip(
         same_on_all([grams for grams, _ in answers]),
         work.matrices(shapes, 0),
@@ -78,12 +79,13 @@ def test_gram_of_one_process() -> None:
     assert relative_error(gram, whole.double().T @ whole.double()) < 1e-14
 
 
+@pytest.mark.parametrize("room", [2**23, 30])
 @pytest.mark.parametrize("shapes", SHAPES, ids=["24", "3", "8"])
 @pytest.mark.parametrize(("world", "kind"), list(itertools.product(WORLDS, KINDS)))
 def test_rows_times_a_matrix(
-    ranks: StartRanks, world: int, kind: str, shapes: list[tuple[int, int]]
+    ranks: StartRanks, world: int, kind: str, shapes: list[tuple[int, int]], room: int
 ) -> None:
-    found = same_on_all(ranks(world).run(work.mixed, shapes, kind))
+    found = same_on_all(ranks(world).run(work.mixed, shapes, kind, room))
     cols = shapes[0][1]
     mixes = work.matrices([(2 * cols, cols)] * len(shapes), 2)
     for product, ours, theirs, mix in zip(

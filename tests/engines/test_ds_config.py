@@ -164,6 +164,7 @@ NVME = {"device": "nvme", "nvme_path": "/tmp"}
         (zero(3, offload_param=NVME), {}, "NVMe"),
         (zero(0, offload_optimizer={"device": "cpu"}), {}, "stage 1, 2 or 3"),
         (zero(3, offload_optimizer={"super_offload": True}), {}, "super_offload"),
+        (zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}), {}, "ratio below 1"),
         (zero(3, offload_optimizer=NVME), {}, "NVMe"),
         (zero(1) | {"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel"),
         *(

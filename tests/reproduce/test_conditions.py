@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
@@ -16,6 +18,7 @@ from scalora_dist.data.micro_batch import Batch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
+from scalora_dist.layers.adapted_linear import LowRankLinear
 from scalora_dist.reproduce import plots
 from scalora_dist.reproduce.command import reproduce_command
 from scalora_dist.reproduce.conditions import ObservingTrainer
@@ -64,10 +67,17 @@ class Checked(ObservingTrainer):
             weight = self.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.requires_grad_(True)
-            losses = torch.stack([self.loss(self.model, part).loss for part in batch])
+            with patch.object(LowRankLinear, "forward", by_autograd):
+                losses = torch.stack([self.loss(self.model, part).loss for part in batch])
             (gradient,) = torch.autograd.grad(losses.sum() / targets, weight)
             self.dense.append((step, name, gradient))
             weight.requires_grad_(False)
+
+
+def by_autograd(layer: LowRankLinear, x: Tensor) -> Tensor:
+    """The forward of a layer, in operations that also give the gradient of W."""
+    y = F.linear(x, layer.weight, layer.bias)
+    return y + layer.scaling * F.linear(x @ layer.B, layer.A)
 
 
 def watched(world: World, case: dict[str, Any]) -> tuple[Any, ...]:

@@ -43,6 +43,7 @@ def walk(
     clock: Clock | None = None,
     dtype: torch.dtype = torch.bfloat16,
     moments: bool = True,
+    offloads: bool = False,
 ) -> Counts:
     """What one rank's GPU does in one run of a method's work, set-up excluded.
 
@@ -57,6 +58,7 @@ def walk(
         clock: its ``begin`` is called inside the work.
         dtype: of W and the carry.
         moments: whether AdamW has stepped before.
+        offloads: whether factors, gradients and moments are in the host's memory.
     """
     with fake_gpu(rank, size) as world, known_ranges(sharding):
         carry = 3 * r if method.startswith("carry") else 0
@@ -68,6 +70,7 @@ def walk(
             dtype=dtype,
             moments=moments,
             carry=carry,
+            trained_on=torch.device("cpu") if offloads else None,
         )
         engine = ShardsEngine(world, layers)
         work = WALKS[method](world, layers, engine)

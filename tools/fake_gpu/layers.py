@@ -87,6 +87,7 @@ def fake_layers(
     moments: bool = True,
     carry: int = 0,
     frozen_on: torch.device | None = None,
+    trained_on: torch.device | None = None,
 ) -> list[LayerShards]:
     """This rank's shards of layers with weights (m, n). Called inside ``fake_gpu``.
 
@@ -100,6 +101,7 @@ def fake_layers(
         moments: whether AdamW's moments exist.
         carry: K, the columns of each carry; 0: no carry.
         frozen_on: device of W and of the carry; None: the world's.
+        trained_on: device of factors, gradients and moments (offload); None: the world's.
     """
     group = None if sharding == "local" else dist.group.WORLD
     weights = "local" if sharding == "zero1" else sharding  # ZeRO-1 shards what is trained
@@ -125,7 +127,7 @@ def fake_layers(
         ]
 
     factors = [(rows, rank) for shape in shapes for rows in shape]
-    trained = partial(shards, factors, sharding, torch.float32, world.device)
+    trained = partial(shards, factors, sharding, torch.float32, trained_on or world.device)
     flat = sharding in FLAT
     masters, gradients = trained(flat=flat), trained()
     pairs: list[tuple[FlatShard, ...]] = [() for _ in factors]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 from unittest.mock import patch
 
@@ -20,25 +19,27 @@ def train(world: World, options: dict[str, Any]) -> tuple[int, int]:
 
     Returns:
         the number of tensors that went to the host, and how many of them were memory of a
-        parameter, gathered or not, of any model in this process.
+        parameter of the model, gathered or not.
     """
     seen: list[bool] = []
     send = HostCopies.send
+    model: list[nn.Module] = []
 
     def watched(copies: HostCopies, tensor: Tensor) -> Any:
-        seen.append(tensor.untyped_storage().data_ptr() in _of_parameters())
+        seen.append(tensor.untyped_storage().data_ptr() in _of_parameters(model[0]))
         return send(copies, tensor)
 
     with (
         patch.object(offloaded_activations, "SMALLEST", 0),
         patch.object(HostCopies, "send", watched),
     ):
-        runs.run(world, options)
+        trainer = runs.make(world, options)
+        model.append(trainer.model)
+        trainer.run()
     return len(seen), sum(seen)
 
 
-def _of_parameters() -> set[int]:
-    """Addresses of the memory of all parameters, also those that FSDP2 has gathered."""
-    found = [x for x in gc.get_objects() if isinstance(x, nn.Parameter)]
-    plain = [x.to_local() if isinstance(x, DTensor) else x for x in found]
+def _of_parameters(model: nn.Module) -> set[int]:
+    """Addresses of the memory of all parameters, as they are now: in part gathered."""
+    plain = [x.to_local() if isinstance(x, DTensor) else x for x in model.parameters()]
     return {p.untyped_storage().data_ptr() for p in plain if p.numel() and not p.is_meta}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -122,12 +123,18 @@ def counted() -> Iterator[Counter[str]]:
             setattr(dist, name, original)
 
 
-def grams(world: World, shapes: list[Shape], kind: str) -> tuple[list[Tensor], dict[str, int]]:
-    """The grams of [M, N] for every matrix, and the number of calls of each collective."""
+def grams(
+    world: World, shapes: list[Shape], kind: str, room: int
+) -> tuple[list[Tensor], dict[str, int]]:
+    """The grams of [M, N] for every matrix, and the number of calls of each collective.
+
+    Args:
+        room: elements of a batch.
+    """
     lists = [my_shards(world, matrices(shapes, seed), kind) for seed in (0, 1)]
     layout = Layout.of(lists[0])
     before = [shard.local.clone() for shards in lists for shard in shards]
-    with counted() as calls:
+    with counted() as calls, patch.object(module, "BATCH_ELEMENTS", room):
         answer = GramSums(layout)(packed(layout, lists, torch.float32), 2).sums
     after = [shard.local for shards in lists for shard in shards]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -146,16 +153,17 @@ def gram_of(layout: Layout, shard: FlatShard) -> Tensor:
     return GramSums(layout)(packed(layout, [[shard]], torch.float32), 1).sums[0]
 
 
-def mixed(world: World, shapes: list[Shape], kind: str) -> list[Tensor]:
-    """[M, N] times a matrix of its own, for every M: gathered in full."""
+def mixed(world: World, shapes: list[Shape], kind: str, room: int) -> list[Tensor]:
+    """[M, N] times a matrix of its own, for every M: gathered in full; ``room`` as above."""
     lists = [my_shards(world, matrices(shapes, seed), kind) for seed in (0, 1)]
     cols = shapes[0][1]
     mixes = torch.stack(matrices([(2 * cols, cols)] * len(shapes), 2)).double()
     layout = Layout.of(lists[0])
     sums, columns = GramSums(layout), packed(layout, lists, torch.float32)
     found = [shard.like(torch.full_like(shard.local, torch.nan)) for shard in lists[0]]
-    for batch, values in sums.mixed(columns, sums(columns, 2), mixes):
-        layout.unpack(batch, (values, found))
+    with patch.object(module, "BATCH_ELEMENTS", room):
+        for batch, values in sums.mixed(columns, sums(columns, 2), mixes):
+            layout.unpack(batch, (values, found))
     return layout.gather(found, range(len(shapes)))
 
 
