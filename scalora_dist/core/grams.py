@@ -34,11 +34,14 @@ class Grams(NamedTuple):
 
     Attributes:
         sums: XᵀX, (matrices, k·cols, k·cols) float64, summed over all ranks.
+        squares: sums of squares of each column of one more matrix, likewise: (matrices, cols)
+            float64; (matrices, 0) if they were not asked for.
         ends: the complete first and last rows of this rank's ranges, where other ranks have a part
             of them, else zero: (matrices, 2, k·cols) float64.
     """
 
     sums: Tensor
+    squares: Tensor
     ends: Tensor
 
 
@@ -91,30 +94,37 @@ class GramSums:
         low, high = np.moveaxis(self.layout.ranges, 2, 0)
         return bool(((low % self.cols != 0) & (high > low)).any())
 
-    def __call__(self, columns: Columns, k: int) -> Grams:
+    def __call__(self, columns: Columns, k: int, *, squares: bool = False) -> Grams:
         """The grams of X = [M, …] of all matrices. One all-reduce, and one all-to-all before it.
 
         There is no all-to-all where every rank has complete rows only.
 
         Args:
             columns: makes the k matrices of X for one batch.
+            squares: whether it makes one more, of which only the squares of columns are summed.
         """
-        layout, width = self.layout, k * self.cols
-        matrices = len(layout.shapes)
-        message = torch.zeros(matrices, width, width, dtype=torch.float64, device=layout.device)
-        ends = message.new_zeros(matrices, 2, width) if self.any_shared else message[:, :0]
-        for group, rows in self._rows(columns):
-            for end, place in self._cut(group):
-                ends[:, end].index_copy_(0, group.index, rows[:, place])
-                rows[:, place] = 0
-            message.index_copy_(0, group.index, rows.mT @ rows)
+        layout, matrices, width = self.layout, len(self.layout.shapes), k * self.cols
+        sizes = [matrices * width**2, matrices * self.cols * squares]
+        message = torch.zeros(sum(sizes), dtype=torch.float64, device=layout.device)
+        flat_sums, flat_squares = message.split(sizes)
+        sums, squared = flat_sums.view(-1, width, width), flat_squares.view(matrices, -1)
+        ends = message.new_zeros(matrices, 2 if self.any_shared else 0, width)
+        for batch in layout.batches:
+            values = columns(batch)
+            for group, rows in self._rows_of(batch, values[:k]):
+                for end, place in self._cut(group):
+                    ends[:, end].index_copy_(0, group.index, rows[:, place])
+                    rows[:, place] = 0
+                sums.index_copy_(0, group.index, rows.mT @ rows)
+            for group, rows in self._rows_of(batch, values[k:]) if squares else ():
+                squared.index_copy_(0, group.index, rows.square_().sum(1))
         if self.any_shared:
             self._complete(ends)
             counted = ends * self.begun
-            message.baddbmm_(counted.mT, counted)
+            sums.baddbmm_(counted.mT, counted)
         if layout.group is not None:
             dist.all_reduce(message, group=layout.group)
-        return Grams(message, ends)
+        return Grams(sums, squared, ends)
 
     def mixed(
         self, columns: Columns, grams: Grams, mixes: Tensor
@@ -138,10 +148,6 @@ class GramSums:
                 values = (rows @ mixes.index_select(0, group.index)).flatten(1)
                 parts.append(values[:, group.head : group.head + group.length].flatten())
             yield batch, torch.cat(parts)
-
-    def _rows(self, columns: Columns) -> Iterator[tuple[Group, Tensor]]:
-        for batch in self.layout.batches:
-            yield from self._rows_of(batch, columns(batch))
 
     def _rows_of(self, batch: Batch, values: Tensor) -> Iterator[tuple[Group, Tensor]]:
         """Per group, the touched rows of X: (matrices, rows, k·cols) float64, a copy.

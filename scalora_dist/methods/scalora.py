@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scalora_dist.core import host
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.grams import GramSums, packed
+from scalora_dist.core.grams import Grams, GramSums, packed
 from scalora_dist.core.layout import Batch, Layout
 from scalora_dist.core.scale_solver import Rule, Scales, solve
 from scalora_dist.engines.layer_shards import (
@@ -129,26 +129,34 @@ class Rescaler(Transform):
     def grams(self, layers: Sequence[LayerShards]) -> tuple[Tensor, Tensor]:
         """``[A,∇A]ᵀ[A,∇A]`` and ``[B,∇B]ᵀ[B,∇B]``: each (layers, 2r, 2r) float64 on the CPU.
 
-        For rule "adamw" those of ``[A,∇A,N_A]`` and ``[B,∇B,N_B]``, (layers, 3r, 3r). Summed over
-        ranks by one all-reduce for all layers.
+        By every rule. Summed over ranks by one all-reduce for all layers.
         """
-        return host.on_host(_by_factor, self._grams(layers))
+        return host.on_host(_by_factor, self._gradient_grams(layers).sums)
 
-    def _grams(self, layers: Sequence[LayerShards]) -> Tensor:
-        """The same of A and B in turn, (2·layers, …), on the device."""
-        layout, lists = self.merger.layout, [factor_shards(layers), gradient_shards(layers)]
-        columns = packed(layout, lists, _precision(layers))
+    def _gradient_grams(self, layers: Sequence[LayerShards]) -> Grams:
+        lists = [factor_shards(layers), gradient_shards(layers)]
+        return self.sums(packed(self.merger.layout, lists, _precision(layers)), 2)
+
+    def _grams(self, layers: Sequence[LayerShards]) -> Grams:
+        """Grams of A and B of each layer in turn, each with its gradient, on the device.
+
+        For rule "adamw" with N_A and N_B instead, and the squares of the gradients' columns.
+        """
         if self.direction is None:
-            return self.sums(columns, 2).sums
-        direction = self.direction(layers, layout)
+            return self._gradient_grams(layers)
+        layout, direction = self.merger.layout, self.direction(layers, self.merger.layout)
+        factors, gradients = factor_shards(layers), gradient_shards(layers)
 
-        def with_direction(batch: Batch) -> Tensor:
-            both = columns(batch)
-            return torch.cat([both, direction(batch, both[1])[None]])
+        def columns(batch: Batch) -> Tensor:
+            size = (3, batch[-1].flat.stop)
+            values = torch.empty(size, dtype=_precision(layers), device=layout.device)
+            layout.pack(batch, factors, out=values[0])
+            values[1] = direction(batch, layout.pack(batch, gradients, out=values[2]))
+            return values
 
-        return self.sums(with_direction, 3).sums
+        return self.sums(columns, 2, squares=True)
 
-    def solve(self, layers: Sequence[LayerShards], grams: Tensor) -> tuple[Scales, Tensor] | None:
+    def solve(self, layers: Sequence[LayerShards], grams: Grams) -> tuple[Scales, Tensor] | None:
         """α and β of every layer. Each rank solves its share, then one all-gather.
 
         So the scales are bit for bit the same on all ranks. Two host synchronisations.
@@ -162,7 +170,8 @@ class Rescaler(Transform):
         """
         rank, device = layers[0].A.shape[1], self.world.device
         share = ceil_div(len(layers), self.world.size)
-        solved = host.on_host(partial(self._solve_share, layers, share), grams)
+        work = partial(self._solve_share, layers, share)
+        solved = host.on_host(work, grams.sums, grams.squares)
         if solved is None:
             return None
         rows, norms = solved
@@ -170,23 +179,22 @@ class Rescaler(Transform):
         return host.on_host(partial(_read, len(layers), rank), everyone), norms
 
     def _solve_share(
-        self, layers: Sequence[LayerShards], share: int, grams: Tensor
+        self, layers: Sequence[LayerShards], share: int, sums: Tensor, squares: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """[α, β, rule] of this rank's layers, (share, 2r + 1), and norms as in ``solve``."""
-        gram_a, gram_b = _by_factor(grams)
-        if not bool(torch.isfinite(grams).all()):
+        if not bool(torch.isfinite(sums).all() & torch.isfinite(squares).all()):
             return None
+        rank = layers[0].A.shape[1]
+        if self.direction is None:  # the gradient is in the grams
+            squares = sums.diagonal(dim1=-2, dim2=-1)[:, rank:]
         (scaling,) = {layer.scaling for layer in layers}  # all layers share one s
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        rank = layers[0].A.shape[1]
-        # Of the factor and of its step's direction, which is the last of the columns.
-        own = torch.arange(2 * rank)
-        own[rank:] += gram_a.shape[-1] - 2 * rank
         rows = torch.zeros(share, 2 * rank + 1, dtype=torch.float64)
         if len(layers[mine]):
+            gram_a, gram_b = _by_factor(sums)
             scales = solve(
-                gram_a[mine][:, own[:, None], own],
-                gram_b[mine][:, own[:, None], own],
+                gram_a[mine],
+                gram_b[mine],
                 scaling=scaling,
                 eta_lipschitz=self.eta_lipschitz,
                 rule=self.rule,
@@ -194,8 +202,7 @@ class Rescaler(Transform):
             )
             solved = torch.cat([scales.alpha, scales.beta, scales.rule[:, None]], dim=1)
             rows[: len(solved)] = solved
-        norms = torch.stack([_gradient_diagonal(gram, rank) for gram in (gram_a, gram_b)])
-        return rows, norms
+        return rows, torch.stack(_by_factor(squares))
 
     def fits(self, layers: Sequence[LayerShards], scales: Scales) -> bool:
         """Whether fp16 gradients stay finite when they are scaled. One all-reduce, in fp16 only.
@@ -249,19 +256,15 @@ def _precision(layers: Sequence[LayerShards]) -> torch.dtype:
     return torch.promote_types(layers[0].A.local.dtype, torch.float32)
 
 
-def _by_factor(grams: Tensor) -> tuple[Tensor, Tensor]:
-    return grams[0::2], grams[1::2]
+def _by_factor(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of A and those of B, from those of A and B of each layer in turn."""
+    return values[0::2], values[1::2]
 
 
 def _read(layers: int, rank: int, rows: Tensor) -> Scales:
     """The scales of all layers, from the rows of all ranks."""
     alpha, beta, rule = rows[:layers].split([rank, rank, 1], dim=1)
     return Scales(alpha, beta, rule[:, 0].long())
-
-
-def _gradient_diagonal(gram: Tensor, rank: int) -> Tensor:
-    """diag(∇Mᵀ∇M), (layers, r), from a gram as in ``Rescaler.grams``."""
-    return gram.diagonal(dim1=-2, dim2=-1)[:, rank : 2 * rank]
 
 
 def _count(rules: Tensor) -> dict[str, int]:

@@ -128,9 +128,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         phases.append(Moment("backward" if backward else "forward", parts))
     factors = 4 * traced.factors
     solves = options.method.reads("scaling_rule")
-    # As in Rescaler.grams: two matrices of a layer, in float64, from factors, gradients and N.
-    columns = 3 if options.method.scaling_rule == "adamw" else 2
-    grams = 2 * traced.layers * (columns * options.method.rank) ** 2 * 8
+    # As in Rescaler: two matrices of a layer, in float64, of 2r columns.
+    grams = 2 * traced.layers * (2 * options.method.rank) ** 2 * 8
     if options.method.merge_target:
         # Of a CPU's merge: a GPU's kernel needs none, but slots for weights of the host.
         scratch = 3 * 4 * min(SCRATCH_ELEMENTS, max(w.numel for w in weights if w.part == "base"))
@@ -140,8 +139,9 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         gathered = (2 if residency.ranks > 1 else 1) * min(factors, GATHER_BUCKET_BYTES)
         most: dict[str, float] = {"factors, scratch": gathered + scratch}
         if solves:
-            # A batch of the columns in fp32, with the rest of their rows, and in float64.
-            batch = 16 * columns * min(traced.factors / residency.ranks, BATCH_ELEMENTS)
+            # Two columns in fp32, with the rest of their rows, and in float64; beside N the gradient.
+            each = 36 if options.method.scaling_rule == "adamw" else 32
+            batch = each * min(traced.factors / residency.ranks, BATCH_ELEMENTS)
             before = {"columns, grams": batch + 2 * grams}  # freed before the merge
             most = max(most, before, key=lambda parts: sum(parts.values()))
         phases.append(Moment("rescale", held.device | most))

@@ -86,8 +86,7 @@ class ObservedRescaler(Transform):
         return self.rescaler.refuse(layers)
 
     def __call__(self, layers: Sequence[LayerShards], clock: Clock) -> TransformReport:
-        both = 2 * layers[0].A.shape[1]  # of factor and gradient, whatever the run's own rule takes
-        gram_a, gram_b = (gram[:, :both, :both] for gram in self.rescaler.grams(layers))
+        gram_a, gram_b = self.rescaler.grams(layers)
         report = self.rescaler(layers, clock)
         if report.applied:
             self.shares.append(

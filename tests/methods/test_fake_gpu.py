@@ -31,7 +31,7 @@ WAITS = {
 # Largest number of kernels of one run of each method: (in all, and more for each layer).
 KERNELS = {
     **{f"rescale, {rule}": (66, 3) for rule in RULES},
-    "rescale, adamw": (92, 3),
+    "rescale, adamw": (102, 3),
     "rescale, paper, fp16": (90, 3),
     "lora-pro": (60, 2),
     "relora": (42, 10),

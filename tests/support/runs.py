@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
+from scalora_dist.core.grams import Grams
 from scalora_dist.core.scale_solver import Rule, quadratic
 from scalora_dist.distributed.world import World
 from scalora_dist.methods.scalora import Rescaler
@@ -56,12 +57,12 @@ def rules_taken(world: World, options: dict[str, Any]) -> list[dict[str, tuple[s
     solve, bounds = rescaler.solve, rescaler.bounds
     assert bounds is not None
 
-    def note(layers: Any, grams: Tensor) -> Any:
+    def note(layers: Any, grams: Grams) -> Any:
         found = solve(layers, grams)
         assert found is not None
         rules = [Rule(code).name.lower() for code in found[0].rule.tolist()]
         names = [layer.name for layer in layers]
-        far = distances(grams[0::2], grams[1::2], bounds)
+        far = distances(grams.sums[0::2], grams.sums[1::2], bounds)
         seen.append(dict(zip(names, zip(rules, far, strict=True), strict=True)))
         return found
 

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.grams import Grams
 from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Rule, Scales
 from scalora_dist.core.split_precision import join_halves
@@ -200,7 +201,7 @@ class Run:
         )
         solve = self.rescaler.solve
 
-        def remember(layers: Sequence[LayerShards], grams: Tensor) -> tuple[Scales, Tensor] | None:
+        def remember(layers: Sequence[LayerShards], grams: Grams) -> tuple[Scales, Tensor] | None:
             found = solve(layers, grams)
             if found:
                 self.scales = found[0]
