@@ -139,7 +139,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         gathered = (2 if residency.ranks > 1 else 1) * min(factors, GATHER_BUCKET_BYTES)
         most: dict[str, float] = {"factors, scratch": gathered + scratch}
         if solves:
-            # Two columns in fp32, with the rest of their rows, and in float64; beside N the gradient.
+            # Two columns in fp32, with all of their rows, and in float64; beside N the gradient.
             each = 36 if options.method.scaling_rule == "adamw" else 32
             batch = each * min(traced.factors / residency.ranks, BATCH_ELEMENTS)
             before = {"columns, grams": batch + 2 * grams}  # freed before the merge

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,5 +75,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def living_tensors() -> list[Tensor]:
-    """All tensors that Python's garbage collector knows."""
-    return [x for x in gc.get_objects() if isinstance(x, Tensor)]
+    """All tensors with memory that Python's garbage collector knows.
+
+    A compiler leaves fake ones behind.
+    """
+    found = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+    return [x for x in found if not isinstance(x, FakeTensor)]

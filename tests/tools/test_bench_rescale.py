@@ -77,7 +77,8 @@ def test_a_rescale_is_four_collectives_of_known_size(found: dict[str, Any]) -> N
     one (a single bucket)."""
     assert found["collectives"]["rescale"] == {"allreduce": 2, "allgather_base": 2}
     layers = LAYERS * len(SHAPES)
-    grams = 8 + layers * 2 * (3 * RANK) ** 2 * 8  # rows are not split here
+    # Of each factor its gram with N, and the squares of its gradient's columns. No row is split.
+    grams = 8 + layers * 2 * ((2 * RANK) ** 2 + RANK) * 8
     solved = layers * (2 * RANK + 1) * 8
     factors = LAYERS * sum(m + n for m, n in SHAPES) * RANK * 4
     sent = grams + solved // 2 + factors // 2
