@@ -151,7 +151,7 @@ class Layout:
         Args:
             out: 1-D buffer on ``device`` to fill. None: a new one, of the shards' dtype.
         """
-        locals_ = [shards[i].local for group in batch for i in group.which]
+        locals_ = _locals(batch, shards)
         if out is None:
             return self._joined(locals_)
         if (locals_[0].device, locals_[0].dtype) == (out.device, out.dtype):
@@ -163,11 +163,10 @@ class Layout:
 
         The host waits once for all shards that are offloaded.
         """
-        which = [i for group in batch for i in group.which]
-        lengths = [group.length for group in batch for _ in group.which]
+        lengths = _lengths(batch)
         away: list[tuple[Tensor, list[Tensor]]] = []
         for packed, shards in pairs:
-            locals_ = [shards[i].local for i in which]
+            locals_ = _locals(batch, shards)
             packed = packed.to(locals_[0].dtype)
             if packed.device == locals_[0].device:
                 torch._foreach_copy_(locals_, packed.split(lengths))
@@ -203,13 +202,12 @@ class Layout:
             fields: for each table, lists of shards of this layout's matrices: factors, moments …
         """
         for batch in self.batches:
-            lengths = [group.length for group in batch for _ in group.which]
+            lengths = _lengths(batch)
             scaled: list[tuple[Tensor, Shards]] = []  # of shards that no kernel can scale in place
             for row, lists in zip(self.column_values(batch, tables), fields, strict=True):
                 for shards in lists:
-                    first = shards[batch[0].which[0]].local
-                    if first.dtype == row.dtype and first.device == row.device:
-                        locals_ = [shards[i].local for group in batch for i in group.which]
+                    locals_ = _locals(batch, shards)
+                    if (locals_[0].dtype, locals_[0].device) == (row.dtype, row.device):
                         torch._foreach_mul_(locals_, row.split(lengths))
                     else:
                         scaled.append((self.pack(batch, shards) * row, shards))
@@ -358,6 +356,16 @@ class Layout:
             (indices, whole.view(-1, *self.shapes[indices[0]]))
             for indices, whole in zip(lists, by_shape, strict=True)
         ]
+
+
+def _locals(batch: Batch, shards: Shards) -> list[Tensor]:
+    """This rank's ranges of a batch's matrices, in the order of ``Layout.pack``."""
+    return [shards[i].local for group in batch for i in group.which]
+
+
+def _lengths(batch: Batch) -> list[int]:
+    """The lengths of the same ranges."""
+    return [group.length for group in batch for _ in group.which]
 
 
 def full_tensor(shard: FlatShard, device: torch.device | str = "cpu") -> Tensor:

@@ -31,6 +31,12 @@ def layout_of(shapes: list[tuple[int, int]], kind: str, world: int, rank: int) -
     return Layout(shapes, np.array(spans).swapaxes(0, 1), CUT, CPU, rank)
 
 
+def shards_of(layout: Layout, wholes: list[Tensor]) -> list[FlatShard]:
+    """The layout's rank's shards of matrices."""
+    spans = layout.ranges[layout.rank].tolist()
+    return [work.shard_of(whole, span, CUT) for whole, span in zip(wholes, spans, strict=True)]
+
+
 @pytest.mark.parametrize(("shape", "ranges"), CASES)
 def test_split_rows_by_counting_owners(shape: tuple[int, int], ranges: Ranges) -> None:
     owner = torch.full((math.prod(shape),), -1)
@@ -80,13 +86,7 @@ def test_scale_columns(
     tables = torch.linspace(-3, 1.7, 2 * 5 * 3).view(2, 5, 3).to(working)
     for rank in range(world):
         layout = layout_of(shapes, kind, world, rank)
-        shards = [
-            [
-                work.shard_of(whole, span, CUT)
-                for whole, span in zip(wholes, layout.ranges[rank].tolist(), strict=True)
-            ]
-            for wholes in lists
-        ]
+        shards = [shards_of(layout, wholes) for wholes in lists]
         layout.scale_columns_(tables, [[shards[0]], [shards[1], shards[2]]])
         for scaled, wholes, table in zip(shards, lists, tables[[0, 1, 1]], strict=True):
             for i, (shard, whole) in enumerate(zip(scaled, wholes, strict=True)):
@@ -102,10 +102,7 @@ def test_unpack_is_the_inverse_of_pack(
     monkeypatch.setattr(module, "BATCH_ELEMENTS", room)
     for rank in range(world):
         layout = layout_of(SHAPES, kind, world, rank)
-        shards = [
-            work.shard_of(whole, span, CUT)
-            for whole, span in zip(work.matrices(SHAPES), layout.ranges[rank].tolist(), strict=True)
-        ]
+        shards = shards_of(layout, work.matrices(SHAPES))
         copies = [shard.like(torch.full_like(shard.local, torch.nan)) for shard in shards]
         for batch in layout.batches:
             layout.unpack(batch, (layout.pack(batch, shards), copies))
