@@ -64,7 +64,7 @@ def left_alone(world: World, log: Path, how: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    checkup = Checkup(world, 3 if how == "hangs" else 30)
+    checkup = Checkup(world, 8 if how == "hangs" else 30)
 
     def check() -> Finding:
         if world.rank == 0:
