@@ -3,10 +3,11 @@
     torchrun --nproc_per_node 2 -m tools.bench_step --ds_config zero2 --config demo \\
         --model_name_or_path MODEL [--max_length 64 --rounds 5 --json out.json]
 
-Takes the trainer's options and starts like the trainer, on random tokens. A round is one step of
-each kind, on the same tokens. So other load on the machine affects all of them alike, and shares
-are taken within a round. PEFT's LoRA has the same model, rank, layers, DeepSpeed config and AdamW;
-its loss is the model's own. A step is timed as in tools/bench_rescale.py.
+Takes the trainer's options and starts like the trainer. A round is one step of each kind, on the
+same micro-batch of the data. So other load on the machine affects all of them alike, and shares are
+taken within a round. PEFT's LoRA has the same model, rank, layers, DeepSpeed config and AdamW. It
+gets what transformers' collators make of the same examples, and its loss is the model's own. A step
+is timed as in tools/bench_rescale.py.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from scalora_dist.config.parser import parse_options
 from scalora_dist.config.words import Parser
+from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.prompts import IGNORE
 from scalora_dist.engines.build import join
 from scalora_dist.engines.ds_config import load_ds_config
 from scalora_dist.errors import UserError, exit_with_one_sentence
@@ -30,11 +39,12 @@ from scalora_dist.training.trainer import Trainer
 from tools.bench_rescale import Bench, BenchArguments
 from tools.gpu.peft_step import wrapped
 
+SET_UP = 2  # ZeRO-3 learns the order of the weights in its first step, and uses it in its second
 MOST = {"rescale / step": 0.04, "LoRA / PEFT": 0.9}  # what we want them to be at most
 
 
-def peft_step(trainer: Trainer, bench: Bench) -> Callable[[], None]:
-    """A step of PEFT's LoRA under the trainer's DeepSpeed config, on ``bench``'s tokens."""
+def peft_step(trainer: Trainer) -> Callable[[Batch], None]:
+    """A step of PEFT's LoRA under the trainer's DeepSpeed config, on a micro-batch with mask."""
     options, world = trainer.options, trainer.world
     if not options.launch.ds_config:
         raise UserError("PEFT's step is DeepSpeed's: name a --ds_config")
@@ -48,29 +58,37 @@ def peft_step(trainer: Trainer, bench: Bench) -> Callable[[], None]:
         options.launch.ds_config, options.train, world_size=world.size, hidden_size=width
     )
     engine = wrapped(options, config, world)
-    tokens = bench.batch.input_ids
 
-    def step() -> None:
-        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+    def step(batch: Batch) -> None:
+        loss = engine(**batch.inputs, labels=labels_of(batch), use_cache=False).loss
         engine.backward(loss)
         engine.step()
 
     return step
 
 
+def labels_of(batch: Batch) -> Tensor:
+    """The labels of the batch as transformers' collators make them, (examples, longest) int64."""
+    labels = torch.full_like(batch.input_ids, IGNORE)
+    labels.view(-1)[batch.predicting + 1] = batch.targets
+    return labels
+
+
 def measure(trainer: Trainer, rounds: int) -> dict[str, Any]:
-    """Time ``rounds`` rounds, after one in which the engines set themselves up. Collective."""
-    bench = Bench(trainer)
-    work = {"lora": bench.lora_step, "peft": peft_step(trainer, bench)}
+    """Time ``rounds`` rounds, after two in which the engines set themselves up. Collective."""
+    bench, peft = Bench(trainer), peft_step(trainer)
+    masked = trainer.feed.collate.masks
+    trainer.feed.collate.masks = True  # PEFT's batches have a mask, as its users' have
     history = []
-    for _ in range(1 + rounds):
-        now = {name: bench.time(step) for name, step in work.items()}
+    for batch in islice(trainer.micro_batches(0), SET_UP + rounds):
+        bench.batch = batch if masked else replace(batch, attention_mask=None)
+        now = {"lora": bench.time(bench.lora_step), "peft": bench.time(partial(peft, batch))}
         now["scalora"] = bench.time(bench.scalora_step)
         (now["rescale"],) = bench.world.max(bench.seconds["rescale"])
         now["rescale / step"] = now["rescale"] / now["scalora"]
         now["LoRA / PEFT"] = now["lora"] / now["peft"]
         history.append(now)
-    return {name: [now[name] for now in history[1:]] for name in history[0]}
+    return {name: [now[name] for now in history[SET_UP:]] for name in history[0]}
 
 
 def render(found: dict[str, list[float]]) -> str:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from scalora_dist.data.collate import batch_of
 from tests.support import launched
 from tests.support.tiny_models import save_task
+from tools.bench_step import labels_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +48,15 @@ def test_every_step_is_timed_in_every_round(tmp_path: Path, stage: str) -> None:
     assert "at most 0.9 is wanted" in done.stdout and "at most 0.04 is wanted" in done.stdout
     ratios = [mine / theirs for mine, theirs in zip(found["lora"], found["peft"], strict=True)]
     assert found["LoRA / PEFT"] == ratios
+
+
+def test_labels_are_those_of_the_examples() -> None:
+    """Rows of different lengths, with and without targets inside."""
+    rows = [([5, 6, 7, 8], [-100, 6, -100, 8]), ([3, 4], [-100, 4]), ([9, 2, 1], [-100, -100, 1])]
+    labels = [row + [-100] * (4 - len(row)) for _, row in rows]
+    ids = [row + [0] * (4 - len(row)) for row, _ in rows]
+    batch = batch_of(torch.tensor(ids), torch.tensor(labels))
+    assert labels_of(batch).tolist() == labels
 
 
 def test_a_run_without_deepspeed_is_refused(tmp_path: Path) -> None:
