@@ -32,6 +32,7 @@ OTHERS = {
     *("rm", "gpus", "ipc", "shm-size", "entrypoint", "device", "ulimit"),
     *("enable-lora", "lora-modules", "max-lora-rank", "model-path", "lora-paths", "model-id"),
     *("trajectories", "logdir", "layers", "parts", "limit", "target", "engine", "private"),
+    "rounds",
 }
 
 

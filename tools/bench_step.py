@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
 from scalora_dist.config.words import Parser
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.engines.build import join
 from scalora_dist.engines.ds_config import load_ds_config
@@ -43,7 +43,7 @@ SET_UP = 2  # ZeRO-3 learns the order of the weights in its first step, and uses
 MOST = {"rescale / step": 0.04, "LoRA / PEFT": 0.9}  # what we want them to be at most
 
 
-def peft_step(trainer: Trainer) -> Callable[[Batch], None]:
+def peft_step(trainer: Trainer) -> Callable[[MicroBatch], None]:
     """A step of PEFT's LoRA under the trainer's DeepSpeed config, on a micro-batch with mask."""
     options, world = trainer.options, trainer.world
     if not options.launch.ds_config:
@@ -59,7 +59,7 @@ def peft_step(trainer: Trainer) -> Callable[[Batch], None]:
     )
     engine = wrapped(options, config, world)
 
-    def step(batch: Batch) -> None:
+    def step(batch: MicroBatch) -> None:
         loss = engine(**batch.inputs, labels=labels_of(batch), use_cache=False).loss
         engine.backward(loss)
         engine.step()
@@ -67,7 +67,7 @@ def peft_step(trainer: Trainer) -> Callable[[Batch], None]:
     return step
 
 
-def labels_of(batch: Batch) -> Tensor:
+def labels_of(batch: MicroBatch) -> Tensor:
     """The labels of the batch as transformers' collators make them, (examples, longest) int64."""
     labels = torch.full_like(batch.input_ids, IGNORE)
     labels.view(-1)[batch.predicting + 1] = batch.targets

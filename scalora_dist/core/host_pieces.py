@@ -17,7 +17,7 @@ from torch import Tensor
 
 SLOT_BYTES = 16 * 2**20
 SLOTS = 3
-# Merges into a range on the GPU: (weight, low, left, right, offset, cols), as in `add_`.
+# Merges into a range on the GPU: (weight, low, left, right, offset, cols), as ``HostPieces.add_``.
 Merge = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, int], None]
 
 cuda = torch.cuda  # streams and events
@@ -92,6 +92,20 @@ class HostPieces:
         cols: int,
         merge: Merge,
     ) -> None:
+        """``W += left @ rightᵀ`` on a flat range of W in the host's memory.
+
+        Call ``wait`` before the host reads the range, and before another merge into it. The host
+        does not wait here, but for the pieces of a range that is not pinned.
+
+        Args:
+            weight: the range, 1-D, on the CPU.
+            low: remainders for ``split``, on the CPU, int16, as long; None: there are none.
+            left: full factor (rows, r) float32, on the GPU.
+            right: full factor (cols, r) float32, on the GPU.
+            offset: flat index of ``weight[0]`` in W.
+            cols: number of columns of W.
+            merge: merges into a range on the GPU.
+        """
         if not weight.numel():  # of this weight the rank has nothing
             return
         main = cuda.current_stream(self.device)
@@ -147,32 +161,11 @@ def pinned(size: int) -> Tensor:
 _on_device: dict[torch.device, HostPieces] = {}
 
 
-def add_(
-    weight: Tensor,
-    low: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    offset: int,
-    cols: int,
-    merge: Merge,
-) -> None:
-    """``W += left @ rightᵀ`` on a flat range of W in the host's memory, on the factors' GPU.
-
-    Call ``wait`` before the host reads the range, and before another merge into it. The host does
-    not wait here, but for the pieces of a range that is not pinned.
-
-    Args:
-        weight: the range, 1-D, on the CPU.
-        low: remainders for ``split``, on the CPU, int16, as long; None: there are none.
-        left: full factor (rows, r) float32, on the GPU.
-        right: full factor (cols, r) float32, on the GPU.
-        offset: flat index of ``weight[0]`` in W.
-        cols: number of columns of W.
-        merge: merges into a range on the GPU.
-    """
-    if left.device not in _on_device:
-        _on_device[left.device] = HostPieces(left.device)
-    _on_device[left.device].add_(weight, low, left, right, offset, cols, merge)
+def on(device: torch.device) -> HostPieces:
+    """What merges on this GPU."""
+    if device not in _on_device:
+        _on_device[device] = HostPieces(device)
+    return _on_device[device]
 
 
 def wait() -> None:

@@ -88,7 +88,7 @@ def add_low_rank_(
     if weight.local.is_cuda:
         merge(*range_of)
         return
-    host_pieces.add_(*range_of, merge)
+    host_pieces.on(left.device).add_(*range_of, merge)
     if wait:
         host_pieces.wait()
 

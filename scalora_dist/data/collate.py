@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prompts import IGNORE
 
 
 def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """``Batch.predicting`` and ``Batch.targets`` of labels (examples, length) int64 on the CPU.
+    """``predicting`` and ``targets`` of labels (examples, length) int64 on the CPU.
 
     A label is predicted at the token before it. It is no target where it is IGNORE.
     """
@@ -25,10 +25,10 @@ def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     return predicting, labels[:, 1:][wanted]
 
 
-def batch_of(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Batch:
+def batch_of(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> MicroBatch:
     """The batch of these tensors, each (examples, length) int64 on the CPU."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return Batch(input_ids, attention_mask, *find_targets(labels), tokens=int(mask.sum()))
+    return MicroBatch(input_ids, attention_mask, *find_targets(labels), tokens=int(mask.sum()))
 
 
 class Collator:
@@ -57,7 +57,7 @@ class Collator:
         self.pad_token_id = next(i for i in candidates if i is not None and 0 <= i < rows)
         self.masks = masks
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, examples: list[dict[str, Any]]) -> MicroBatch:
         """Pad examples with ``input_ids`` and ``labels``, lists or arrays of equal length."""
         ids, labels = (
             [torch.tensor(example[name], dtype=torch.int64) for example in examples]
@@ -67,7 +67,7 @@ class Collator:
         if self.masks:
             ones = [torch.ones_like(row) for row in ids]
             mask = pad_sequence(ones, batch_first=True, padding_value=0)
-        return Batch(
+        return MicroBatch(
             pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             mask,
             *find_targets(pad_sequence(labels, batch_first=True, padding_value=IGNORE)),

@@ -11,7 +11,7 @@ from scalora_dist.core import host
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """A micro-batch, padded on the right.
 
     The targets are found on the CPU, where the data is: on a GPU, their number would make the host
@@ -39,7 +39,7 @@ class Batch:
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> MicroBatch:
         """The batch on ``device``. The host does not wait."""
         mask = self.attention_mask
         return replace(

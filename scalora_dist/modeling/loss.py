@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from scalora_dist.core import host
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.modeling.padding import whole_rows
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TargetLoss:
             self.head = cast(LossHead, head)
         self.checked = False
 
-    def __call__(self, module: nn.Module, batch: Batch) -> Targets:
+    def __call__(self, module: nn.Module, batch: MicroBatch) -> Targets:
         """Compute the loss of one micro-batch, on the model's device. The host does not wait.
 
         Args:
@@ -93,11 +93,11 @@ class LossHead(nn.Linear):
         right: as in ``Targets``, of the latest forward.
     """
 
-    batch: Batch | None = None
+    batch: MicroBatch | None = None
     right: Tensor | None = None
 
     @contextmanager
-    def expecting(self, batch: Batch) -> Iterator[None]:
+    def expecting(self, batch: MicroBatch) -> Iterator[None]:
         """Inside it, the forward returns [[[loss, MARK]]] instead of logits, and sets ``right``."""
         self.batch = batch
         try:
@@ -152,12 +152,12 @@ class LossHead(nn.Linear):
         return loss(self.weight, hidden, wanted, self.bias)
 
 
-def target_losses(logits: Tensor, batch: Batch) -> Targets:
+def target_losses(logits: Tensor, batch: MicroBatch) -> Targets:
     """The loss from a batch's full logits (examples, length, vocabulary)."""
     return _cross_entropy(_predicting(logits, batch), batch.targets)
 
 
-def _predicting(states: Tensor, batch: Batch) -> Tensor:
+def _predicting(states: Tensor, batch: MicroBatch) -> Tensor:
     """The hidden states or logits (examples, length, …) before each target: (targets, …)."""
     return states.flatten(0, 1).index_select(0, batch.predicting)
 

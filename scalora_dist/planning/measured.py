@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from scalora_dist.data.collate import batch_of
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.profiling.live import LiveBytes, living_tensors
 from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
@@ -53,7 +53,7 @@ class MeasuredTrainer(Trainer):
         """
         return MicroBatches(self._random_batches(), self.world.device)
 
-    def _random_batches(self) -> Iterator[Batch]:
+    def _random_batches(self) -> Iterator[MicroBatch]:
         tables = self.feed.tables
         length = tables.longest(self.options.data.max_length)
         shape = self.options.train.per_device_train_batch_size, length

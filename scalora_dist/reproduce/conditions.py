@@ -19,7 +19,7 @@ from torch import Tensor
 from scalora_dist.config.options import Options
 from scalora_dist.core.rank_sketch import RELATIVE_THRESHOLD
 from scalora_dist.core.scale_solver import Rule, solve
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
@@ -146,7 +146,7 @@ class ObservingTrainer(Trainer):
             self._measure(step, batch)
         return super().take_step(step, MicroBatches(iter(batch), self.world.device))
 
-    def _measure(self, step: int, batch: Sequence[Batch]) -> None:
+    def _measure(self, step: int, batch: Sequence[MicroBatch]) -> None:
         targets = self.feed.batches.target_tokens(step)
 
         def losses() -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from scalora_dist.core import host
 from scalora_dist.data.batches import eval_batches
 from scalora_dist.data.collate import Collator, PaddedExamples
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import TargetLoss, Targets
 
@@ -79,7 +79,7 @@ def evaluate(
     return Evaluation(total / count, matches / len(dataset), len(dataset))
 
 
-def _totals(found: Targets, batch: Batch, whole: Tensor) -> Tensor:
+def _totals(found: Targets, batch: MicroBatch, whole: Tensor) -> Tensor:
     """(2,) float64: summed loss, number of exact matches.
 
     Args:

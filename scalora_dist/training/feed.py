@@ -19,7 +19,7 @@ from scalora_dist.config.data import DataArguments
 from scalora_dist.config.options import Options
 from scalora_dist.data.batches import GlobalBatches, RankBatches
 from scalora_dist.data.collate import Collator
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prepare import Prepared, prepare_data
 from scalora_dist.data.show import show_examples
 from scalora_dist.distributed.stop_signals import SIGNALS
@@ -134,14 +134,14 @@ class DataFeed:
         warn_of(data, self.options.data)
 
 
-class MicroBatches(Iterator[Batch]):
+class MicroBatches(Iterator[MicroBatch]):
     """A rank's micro-batches, on its device.
 
     ``load_next`` is called while the device computes with the current one. Then neither the host
     nor the device waits for the next.
     """
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
         """
         Args:
             batches: the micro-batches, on the CPU.
@@ -149,7 +149,7 @@ class MicroBatches(Iterator[Batch]):
         """
         self._batches = batches
         self._device = device
-        self._next: Batch | None = None
+        self._next: MicroBatch | None = None
 
     def load_next(self) -> None:
         """Send the next micro-batch to the device, if there is one.
@@ -159,7 +159,7 @@ class MicroBatches(Iterator[Batch]):
         if self._next is None and (batch := next(self._batches, None)) is not None:
             self._next = batch.to(self._device)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> MicroBatch:
         self.load_next()
         batch, self._next = self._next, None
         if batch is None:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from scalora_dist.config.options import Options
 from scalora_dist.core import host
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.errors import UserError
 from scalora_dist.methods.method import AddContext
 from scalora_dist.methods.runner import MethodRunner
@@ -40,7 +40,7 @@ class Profile(Clock):
     def start(self, step: int) -> None:
         """Called when step ``step``, counted from 1, begins."""
 
-    def forward(self, batch: Batch) -> None:
+    def forward(self, batch: MicroBatch) -> None:
         """Called when the forward of a micro-batch begins."""
         self.begin("forward")
 
@@ -147,7 +147,7 @@ class StepProfile(Profile):
         if peak is not None:
             self.peaks[part] = max(peak, self.peaks.get(part, 0))
 
-    def forward(self, batch: Batch) -> None:
+    def forward(self, batch: MicroBatch) -> None:
         if self.flops:
             examples, length = batch.input_ids.shape
             self.work += self.flops.step(examples, length, len(batch.targets))

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from scalora_dist.data.collate import batch_of
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import loss
@@ -55,7 +55,7 @@ def model_of(kind: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIGS[kind]).float()
 
 
-def a_batch(*, targets: bool = True) -> Batch:
+def a_batch(*, targets: bool = True) -> MicroBatch:
     """Targets here and there, and an example that has none; or no targets at all."""
     ids = torch.randint(1, 97, (3, 11), generator=torch.Generator().manual_seed(1))
     labels = ids.masked_fill(ids % 3 == 0, IGNORE)
@@ -63,7 +63,7 @@ def a_batch(*, targets: bool = True) -> Batch:
     return batch_of(ids, labels, torch.ones_like(ids))
 
 
-def plain(model: PreTrainedModel, batch: Batch) -> Targets:
+def plain(model: PreTrainedModel, batch: MicroBatch) -> Targets:
     return target_losses(model(**batch.inputs).logits, batch)
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from scalora_dist.data.collate import batch_of
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prompts import IGNORE
 from scalora_dist.modeling import loss
 from scalora_dist.modeling.loss import TargetLoss
@@ -29,7 +29,7 @@ VOCABULARY, LENGTHS = 97, (19, 6, 13)  # longer and shorter than Gemma-3's windo
 KEPT = {"bloom", "mamba", "jamba", "minimax", "nemotron_h", "qwen3_5_text", "lfm2"}
 
 
-def a_batch(*, masked: bool) -> Batch:
+def a_batch(*, masked: bool) -> MicroBatch:
     """Examples of different lengths; about a third of their tokens are no targets."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, VOCABULARY - 1, (n,), generator=generator) for n in LENGTHS]
@@ -39,7 +39,9 @@ def a_batch(*, masked: bool) -> Batch:
     return batch_of(ids, labels.masked_fill(ids % 3 == 0, IGNORE), mask if masked else None)
 
 
-def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(
+    model: PreTrainedModel, batch: MicroBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     found = TargetLoss(model)(model, batch).loss
     found.backward()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalora_dist.config.parser import parse_options
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
@@ -60,7 +60,7 @@ class Checked(ObservingTrainer):
 
         rescaler.grams = note  # type: ignore[method-assign]
 
-    def _measure(self, step: int, batch: Sequence[Batch]) -> None:
+    def _measure(self, step: int, batch: Sequence[MicroBatch]) -> None:
         super()._measure(step, batch)
         targets = self.feed.batches.target_tokens(step)
         for name in self.chosen:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prompts import IGNORE
 
 
-def arrays(batch: Batch) -> dict[str, np.ndarray]:
+def arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
     """input_ids, attention_mask and labels, each (examples, length).
 
     The mask is 1 everywhere where the batch has none.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from scalora_dist.data.collate import batch_of
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.modeling import loss as loss_module
 from scalora_dist.modeling.loss import LossHead, target_losses
 from scalora_dist.profiling.memory import restart_peak
@@ -28,7 +28,7 @@ from tools.gpu.part import run_part
 SHAPE, SMOKE_SHAPE = (8, 256), (2, 16)  # examples and tokens of a micro-batch
 
 
-def loss_of(way: str, head: LossHead, hidden: Tensor, batch: Batch) -> Tensor:
+def loss_of(way: str, head: LossHead, hidden: Tensor, batch: MicroBatch) -> Tensor:
     """The summed loss by Liger, in chunks, or from full logits."""
     if way == "full logits":
         return target_losses(head(hidden), batch).loss

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from scalora_dist.data.collate import Collator, PaddedExamples
-from scalora_dist.data.micro_batch import Batch
+from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling.loss import Targets
 
@@ -25,7 +25,7 @@ class SamplePass:
 
     def __init__(
         self,
-        loss: Callable[[Batch], Targets],
+        loss: Callable[[MicroBatch], Targets],
         data: Dataset,
         collate: Collator,
         world: World,
