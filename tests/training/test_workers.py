@@ -66,6 +66,7 @@ def started(forked: Forked, folder: Path) -> list[psutil.Process]:
     return workers
 
 
+@pytest.mark.heavy
 def test_a_signal_to_all_processes_lets_the_run_save(task: Path, tmp_path: Path) -> None:
     """As from Slurm: to the workers first."""
     long = case(task, tmp_path / "run", max_steps=10**5, save_steps=0, eval_steps=0)
