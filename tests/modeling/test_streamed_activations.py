@@ -59,7 +59,7 @@ def expected() -> Tensor:
 
 
 def offloaded(cuda: LazyMemory, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The gradient of each of two micro-batches. The host waits only after both."""
+    """The gradient of each of two micro-batches, twice. The host waits for it only at the end."""
     monkeypatch.setattr(offloaded_activations, "cuda", cuda)
     monkeypatch.setattr(offloaded_activations, "SMALLEST", 0)
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: cuda.record_stream(x, stream))
@@ -71,9 +71,9 @@ def offloaded(cuda: LazyMemory, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
             with context:
                 for _ in range(NODES):
                     y = sine(cuda, y)
-            found += torch.autograd.grad(y, x, ones)
+            for again in (True, False):
+                found += torch.autograd.grad(y, x, ones, retain_graph=again)
             del x, y
-        assert cuda.most > IN_FLIGHT
         cuda.main.record_event().synchronize()
     return found
 
@@ -96,7 +96,7 @@ def test_the_device_holds_no_more_than_some_tensors(monkeypatch: pytest.MonkeyPa
     """
     cuda = LazyMemory(0, "main", eager=False)
     offloaded(cuda, monkeypatch)
-    # Beside what was sent last, and what was fetched last: a node's input, output and gradients.
-    assert cuda.most <= IN_FLIGHT + AHEAD + 4 < NODES
-    fetched = 2 * (NODES - IN_FLIGHT)
+    # Beside what was sent or fetched last: a node's tensors, and the gradients found so far.
+    assert cuda.most <= IN_FLIGHT + AHEAD + 6 < NODES
+    fetched = 2 * (NODES - IN_FLIGHT + NODES)  # by the second backward all
     assert 0 < cuda.host_waits <= fetched - AHEAD + 1  # the last one is this test's

@@ -61,7 +61,7 @@ class LazyMemory(LazyCuda):
 
     def launch(self, name: str, work: Callable[..., Any], *tensors: Tensor) -> None:
         """Queue ``work(*tensors)``. The queue keeps no memory of the device, as CUDA's does not."""
-        super().launch(name, work, *map(self._address, tensors))
+        super().launch(name, torch.no_grad()(work), *map(self._address, tensors))
 
     def _address(self, tensor: Tensor) -> Tensor:
         """A tensor in the same place, which does not keep the storage of this one."""
