@@ -137,7 +137,10 @@ class HostPieces:
             offset += len(piece.weight)
 
     def wait(self) -> None:
-        """The host waits until all shards are complete: once, if they are pinned. Frees the slots."""
+        """The host waits until all shards are complete, and frees the slots.
+
+        It waits once if they are pinned, else for the last piece of each slot too.
+        """
         if self.slots:
             self.slots[-1].down.synchronize()  # the last piece comes down after all others
         for slot in self.slots:
