@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 from scalora_dist.config.method import MergeRounding
 from tests.support import runs, tiny_models, tiny_runs, toy
 from tests.support.ranks import Ranks, most_ranks, on_gpus
-from tests.support.workers import check_plan, offloading
+from tests.support.workers import check_plan, compiled, offloading
 from tests.support.workers import first_on_gpu as work
 
 pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
@@ -160,9 +160,9 @@ def test_activations_of_compiled_blocks_on_the_host(
         pytest.skip("inductor needs g++ on a CPU")
     case = tiny_runs.options(task, tmp_path / "run", "local", **STEADY)
     case |= {"activation_offloading": True, "torch_compile": True}
-    ((sent, of_parameters),) = ranks(1).run(offloading.train, case, timeout=500)
+    ((graphs, sent, of_parameters),) = ranks(1).run(compiled.train_offloading, case, timeout=500)
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
-    assert sent > 0 and of_parameters == 0
+    assert graphs > 0 and sent > 0 and of_parameters == 0
 
 
 def test_checkpoint_staging(ranks: GetRanks) -> None:

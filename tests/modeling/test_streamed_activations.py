@@ -63,7 +63,8 @@ def offloaded(cuda: LazyMemory, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
     monkeypatch.setattr(offloaded_activations, "cuda", cuda)
     monkeypatch.setattr(offloaded_activations, "SMALLEST", 0)
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: cuda.record_stream(x, stream))
-    found, ones = [], torch.ones(7)
+    found: list[Tensor] = []
+    ones = torch.ones(7)
     with cuda:
         context = OffloadedActivations(StreamedCopies(CPU))
         for _ in range(2):

@@ -124,7 +124,7 @@ def test_activations_on_the_host(
     monkeypatch.setattr(offloaded_activations, "AHEAD", 2)
     monkeypatch.setattr(offloaded_activations, "StreamedCopies", Counted)
     rank, size = (0, 1) if engine == "local" else (3, 8)
-    given = {"activation_offloading": True, "gradient_checkpointing": checkpointing}
+    given: dict[str, Any] = {"activation_offloading": True, "gradient_checkpointing": checkpointing}
     given |= {"train_batch_size": 3 * size, "eval_size": None}
     options = tiny_runs.options(task, tmp_path / "run", engine, **given)
     with fake_gpu(rank, size) as world, known_ranges("fsdp" if size > 1 else "local"):
