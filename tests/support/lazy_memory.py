@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.support.lazy_streams import Event, LazyCuda, Stream
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """Memory on the device.
 
@@ -72,10 +72,10 @@ class LazyMemory(LazyCuda):
         return place.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _allocate(self, like: Tensor) -> Tensor:
-        for block in self.freed:
-            if all(event.done[0] for event in block.until):
-                self._reuse(block)
-        self.freed = [b for b in self.freed if not all(event.done[0] for event in b.until)]
+        past = [block for block in self.freed if all(event.done[0] for event in block.until)]
+        self.freed = [block for block in self.freed if block not in past]
+        for block in past:
+            self._reuse(block)
         block = Block(np.full(like.untyped_storage().nbytes(), 0xFF, np.uint8), self.now)
         flat = torch.from_numpy(block.memory)
         storage = flat.untyped_storage()
