@@ -104,6 +104,8 @@ def main(words: Sequence[str]) -> None:
     parser = Parser([CountArguments], allow_abbrev=False, description=__doc__)
     where, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
     options = parse_options([*DEFAULTS, *ENGINES[where.engine], *rest])
+    if options.train.torch_compile:
+        raise UserError("kernels of compiled blocks cannot be counted: leave out --torch_compile")
     options = options.having(model_name_or_path=config_folder(str(where.model_name_or_path)))
     parts = counts_of(options, where.world)
     print(f"{where.model_name_or_path}, {where.engine}, {where.world} rank(s)\n\n{table(parts)}")
