@@ -112,8 +112,8 @@ def test_a_real_step_takes_what_is_planned_with_fetched_activations(
     ranks: Any, tmp_path: Path
 ) -> None:
     task = tiny_models.save_task(tmp_path, **SIZES | {"vocab_size": 300})
-    others: dict[str, Any] = {"max_length": 160, "per_device_train_batch_size": 4, "train_batch_size": None}
-    others |= {"lora_dropout": 0.0, "activation_offloading": True}
+    others: dict[str, Any] = {"max_length": 160, "per_device_train_batch_size": 4}
+    others |= {"train_batch_size": None, "lora_dropout": 0.0, "activation_offloading": True}
     options = tiny_runs.options(task, tmp_path / "run", "local", **others)
     (found,) = ranks(1).run(measured, options)
     assert planned(options, 1).peak.total == pytest.approx(found.tracked, rel=0.1)
