@@ -72,7 +72,7 @@ class Message:
         received: bytes that one rank receives.
         ranks: number of ranks in the group.
         alike: whether all GPUs of a node need the same data, which then enters the node once.
-        uploaded: bytes that the rank copies from the host's memory for it: of what it sends.
+        uploaded: bytes of what this rank sends that it first copies from the host's memory.
     """
 
     what: str
