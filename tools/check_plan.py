@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
         fixed += ["--save_model", "false", "--update_rank_layers", "0", "--output_dir", folder]
         options = parse_options([*words, *fixed])
         world = join(options)
-        found = measure(options, world)
+        shared = world.exchange(folder)[0]  # a run has one folder
+        found = measure(options.having(output_dir=shared), world)
     world.leave()
     if not world.is_main:
         return

@@ -65,6 +65,8 @@ class CountArguments(JsonFile):
             raise UserError("--model_name_or_path is missing: name a model")
         if self.engine not in ENGINES:
             raise UserError(f"--engine {self.engine}: choose one of {', '.join(ENGINES)}")
+        if self.engine == "local" and self.nodes > 1:
+            raise UserError("--engine local is one GPU: leave out --nodes")
 
     @property
     def world(self) -> int:
@@ -77,11 +79,32 @@ def counts_of(options: Options, world: int) -> dict[str, Counts]:
     options = resolve(options, world, base)
     _, compute = pick_residency(options, base, world)
     traced = trace_model(options, base, compute)
+    if not traced.shapes:
+        raise UserError(
+            f"--method {options.method.name} has no factors A and B of this package: choose another"
+        )
     whole, frozen = traced.trace.kernels, trace_frozen_model(options, base, compute).kernels
     parts = {MICRO_BATCH: whole, ADAPTERS: whole - frozen}
     for part, counts in method_counts(options, traced.shapes, world).items():
         parts[f"rescale: {part}"] = counts
     return parts | {OPTIMIZER: optimizer_counts(options, traced.shapes, world)}
+
+
+def check(options: Options, given: Sequence[str]) -> None:
+    """Refuse what the tool does not count.
+
+    Args:
+        given: the words of the command line that are the trainer's.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    if any(word.partition("=")[0] in ("--ds_config", "--fsdp") for word in given):
+        raise UserError("--engine names the engine: leave out --ds_config and --fsdp")
+    if options.train.torch_compile:
+        raise UserError("kernels of compiled blocks cannot be counted: leave out --torch_compile")
+    if options.model.load_in_4bit:
+        raise UserError("bitsandbytes' kernels cannot be counted: leave out --load_in_4bit")
 
 
 def table(parts: dict[str, Counts]) -> str:
@@ -91,19 +114,25 @@ def table(parts: dict[str, Counts]) -> str:
         numbers = [
             f"{counts.total:,}",
             str(counts.waits),
-            f"{counts.read / 1e9:.3g}",
-            f"{counts.written / 1e9:.3g}",
+            number(counts.read / 1e9),
+            number(counts.written / 1e9),
             str(sum(counts.collectives.values())),
-            f"{counts.collective_bytes / 1e6:.3g}",
+            number(counts.collective_bytes / 1e6),
         ]
         lines.append([part, *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def main(words: Sequence[str]) -> None:
     parser = Parser([CountArguments], allow_abbrev=False, description=__doc__)
     where, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
     options = parse_options([*DEFAULTS, *ENGINES[where.engine], *rest])
+    check(options, rest)
     options = options.having(model_name_or_path=config_folder(str(where.model_name_or_path)))
     parts = counts_of(options, where.world)
     print(f"{where.model_name_or_path}, {where.engine}, {where.world} rank(s)\n\n{table(parts)}")

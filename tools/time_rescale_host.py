@@ -123,13 +123,13 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     os.environ["KINETO_LOG_LEVEL"] = "6"
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    print(f"{args.ranks} ranks, r = {args.rank}: ms of a rescale on one rank, without its merges")
-    print(f"{'':<8}{'Python':>10}{'operators':>12}{'on this CPU':>14}")
+    print(f"{args.ranks} ranks, r = {args.rank}: a rescale on one rank, without its merges")
+    print(f"{'':<8}{'Python, ms':>12}{'operators':>12}{'in all on this CPU, ms':>26}")
     for sharding in ("zero1", "zero3", "fsdp"):
         found = measure(sharding, args.ranks, args.rank, args.rounds)
         print(
-            f"{sharding:<8}{found['python']:>10.1f}{found['operators']:>12.0f}"
-            f"{found['whole']:>14.1f}"
+            f"{sharding:<8}{found['python']:>12.1f}{found['operators']:>12.0f}"
+            f"{found['whole']:>26.1f}"
         )
 
 

@@ -8,6 +8,8 @@ their own. Importing this module needs triton.
 
 from __future__ import annotations
 
+from subprocess import SubprocessError
+
 import torch
 import triton
 import triton.language as tl
@@ -166,6 +168,15 @@ _library.define(
 _library.impl("add_low_rank_", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("scalora::add_low_rank_", lambda *_: None, lib=_library)
 merge_range_ = torch.ops.scalora.add_low_rank_.default
+
+
+def problem() -> str | None:
+    """Why Triton cannot compile here; None: it can. Its driver's first use compiles C code."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except (RuntimeError, OSError, SubprocessError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def programs(rows: int, cols: int) -> int:

@@ -191,8 +191,8 @@ class RankSketch:
     ) -> Iterator[tuple[tuple[_Side, _Side], list[Tensor], list[Tensor]]]:
         """What ``Δ += A diag(weights) Bᵀ`` adds to each layer's Y and Z, as ``left @ right``.
 
-        A factor row that lies on two ranks has one owner, which needs the complete row. As in
-        ``Layout.grams``, each rank writes its part into a slot of one buffer. One all-reduce.
+        A factor row that lies on two ranks has one owner, which needs the complete row. Each rank
+        writes its part into a slot of one buffer. One all-reduce.
 
         Yields:
             (sides of the layer, lefts, rights), all float32. The lefts are A diag(w) and B diag(w),

@@ -7,6 +7,7 @@ low 16 bits of the fp32 number that the weight stands for. ``nearest`` loses the
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from scalora_dist.core import host_pieces
 from scalora_dist.core.flat_shard import FlatShard
+
+logger = logging.getLogger(__name__)
 
 # Number of elements of the fp32 buffers of a 16-bit merge. A CPU's cache holds these; without
 # Triton a GPU takes larger ones, in fewer kernels.
@@ -112,12 +115,19 @@ def add_with_pytorch_(weight: FlatShard, left: Tensor, right: Tensor, low: Tenso
 
 @cache
 def _kernel() -> host_pieces.Merge | None:
-    """The operator that is the Triton kernel; None: triton is not installed."""
+    """The operator that is the Triton kernel; None: triton is not installed, or cannot compile."""
     if find_spec("triton") is None:
         return None
-    from scalora_dist.core.merge_kernel import merge_range_
+    from scalora_dist.core import merge_kernel
 
-    return merge_range_
+    if problem := merge_kernel.problem():
+        logger.warning(
+            "Triton cannot compile here (%s), so merges into W are slower: it needs a C compiler "
+            "and Python's headers",
+            problem,
+        )
+        return None
+    return merge_kernel.merge_range_
 
 
 def zero_low_half(weight: FlatShard) -> Tensor:

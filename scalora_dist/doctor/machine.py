@@ -44,6 +44,7 @@ class Machine:
         infiniband: names of the node's InfiniBand or RoCE adapters.
         peers: whether this GPU can read the memory of the node's others; None: there is no other.
         gpu: whether the device is a GPU.
+        triton: why Triton cannot compile for it; None: it can, or is not needed.
     """
 
     host: str
@@ -58,6 +59,7 @@ class Machine:
     infiniband: list[str]
     peers: bool | None
     gpu: bool
+    triton: str | None = None
 
     @classmethod
     def here(cls, world: World) -> Machine:
@@ -88,7 +90,16 @@ class Machine:
             infiniband=sorted(x.name for x in Path("/sys/class/infiniband").glob("*")),
             peers=peers,
             gpu=gpu,
+            triton=_triton_problem() if gpu else None,
         )
+
+
+def _triton_problem() -> str | None:
+    try:
+        from scalora_dist.core import merge_kernel
+    except ImportError:
+        return "it is not installed"
+    return merge_kernel.problem()
 
 
 def _versions() -> dict[str, str]:
@@ -144,6 +155,14 @@ def compare_devices(machines: list[Machine]) -> Finding:
             "kind, or ZeRO-3, or FSDP2 without a hybrid mesh",
             fatal=False,
         )
+    for machine in machines:
+        if machine.triton:
+            return Finding(
+                f"{found}; Triton cannot compile on {machine.host} ({machine.triton})",
+                "install triton, a C compiler and Python's headers there: merges into W are slower "
+                "without, and --torch_compile does not work",
+                fatal=False,
+            )
     return Finding(found)
 
 

@@ -43,11 +43,6 @@ def engine_factory(options: Options, world: World, base: BaseModelSpec) -> Calla
         config = load_ds_config(
             launch.ds_config, train, world_size=world.size, hidden_size=base.hidden_size
         )
-        if train.torch_compile and config.get("zero_optimization", {}).get("stage") == 3:
-            raise UserError(
-                "--torch_compile: ZeRO-3 gathers the weights of each layer inside a block, where "
-                "nothing can be compiled across: use --fsdp or ZeRO-2, or leave it out"
-            )
         return lambda: DeepSpeedEngine(world, config, quantized=base.fourbit is not None)
     if launch.fsdp:
         from scalora_dist.engines.fsdp import FSDPEngine

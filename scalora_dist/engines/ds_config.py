@@ -41,7 +41,8 @@ def load_ds_config(
 
     Raises:
         UserError: there is no such file, its JSON is invalid (with the line number), a value
-            contradicts the command line, or a merge into shards would go wrong silently.
+            contradicts the command line, or a merge into shards would go wrong silently, or blocks
+            are to be compiled under ZeRO-3.
     """
     try:
         config = json.loads(Path(path).read_text())
@@ -56,6 +57,11 @@ def load_ds_config(
     _check_sections(config, path)
     _fill(config, args, world_size, hidden_size, path)
     _refuse(config, world_size, path)
+    if args.torch_compile and config.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            "--torch_compile: ZeRO-3 gathers the weights of each layer inside a block, where "
+            "nothing can be compiled across: use --fsdp or ZeRO-2, or leave it out"
+        )
     sum_gradients_in_fp32(config, path)
     if left := [key for key, value in _leaves(config) if value == "auto"]:
         raise UserError(f'{path}: nothing decides {left[0]}: write a value instead of "auto"')

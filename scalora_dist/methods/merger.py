@@ -91,7 +91,7 @@ class Monitor(Protocol):
     """Follows the merges (``RankMonitor``)."""
 
     def add(self, layers: Sequence[LayerShards], weights: Tensor) -> None:
-        """Called before ``W += A diag(weights) Bᵀ``, with weights (layers, r) on the device."""
+        """Called before ``W += A diag(weights) Bᵀ``, with weights (layers, r) on the CPU."""
 
 
 class Merger:
@@ -137,7 +137,7 @@ class Merger:
         if self.monitor:
             clock.begin("monitor")
             scalings = torch.tensor([[layer.scaling] for layer in layers], dtype=weights.dtype)
-            self.monitor.add(layers, host.to_device(scalings * weights, self.world.device))
+            self.monitor.add(layers, scalings * weights)
         self.target.make_room(layers, chosen, clock)
         clock.begin("gather")
         factors = torch.tensor([[self.target.factor(layer)] for layer in layers])

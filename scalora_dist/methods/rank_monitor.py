@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scalora_dist.core import host
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.rank_sketch import RankSketch
 from scalora_dist.distributed.world import World
@@ -28,14 +29,16 @@ class RankMonitor:
         factors = self._factors(layers)
         self.sketch = RankSketch([names[i] for i in self.chosen], factors, world.device, seed=seed)
         self.shards = self.sketch.shards
+        self.device = world.device
 
     def add(self, layers: Sequence[LayerShards], weights: Tensor) -> None:
         """Record the merge ``W += A diag(weights) Bᵀ``: one all-reduce.
 
         Args:
-            weights: one factor per column of all layers, (layers, r).
+            weights: one factor per column of all layers, (layers, r) on the CPU.
         """
-        self.sketch.add(self._factors(layers), weights[self.chosen])
+        mine = host.to_device(weights[self.chosen], self.device)
+        self.sketch.add(self._factors(layers), mine)
 
     def read(self, layers: Sequence[LayerShards]) -> dict[str, dict[str, Any]]:
         """{layer: its rank, whether that is a lower bound, its largest singular values}.

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_liger_kernel_available
@@ -149,7 +150,24 @@ class LossHead(nn.Linear):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        return loss(self.weight, hidden, wanted, self.bias)
+        with _KnownCount(len(wanted)):
+            return loss(self.weight, hidden, wanted, self.bias)
+
+
+class _KnownCount(TorchFunctionMode):
+    """Inside it, ``item`` of an integer is the number of targets, and the host does not wait.
+
+    Liger counts the targets that are not ignored. None is, and their sum does not need the number.
+    """
+
+    def __init__(self, targets: int) -> None:
+        super().__init__()
+        self.targets = targets
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.item and not args[0].is_floating_point():
+            return self.targets
+        return func(*args, **(kwargs or {}))
 
 
 def target_losses(logits: Tensor, batch: MicroBatch) -> Targets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.engines.fsdp_config import FSDPConfig
@@ -86,13 +87,20 @@ class FSDPResidency(Residency):
     def wire(
         self, weights: Sequence[Weight], events: Sequence[Event], micro_batches: int
     ) -> list[Message]:
-        sizes = self.group_bytes(weights)
-        blocks = sum(size for group, size in sizes.items() if group)
-        passes = 1 if self.config.reshard_after_forward is False else 2
-        gathered = micro_batches * others(self.ranks) * (sizes.get("", 0) + passes * blocks)
+        reshards = self.config.reshard_after_forward
+        gathered = micro_batches * self._gathered(weights, 1 if reshards is False else 2)
+        uploaded = 0.0
+        if self.config.cpu_offload:  # in the stored dtype, and not again from a smaller group
+            stored = [replace(weight, itemsize=weight.stored) for weight in weights]
+            uploaded = micro_batches * self._gathered(stored, 2 if reshards is True else 1)
         gradients = sum(4 * weight.numel for weight in weights if weight.trained)
         messages = [
-            Message("gathered weights", gathered, self.ranks),
+            Message(
+                "gathered weights",
+                others(self.ranks) * gathered,
+                self.ranks,
+                uploaded=uploaded / self.ranks,
+            ),
             Message("gradients", others(self.ranks) * gradients, self.ranks),
         ]
         if self.world > self.ranks:  # an all-reduce of each rank's shard over the replicas
@@ -100,3 +108,8 @@ class FSDPResidency(Residency):
             received = 2 * others(replicas) * gradients / self.ranks
             messages.append(Message("gradients of replicas", received, self.world, alike=False))
         return messages
+
+    def _gathered(self, weights: Sequence[Weight], passes: int) -> float:
+        """Bytes of full weights in a micro-batch whose blocks are gathered ``passes`` times."""
+        sizes = self.group_bytes(weights)
+        return sizes.get("", 0) + passes * sum(size for group, size in sizes.items() if group)

@@ -16,7 +16,7 @@ from scalora_dist.profiling.gpus import GPUS
 class LeastTimes:
     """Lower bounds of times, in seconds.
 
-    Products and messages may overlap, so a step takes at least the largest of these times.
+    Products, messages and copies may overlap, so a step takes at least the largest of these times.
 
     Attributes:
         compute: time of the products, recomputation included, at the data sheet's rate.
@@ -26,6 +26,8 @@ class LeastTimes:
         rescale: time of one rescale's messages: the larger of inside a node and between nodes.
         launches: time in which the host launches the kernels of a step without a rescale.
         rescale_launches: time in which it launches those of one rescale.
+        bus: time of a step's copies between the host's memory and the GPU.
+        rescale_bus: time of those of one rescale.
     """
 
     compute: float
@@ -35,10 +37,12 @@ class LeastTimes:
     rescale: float
     launches: float
     rescale_launches: float
+    bus: float
+    rescale_bus: float
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.memory, self.links, self.network, self.launches)
+        return max(self.compute, self.memory, self.links, self.network, self.launches, self.bus)
 
 
 def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
@@ -54,6 +58,8 @@ def least_times_of(plan: Plan, where: PlanArguments) -> LeastTimes:
         ),
         launches=LAUNCH_SECONDS * plan.launches,
         rescale_launches=LAUNCH_SECONDS * plan.rescale_launches,
+        bus=plan.copied / gpu.bus,
+        rescale_bus=plan.rescale_copied / gpu.bus,
     )
 
 

@@ -14,7 +14,14 @@ from scalora_dist.core.layout import BATCH_ELEMENTS, GATHER_BUCKET_BYTES
 from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
 from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.planning.launches import BESIDE_MERGES, optimizer_launches
-from scalora_dist.planning.residency import Held, LocalResidency, Message, Residency, others
+from scalora_dist.planning.residency import (
+    Held,
+    LocalResidency,
+    Message,
+    Residency,
+    Weight,
+    others,
+)
 from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
 
@@ -55,6 +62,9 @@ class Plan:
         trained: number of trained elements of the full model.
         launches: kernels of a step without a rescale that the host launches, at least.
         rescale_launches: kernels of a rescale that it launches, at least; 0 if there is none.
+        copied: bytes between the host and the device in a step. Of two copies that run at the same
+            time, one up and one down, only the larger counts.
+        rescale_copied: such bytes in a rescale.
     """
 
     options: Options
@@ -68,6 +78,8 @@ class Plan:
     trained: int
     launches: int
     rescale_launches: int
+    copied: float
+    rescale_copied: float
 
     @property
     def gathered(self) -> float:
@@ -154,19 +166,29 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         rescale = [Message(SUMMED, 2 * share * factors, residency.ranks)]
     if solves:
         rescale.insert(0, Message("grams", 2 * share * grams, residency.ranks))
+    messages = residency.wire(weights, events, micro_batches)
     return Plan(
         options=options,
         world=residency.world,
         held=held,
         phases=phases,
-        messages=residency.wire(weights, events, micro_batches),
+        messages=messages,
         rescale=rescale if options.method.merge_target else [],
         flops=micro_batches * traced.trace.flops,
         reads=micro_batches * passes * matrices,
         trained=sum(w.numel for w in weights if w.trained),
         launches=_launches(options, residency, traced),
         rescale_launches=len(traced.shapes) + BESIDE_MERGES if options.method.merge_target else 0,
+        copied=max(micro_batches * traced.trace.sent, sum(m.uploaded for m in messages))
+        + micro_batches * traced.trace.fetched,
+        rescale_copied=_merged_on_host(residency, weights) if "base" in held.host else 0.0,
     )
+
+
+def _merged_on_host(residency: Residency, weights: Sequence[Weight]) -> float:
+    """Bytes of W and its low halves on a rank that merges copy up, and down meanwhile."""
+    merged = (weight for weight in weights if weight.merged)
+    return sum(residency.share(weight) * (weight.stored + weight.low) for weight in merged)
 
 
 def _launches(options: Options, residency: Residency, traced: Traced) -> int:

@@ -25,7 +25,8 @@ class Weight:
         stored: bytes of an element in the dtype that the engine stores.
         trained: whether it is trained.
         part: the base model, a frozen carry, or the other parameters that the method added.
-        merged: whether a method merges into it and keeps its low halves.
+        merged: whether a method merges into it.
+        low: bytes of an element's low half, which is kept beside it; 0 if there is none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Weight:
     trained: bool
     part: Part
     merged: bool = False
+    low: int = 0
 
     @property
     def numel(self) -> int:
@@ -70,12 +72,14 @@ class Message:
         received: bytes that one rank receives.
         ranks: number of ranks in the group.
         alike: whether all GPUs of a node need the same data, which then enters the node once.
+        uploaded: bytes of what this rank sends that it first copies from the host's memory.
     """
 
     what: str
     received: float
     ranks: int
     alike: bool = True
+    uploaded: float = 0.0
 
 
 class Residency(ABC):
@@ -127,8 +131,8 @@ class Residency(ABC):
             if not weight.trained:
                 kept = self.share(weight)
                 parts[weight.part] = parts.get(weight.part, 0) + kept * weight.stored
-                if weight.merged and weight.stored == 2:
-                    parts["low halves"] = parts.get("low halves", 0) + 2 * kept
+                if weight.low:
+                    parts["low halves"] = parts.get("low halves", 0) + kept * weight.low
         return parts
 
 

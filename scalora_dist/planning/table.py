@@ -62,11 +62,18 @@ def render(plan: Plan, times: LeastTimes, where: PlanArguments) -> str:
         ["messages inside a node", f"{times.links:.2g}"],
         ["messages between nodes", f"{times.network:.2g}"],
         ["launching kernels", f"{times.launches:.2g}"],
+        *_bus("copies to and from the host, {} GB", plan.copied, times.bus),
         ["a rescale's messages", f"{times.rescale:.2g}"],
         ["launching a rescale's kernels", f"{times.rescale_launches:.2g}"],
+        *_bus("a rescale's copies, {} GB each way", plan.rescale_copied, times.rescale_bus),
         ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / times.step:,.0f}"],
     ]
     return f"{text}\n\n{_columns(rows)}"
+
+
+def _bus(what: str, copied: float, seconds: float) -> list[list[str]]:
+    """The row of copies over the bus; none if there are no copies."""
+    return [[what.format(f"{copied / 1e9:.1f}"), f"{seconds:.2g}"]] if copied else []
 
 
 def verdict(plan: Plan, fits: bool, where: PlanArguments) -> str:
@@ -93,6 +100,8 @@ def as_json(plan: Plan, times: LeastTimes, fits: bool) -> dict[str, Any]:
         "trained_parameters": plan.trained,
         "launches": plan.launches,
         "rescale_launches": plan.rescale_launches,
+        "copied_bytes": plan.copied,
+        "rescale_copied_bytes": plan.rescale_copied,
         "least_seconds": {**vars(times), "step": times.step},
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from scalora_dist.modeling.loss import LossHead
-from scalora_dist.modeling.offloaded_activations import HostCopies, OffloadedActivations
+from scalora_dist.modeling.offloaded_activations import AHEAD, HostCopies, OffloadedActivations
 from scalora_dist.modeling.padding import needs_mask, whole_rows
 from scalora_dist.profiling.flops import FORMULAS
 from scalora_dist.profiling.kernels import Counts, KernelCount
@@ -52,13 +54,17 @@ class Trace:
         events: all events in order. The first and last belong to the model itself ("").
         flops: floating-point operations of forward and backward, recomputation included.
         kernels: what a GPU does in forward and backward.
-        offloaded: bytes of activations that the forward leaves in the host's memory.
+        offloaded: bytes that the host's memory takes for activations.
+        sent: bytes of activations that the forward copies to the host.
+        fetched: bytes of these that the backward copies back. The last ones never leave the device.
     """
 
     events: list[Event] = field(default_factory=list)
     flops: int = 0
     kernels: Counts = field(default_factory=Counts)
     offloaded: int = 0
+    sent: int = 0
+    fetched: int = 0
 
 
 def trace_micro_batch(
@@ -77,7 +83,7 @@ def trace_micro_batch(
         length: tokens of each sequence.
         offloads: whether activations are kept in the host's memory.
     """
-    trace, copies = Trace(), _Uncopied()
+    trace = Trace()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(whole_rows())
@@ -94,6 +100,7 @@ def trace_micro_batch(
         products = stack.enter_context(_Products())
         kernels = stack.enter_context(KernelCount())
         live = stack.enter_context(LiveBytes(existing=[*held, *inputs.values()]))
+        copies = _Uncopied(live)
         offloading = OffloadedActivations(copies)
         offloading.hold(held)
 
@@ -114,31 +121,53 @@ def trace_micro_batch(
         if changed:  # the model changes its logits after the head: use full logits, like TargetLoss
             head.__class__, head.given = nn.Linear, None
             del logits
-            products.total = copies.bytes = 0
+            products.total = copies.sent = copies.pinned = 0
             kernels.take()
             with _hooks(model, trace.events, live, before):
                 _loss(forward(), tokens).backward()
-        trace.flops, trace.offloaded = products.total, copies.bytes
-        trace.kernels = kernels.take()
+        trace.flops, trace.kernels = products.total, kernels.take()
+        trace.offloaded, trace.sent, trace.fetched = copies.pinned, copies.sent, copies.fetched
     return trace
 
 
 class _Uncopied(HostCopies):
-    """Copies nothing to the host, and counts the bytes.
+    """Copies nothing to the host, and counts the bytes as ``StreamedCopies`` needs them.
+
+    A fetched tensor that the host has freed is still live on the device, until the device is past
+    its last use. The host may be ``AHEAD`` fetches ahead.
 
     Attributes:
-        bytes: bytes on the host at the end of the forward. torch's pinned memory is allocated in
+        live: count of live bytes.
+        sent: bytes copied to the host.
+        fetched: bytes copied back.
+        pinned: bytes on the host at the end of the forward. torch's pinned memory is allocated in
             powers of two.
+        freed: bytes of fetched tensors that the host has freed, after each of the last fetches.
     """
 
-    bytes = 0
+    def __init__(self, live: LiveBytes) -> None:
+        self.live = live
+        self.sent = self.fetched = self.pinned = 0
+        self.freed: deque[int] = deque()
 
     def send(self, tensor: Tensor) -> tuple[Any, ...]:
-        self.bytes += 1 << (tensor.nbytes - 1).bit_length()
+        self.sent += tensor.nbytes
+        self.pinned += 1 << (tensor.nbytes - 1).bit_length()
         return tensor.shape, tensor.stride(), tensor.dtype
 
     def fetch(self, copy: tuple[Any, ...]) -> Tensor:
-        return torch.empty_strided(*copy[:2], dtype=copy[2])
+        # Here the host waits until the device has begun the fetch ``AHEAD`` fetches ago.
+        if len(self.freed) > AHEAD:
+            self.live.now -= self.freed.popleft()
+        self.freed.append(0)
+        tensor = torch.empty_strided(*copy[:2], dtype=copy[2])
+        self.fetched += tensor.nbytes
+        weakref.finalize(tensor.untyped_storage(), self._free, tensor.nbytes)
+        return tensor
+
+    def _free(self, nbytes: int) -> None:
+        self.freed[-1] += nbytes
+        self.live.now += nbytes
 
 
 class _Products(TorchDispatchMode):

@@ -78,8 +78,8 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         make_optimizer(method, options, trained)
-    splits = method.merges and args.merge_target == "weight" and args.merge_rounding == "split"
-    merged = {id(adapted_linear(x).weight) for x in layers.values()} if splits else set()
+    into_weights = method.merges and args.merge_target == "weight"
+    merged = {id(adapted_linear(x).weight) for x in layers.values()} if into_weights else set()
     added = {id(p) for layer in layers.values() for p in own_parameters(layer).values()}
     modules = {id(p): name for name, x in model.named_modules() for p in x.parameters(False)}
     weights = []
@@ -87,16 +87,19 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         part: Part = "base"
         if id(p) in added:
             part = "carry" if name.endswith((".C", ".D")) else "adapters"
+        stored = train.dtype.itemsize if p.is_floating_point() else p.dtype.itemsize
+        splits = id(p) in merged and args.merge_rounding == "split" and stored == 2
         weights.append(
             Weight(
                 name=name,
                 module=modules[id(p)],
                 shape=tuple(p.shape),
                 itemsize=p.dtype.itemsize,
-                stored=train.dtype.itemsize if p.is_floating_point() else p.dtype.itemsize,
+                stored=stored,
                 trained=p.requires_grad,
                 part=part,
                 merged=id(p) in merged,
+                low=torch.int16.itemsize if splits else 0,
             )
         )
     head = model.get_output_embeddings()

@@ -140,7 +140,12 @@ class ZeroResidency(Residency):
             near = whole - far
         kept = sum(weight.nbytes for weight in trained if self._persistent(weight))
         messages = [
-            Message("gathered weights", others(self.world) * far, self.world),
+            Message(
+                "gathered weights",
+                others(self.world) * far,
+                self.world,
+                uploaded=far / self.world if self.weights_on_host else 0.0,
+            ),
             Message("gradients", micro_batches * gradients, self.world),
             Message("updated weights", others(self.world) * kept, self.world),
         ]

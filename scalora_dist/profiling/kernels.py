@@ -79,7 +79,8 @@ class KernelCount(Traffic):
       An operator that picks rows reads as many bytes as it writes.
     * The host waits for: a number of a tensor (``item``, ``bool``), a result whose shape depends
       on values (``nonzero``, a mask as an index), a copy from the device to the host's pageable
-      memory or with ``non_blocking`` False, and a copy to the device from pageable memory.
+      memory or with ``non_blocking`` False, and a copy to the device from pageable memory. Such a
+      copy is made of an index that is on the CPU.
 
     With tensors on the CPU, ``tolist``, ``cpu`` and ``to`` are not seen: they copy nothing there.
 
@@ -148,8 +149,8 @@ class KernelCount(Traffic):
         if func.namespace in _NO_KERNELS or func.is_view:
             return func(*args, **kwargs)
         name = f"{func.namespace}.{func._opname}"
-        if self._waits(name, args, kwargs):
-            self.synchronisations[name] += 1  # before the call: on fake tensors it may raise
+        if waits := self._waits(name, args, kwargs):
+            self.synchronisations[name] += waits  # before the call: on fake tensors it may raise
         out = func(*args, **kwargs)
         if not any(self._is_here(x) for x in _tensors((args, kwargs, out))):
             return out
@@ -186,17 +187,24 @@ class KernelCount(Traffic):
             if name not in _OVERWRITES and name not in _PUTS_ROWS:
                 self.read += sum(map(_bytes, changed))
 
-    def _waits(self, name: str, args: Any, kwargs: Any) -> bool:
-        """Whether the host waits for the result of an operator other than a copy."""
+    def _waits(self, name: str, args: Any, kwargs: Any) -> int:
+        """Times that the host waits in an operator other than a copy."""
         first = next(_tensors((args, kwargs)), None)
         if first is None or not self._is_here(first):
-            return False
+            return 0
         if name == "aten.repeat_interleave":
-            return kwargs.get("output_size") is None
+            return int(kwargs.get("output_size") is None)
         if name in ("aten.index", "aten.index_put", "aten.index_put_"):
             masks = [x for x in masks_of(args[1]) if self._is_here(x)]
-            return bool(masks) and (name == "aten.index" or args[2].numel() > 1)
-        return name in _WAITS
+            shape_unknown = bool(masks) and (name == "aten.index" or args[2].numel() > 1)
+            return int(shape_unknown) + _sent(args)
+        return int(name in _WAITS)
+
+
+def _sent(args: Any) -> int:
+    """Number of indices on the CPU of a tensor on a device: ATen copies each, and waits."""
+    indexed, indices = args[0], args[1]
+    return sum(index.device != indexed.device for index in _tensors(indices))
 
 
 def note_wait(what: str) -> None:

@@ -103,7 +103,7 @@ class DataFeed:
             batch_sampler=sampler,
             collate_fn=self.collate,
             num_workers=workers,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=partial(_outlive_signals, os.getpid()),
             # Forks of this process share its data, and start at once.
             multiprocessing_context="fork" if workers else None,
         )
@@ -125,6 +125,12 @@ class DataFeed:
 
     def _check(self) -> None:
         """Check the data on all nodes and against the model. Warn of what is odd in it."""
+        workers, cores = self.options.train.dataloader_num_workers, os.cpu_count() or 1
+        if workers > cores:
+            raise UserError(
+                f"--dataloader_num_workers {workers}: each rank starts so many processes, and this "
+                f"machine has {cores} cores: set a smaller number"
+            )
         data = self.data
         # Each rank reads its own batches and counts the targets of the global batch by itself.
         # 13 hexadecimal digits are 52 bits, which float64 holds exactly.
@@ -172,12 +178,14 @@ class MicroBatches(Iterator[MicroBatch]):
         self._next = None
 
 
-def _outlive_signals(worker: int) -> None:
-    """Let no stop signal end a worker, unless it comes from the run.
+def _outlive_signals(run: int, worker: int) -> None:
+    """Let no stop signal end a worker, unless it comes from the run, whose process id ``run`` is.
 
     A batch system signals all processes of a job, and the run goes on until its state is saved.
     When the run is gone, its workers end by themselves within seconds.
     """
+    if os.getppid() != run:  # it is gone already, and torch would not see that later
+        os._exit(0)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)  # threads started after this inherit it
     threading.Thread(target=_end_with_run, daemon=True).start()
 

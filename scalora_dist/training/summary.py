@@ -115,6 +115,7 @@ def summarize(
         "update_rank": update_rank,
         "carry": carry,
         "seconds_per_step": tally.seconds / tally.timed,
+        "torch_compile": options.train.torch_compile,
         "method_share": tally.own_seconds / tally.seconds,
         "tokens_per_second": tally.tokens / tally.seconds,
         "peak_memory_bytes": peak_memory_bytes,
@@ -153,7 +154,8 @@ def render(summary: dict[str, Any]) -> str:
     rows.append(("trained parameters", f"{summary['trained_parameters']:,}"))
     own = summary["method_share"]
     share = f", {summary['method']}'s own work {own:.1%} of it" if own else ""
-    rows.append(("time per step", f"{summary['seconds_per_step']:.2f} s{share}"))
+    compiled = ", compiling included" if summary.get("torch_compile") else ""
+    rows.append(("time per step", f"{summary['seconds_per_step']:.2f} s{share}{compiled}"))
     rows.append(("tokens per second", f"{summary['tokens_per_second']:.0f}"))
     if summary["skipped_steps"]:
         rows.append(("skipped steps", f"{summary['skipped_steps']} of {summary['steps']}"))

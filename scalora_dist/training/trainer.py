@@ -192,9 +192,11 @@ class Trainer:
         if self.resumes_from is not None:
             return self._restore(self.resumes_from)
         self.watchdog.pause()
-        self.runner.initialize(
-            lambda: self.feed.samples(self.loss, self.model), examples=self.feed.examples
-        )
+        # A start runs the model a few times, and has other hooks on each layer.
+        with torch.compiler.set_stance("force_eager"):
+            self.runner.initialize(
+                lambda: self.feed.samples(self.loss, self.model), examples=self.feed.examples
+            )
         if self.saved_adapter:
             self.saved_adapter.fill(self.runner)
         self.results.clear()

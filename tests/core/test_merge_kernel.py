@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scalora_dist.core import merge_kernel
+from scalora_dist.core import merge_kernel, split_precision
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.merge_kernel import bytes_moved, merge_range_
 from scalora_dist.core.split_precision import add_low_rank_, zero_low_half
@@ -195,3 +196,17 @@ def test_a_gpus_shard_goes_through_the_kernel() -> None:
             add_low_rank_(shard, left, right, low)
     assert low.device == local.device
     assert [op for op in called if op.namespace != "prim"] == [merge_range_]
+
+
+def test_where_triton_cannot_compile_pytorch_merges(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def get_current_device(self) -> int:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Broken())
+    with caplog.at_level("WARNING"):
+        assert split_precision._kernel.__wrapped__() is None
+    (record,) = caplog.records
+    assert "(Failed to find C compiler.)" in record.getMessage()

@@ -53,6 +53,7 @@ def test_clocks_that_are_apart_are_told(ranks: Any) -> None:
     [
         (machine.compare_devices, {"unique": "a"}, True, "ranks 0 and 1 have the same GPU"),
         (machine.compare_devices, {"device": "A100"}, False, "the slowest kind"),
+        (machine.compare_devices, {"triton": "no gcc"}, False, "on node2 (no gcc) install triton"),
         (machine.compare_memory, {"free": 40 * GIB}, False, "nvidia-smi shows what"),
         (machine.compare_memory, {"host_free": GIB}, False, "the memory of node2"),
         (machine.compare_memory, {"shm_free": 2**26}, False, "--shm-size"),

@@ -39,6 +39,7 @@ def losses(folder: Path) -> list[float]:
         ("local", 1, {}),
         ("local", 1, CHECKPOINTING),
         ("local", 1, {"method": "dora"}),
+        ("local", 1, {"method": "lora-sb", "lora_alpha": None}),  # its start is not compiled
         ("zero2", 2, {}),
         ("fsdp", 2, CHECKPOINTING),
         ("fsdp", 2, {"method": "lora", "eval_steps": 0}),

@@ -30,6 +30,7 @@ from scalora_dist.modeling import loss
 from scalora_dist.modeling.loss import LossHead, TargetLoss, Targets, target_losses
 from scalora_dist.profiling.live import LiveBytes
 from tests.support import runs, tiny_runs
+from tests.support.host_reads import HostReads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -112,6 +113,9 @@ class Fused(nn.Module):
 
     def forward(self, weight: Tensor, hidden: Tensor, wanted: Tensor, bias: Any) -> Tensor:
         assert len(hidden) == len(wanted) > 0
+        with HostReads() as reads:
+            assert (wanted != IGNORE).sum().item() == len(wanted)
+        assert reads.found == []
         return nn.functional.cross_entropy(
             nn.functional.linear(hidden, weight, bias), wanted, reduction="sum"
         )

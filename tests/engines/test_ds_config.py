@@ -39,6 +39,14 @@ def ds_refused(path: str, **values: Any) -> str:
     return message
 
 
+def test_compiled_blocks_are_refused_where_a_block_gathers() -> None:
+    """Here, so that a plan refuses what a run does."""
+    paths = {path.stem: str(path) for path in DS_CONFIGS}
+    assert load(paths["zero2"], torch_compile=True)
+    with pytest.raises(UserError, match="--torch_compile: ZeRO-3"):
+        load(paths["zero3"], torch_compile=True)
+
+
 def test_there_is_a_config_for_every_stage() -> None:
     assert {path.stem for path in DS_CONFIGS} >= {"zero0", "zero1", "zero2", "zero3"}
     assert {path.stem for path in DS_CONFIGS} >= {"zero3_offload", "zero3_hpz", *FOR_12B}

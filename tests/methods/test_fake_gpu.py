@@ -23,6 +23,7 @@ from tools.fake_gpu.layers import SHARDINGS, Sharding, fake_layers, ranges_of
 WAITS = {
     **{f"rescale, {rule}": 2 for rule in RULES},
     "rescale, paper, fp16": 3,
+    "rescale, paper, monitored": 2,
     "lora-pro": 2,
     "relora": 0,
     "carry": 0,
@@ -33,6 +34,7 @@ KERNELS = {
     **{f"rescale, {rule}": (66, 3) for rule in RULES},
     "rescale, adamw": (102, 3),
     "rescale, paper, fp16": (90, 3),
+    "rescale, paper, monitored": (130, 3),  # some layers are watched, of any number
     "lora-pro": (60, 2),
     "relora": (42, 10),
     "carry": (24, 32),

@@ -168,6 +168,7 @@ def fake() -> Iterator[None]:
         (lambda x, host: torch.equal(x, x), "aten.equal"),
         (lambda x, host: x.nonzero(), "aten.nonzero"),
         (lambda x, host: x[x > 0], "aten.index"),
+        (lambda x, host: x[torch.empty(3, dtype=torch.int64)], "aten.index"),
         (lambda x, host: torch.linalg.eigh(x), "aten._linalg_eigh"),
     ],
 )

@@ -15,6 +15,7 @@ from scalora_dist.methods.adamw_direction import adamw_direction
 from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.lora_pro import LoraPro
 from scalora_dist.methods.merger import IntoWeights, Merger
+from scalora_dist.methods.rank_monitor import RankMonitor
 from scalora_dist.methods.relora import ReloraRestart
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.profiling.clock import Clock
@@ -86,8 +87,11 @@ def walk(
 def _rescaler(
     rule: str, world: World, layers: Sequence[LayerShards], engine: ShardsEngine
 ) -> Callable[[Clock], object]:
+    merger = Merger(layers, world, IntoWeights(layers, "split"))
+    if rule == "paper, monitored":
+        merger.monitor = RankMonitor(layers, len(SHAPES), world, seed=0)
     rescaler = Rescaler(
-        Merger(layers, world, IntoWeights(layers, "split")),
+        merger,
         rule=rule.partition(",")[0],
         eta_lipschitz=0.5,
         bounds=(0.05, 5.0),
@@ -137,7 +141,7 @@ def _carry(
 
 RULES = ("paper", "scalar", "nnls", "adamw", "paper, fp16")
 WALKS: dict[str, Callable[..., Callable[[Clock], object]]] = {
-    **{f"rescale, {rule}": partial(_rescaler, rule) for rule in RULES},
+    **{f"rescale, {rule}": partial(_rescaler, rule) for rule in (*RULES, "paper, monitored")},
     "lora-pro": _lora_pro,
     "relora": _relora,
     "carry": partial(_carry, 0),

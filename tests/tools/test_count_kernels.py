@@ -16,7 +16,8 @@ from tools import count_kernels
 @pytest.mark.parametrize("engine", ["local", "zero1", "fsdp"])
 def test_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
     model, out = save_task(tmp_path / "model"), tmp_path / "counts.json"
-    words = f"--model_name_or_path {model} --nodes 2 --engine {engine} --json {out} --rank 4"
+    nodes = "" if engine == "local" else "--nodes 2"
+    words = f"--model_name_or_path {model} {nodes} --engine {engine} --json {out} --rank 4"
     count_kernels.main([*words.split(), "--dataset", str(model / "texts.jsonl")])
     printed = capsys.readouterr().out
     assert f"{engine}, {1 if engine == 'local' else 16} rank(s)" in printed
@@ -31,7 +32,10 @@ def test_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], engine
 
 
 def test_mistakes() -> None:
-    for words in ("--model_name_or_path x --engine zero9", "--engine zero3"):
+    others = ("zero9", "zero3 --ds_config zero1", "fsdp --torch_compile", "local --nodes 2")
+    four_bits = "zero3 --method lora --load_in_4bit"
+    given = [f"--model_name_or_path x --engine {words}" for words in (*others, four_bits)]
+    for words in (*given, "--engine zero3"):
         with pytest.raises(UserError) as error:
             count_kernels.main(words.split())
         assert one_sentence(error)

@@ -79,6 +79,12 @@ def test_evaluation_examples_that_are_trained_on_are_said(
     assert line.startswith("1 of 3 evaluation examples are also training examples")
 
 
+def test_more_workers_than_cores_are_refused(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    case = tiny_runs.options(task, tmp_path / "run", "local", dataloader_num_workers=100_000)
+    ((sentence, status, _),) = ranks(1).run(tiny_runs.refusal, case)
+    assert status == 2 and "--dataloader_num_workers 100000" in sentence
+
+
 def test_chats_are_said_in_the_log_and_the_summary(
     ranks: GetRanks, task: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from scalora_dist.config.parser import parse_options
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import loss, offloaded_activations
-from scalora_dist.modeling.offloaded_activations import HostCopies
+from scalora_dist.modeling.offloaded_activations import AHEAD, HostCopies
 from scalora_dist.planning.arguments import PlanArguments
 from scalora_dist.planning.measured import STEPS, MeasuredTrainer
 from scalora_dist.planning.plan import Plan
@@ -20,6 +21,9 @@ from scalora_dist.planning.planner import Planner
 from tests.support import runs
 
 SMALLEST = 2**12  # bytes; of a tiny model's activations, those are offloaded that weigh something
+
+
+_ahead: deque[Tensor] = deque()
 
 
 class Found(NamedTuple):
@@ -52,6 +56,7 @@ def measured(world: World, options: dict[str, Any]) -> Found:
         trainer = runs.make(world, options | {"max_steps": STEPS, "eval_size": 0}, MeasuredTrainer)
         assert isinstance(trainer, MeasuredTrainer)
         trainer.run()
+    _ahead.clear()
     traffic = trainer.traffic
     reduced = traffic.received - traffic.gathered
     peak = None if trainer.peak is None else trainer.peak - others
@@ -60,16 +65,22 @@ def measured(world: World, options: dict[str, Any]) -> Found:
 
 def _sent(_: HostCopies, tensor: Tensor) -> Any:
     """A copy that is no tensor, so that it is not counted."""
+    _ahead.clear()  # a forward begins, and the backward before it has ended
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     data = flat.view(torch.uint8).numpy().copy()
     return data, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _fetched(_: HostCopies, copy: Any) -> Tensor:
+    """The tensor. As on a GPU, the last ones are live while the host is ahead of their use."""
     data, dtype, shape, stride = copy
+    if len(_ahead) > AHEAD:
+        _ahead.popleft()
     flat = torch.empty(len(data), dtype=torch.uint8)
     flat.numpy()[:] = data
-    return flat.view(dtype).as_strided(shape, stride)
+    tensor = flat.view(dtype).as_strided(shape, stride)
+    _ahead.append(tensor)
+    return tensor
 
 
 def planned(options: dict[str, Any], size: int) -> Plan:
