@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scalora_dist.core import host_pieces, split_precision
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.core.host_pieces import HostPieces, Place
+from scalora_dist.core.merge_kernel import merge_range_
 from scalora_dist.core.split_precision import add_low_rank_, add_with_pytorch_, zero_low_half
 from tests.support.lazy_streams import LazyCuda
 from tests.support.workers import shards as work
@@ -181,14 +182,12 @@ def test_devices_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(host_pieces, "cuda", streams)
     monkeypatch.setattr(host_pieces, "_on_device", {})
-    kernel = split_precision._kernel()
-    assert kernel is not None
     merged = []
 
     def watched(weight: Tensor, low: Tensor | None, *others: Any) -> None:
         assert low is not None
         merged.append((weight.device.type, low.device.type, len(weight), others[2]))
-        kernel(weight, low, *others)
+        merge_range_(weight, low, *others)
 
     copies = []
 

@@ -30,8 +30,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scalora_dist.core import host_pieces
+from scalora_dist.core import host_pieces, split_precision
 from scalora_dist.core.arithmetic import ceil_div
+from scalora_dist.core.merge_kernel import merge_range_
 from scalora_dist.distributed.world import World
 from scalora_dist.profiling.kernels import note_wait
 from scalora_dist.profiling.launches import masks_of
@@ -92,7 +93,7 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
         )
         with ExitStack() as stack:
             # Triton's operators are fake here, and compile nothing.
-            stack.enter_context(patch("scalora_dist.core.merge_kernel.problem", lambda: None))
+            stack.enter_context(patch.object(split_precision, "_kernel", lambda: merge_range_))
             for name, value in _CUDA_MODULE.items():
                 stack.enter_context(patch.object(torch.cuda, name, value))
             local = property(lambda tensor: tensor._local_tensor.device)
