@@ -65,9 +65,9 @@ class Slot:
         return place_in(self.staging, like)
 
     def finish(self) -> None:
-        """The host waits until the slot's piece is where it belongs, and brings it there."""
-        self.down.synchronize()
+        """The host waits for the copy that is left to it, if there is one, and does it."""
         if self.unfinished:
+            self.down.synchronize()
             source, target = self.unfinished
             target.copy_(source, non_blocking=False)
             self.unfinished = None
@@ -137,7 +137,12 @@ class HostPieces:
             offset += len(piece.weight)
 
     def wait(self) -> None:
-        """The host waits until all shards are complete. Frees the slots."""
+        """The host waits until all shards are complete, and frees the slots.
+
+        It waits once if they are pinned, else for the last piece of each slot too.
+        """
+        if self.slots:
+            self.slots[-1].down.synchronize()  # the last piece comes down after all others
         for slot in self.slots:
             slot.finish()
         self.slots.clear()

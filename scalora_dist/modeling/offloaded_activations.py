@@ -19,6 +19,8 @@ SMALLEST = 2**18  # bytes; smaller tensors stay, because a copy of its own takes
 IN_FLIGHT = 4
 AHEAD = 8  # fetched tensors that the host may be ahead of the device, as they take up its memory
 
+cuda = torch.cuda  # streams
+
 
 class HostCopies:
     """Copies tensors to the host's memory and back, on the same device: a plain copy.
@@ -44,26 +46,26 @@ class StreamedCopies(HostCopies):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = cuda.Stream(device)
         self.fetched: deque[torch.cuda.Event] = deque()
 
     def send(self, tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         host = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=True
         )
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        self.stream.wait_stream(cuda.current_stream(self.device))
+        with cuda.stream(self.stream):
             host.copy_(tensor, non_blocking=True)
         return host, self.stream.record_event()
 
     def fetch(self, copy: tuple[Tensor, torch.cuda.Event]) -> Tensor:
-        host, compute = copy[0], torch.cuda.current_stream(self.device)
+        host, compute = copy[0], cuda.current_stream(self.device)
         # Memory of this stream that the computation has used is free again only when the device is
         # past that use. So the host waits if it is far ahead, like FSDP's limit of all-gathers.
         self.fetched.append(compute.record_event())
         if len(self.fetched) > AHEAD:
             self.fetched.popleft().synchronize()
-        with torch.cuda.stream(self.stream):
+        with cuda.stream(self.stream):
             tensor = torch.empty_strided(
                 host.shape, host.stride(), dtype=host.dtype, device=self.device
             )
@@ -73,7 +75,7 @@ class StreamedCopies(HostCopies):
         return tensor
 
     def landed(self, copy: tuple[Tensor, torch.cuda.Event]) -> None:
-        torch.cuda.current_stream(self.device).wait_event(copy[1])
+        cuda.current_stream(self.device).wait_event(copy[1])
 
 
 class _Stays:

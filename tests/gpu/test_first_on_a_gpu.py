@@ -6,6 +6,7 @@ On a machine without a GPU the ranks run on the CPU, so that the tests themselve
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 from scalora_dist.config.method import MergeRounding
 from tests.support import runs, tiny_models, tiny_runs, toy
 from tests.support.ranks import Ranks, most_ranks, on_gpus
-from tests.support.workers import check_plan
+from tests.support.workers import check_plan, compiled, offloading
 from tests.support.workers import first_on_gpu as work
 
 pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
@@ -132,6 +133,36 @@ def test_offload_with_pinned_shards(
     pinned = ranks(most_ranks(2)).run(work.pinned_weights, case)
     assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
     assert all(all(rank) for rank in pinned) or not ON_GPU
+
+
+@pytest.mark.parametrize("engine", each("fsdp", "local", "zero2", "zero3"))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_on_the_host(
+    ranks: GetRanks,
+    task: Path,
+    alone: list[float],
+    tmp_path: Path,
+    engine: str,
+    checkpointing: bool,
+) -> None:
+    """All of them, however small, by copies on a stream of their own."""
+    case = tiny_runs.options(task, tmp_path / "run", engine, **STEADY)
+    case |= {"activation_offloading": True, "gradient_checkpointing": checkpointing}
+    found = ranks(1 if engine == "local" else most_ranks(2)).run(offloading.train, case)
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
+    assert all(sent > 0 and of_parameters == 0 for sent, of_parameters in found)
+
+
+def test_activations_of_compiled_blocks_on_the_host(
+    ranks: GetRanks, task: Path, alone: list[float], tmp_path: Path
+) -> None:
+    if not ON_GPU and shutil.which("g++") is None:
+        pytest.skip("inductor needs g++ on a CPU")
+    case = tiny_runs.options(task, tmp_path / "run", "local", **STEADY)
+    case |= {"activation_offloading": True, "torch_compile": True}
+    ((graphs, sent, of_parameters),) = ranks(1).run(compiled.train_offloading, case, timeout=500)
+    assert runs.losses(tmp_path / "run") == pytest.approx(alone, rel=CLOSE)
+    assert graphs > 0 and sent > 0 and of_parameters == 0
 
 
 def test_checkpoint_staging(ranks: GetRanks) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalora_dist.core import host
+from scalora_dist.core import host, host_pieces
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.planning.launches import BESIDE_MERGES
 from scalora_dist.profiling.clock import Clock
@@ -108,6 +108,27 @@ def test_offloaded_factors_take_one_wait_more(method: str, sharding: Sharding) -
     for blocks in (1, 3):
         counts = walk(method, sharding, 3, 8, blocks=blocks, offloads=True)
         assert counts.waits == WAITS[method] + 1, counts.synchronisations
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_pinned_weights_on_the_host_take_one_wait_more(sharding: Sharding, blocks: int) -> None:
+    """Beside that of the offloaded factors: one for all layers, and none for a copy."""
+    method = "rescale, paper"
+    counts = walk(method, sharding, 3, 8, blocks=blocks, offloads=True, frozen_in="pinned")
+    assert counts.waits == WAITS[method] + 2, counts.synchronisations
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_pageable_weights_on_the_host_wait_for_each_piece(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_pieces, "SLOT_BYTES", 256)  # 64 elements of W and its low half
+    method = "rescale, paper"
+    counts = walk(method, "zero3", 3, 8, blocks=blocks, offloads=True, frozen_in="pageable")
+    pieces = blocks * sum(-(-m * n // 8 // 64) for m, n in SHAPES)
+    assert counts.kernels["scalora.add_low_rank_"] == pieces
+    assert counts.waits == WAITS[method] + 2 + pieces, counts.synchronisations
 
 
 GEMMA = [(4096, 3840), (2048, 3840), (2048, 3840), (3840, 4096)]

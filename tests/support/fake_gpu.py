@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,6 +45,7 @@ def walk(
     dtype: torch.dtype = torch.bfloat16,
     moments: bool = True,
     offloads: bool = False,
+    frozen_in: Literal["gpu", "pinned", "pageable"] = "gpu",
 ) -> Counts:
     """What one rank's GPU does in one run of a method's work, set-up excluded.
 
@@ -60,6 +61,7 @@ def walk(
         dtype: of W and the carry.
         moments: whether AdamW has stepped before.
         offloads: whether factors, gradients and moments are in the host's memory.
+        frozen_in: the memory of W and the carry: the GPU's, or the host's of either kind.
     """
     with fake_gpu(rank, size) as world, known_ranges(sharding):
         carry = 3 * r if method.startswith("carry") else 0
@@ -71,7 +73,9 @@ def walk(
             dtype=dtype,
             moments=moments,
             carry=carry,
+            frozen_on=None if frozen_in == "gpu" else torch.device("cpu"),
             trained_on=torch.device("cpu") if offloads else None,
+            pinned=frozen_in == "pinned",
         )
         engine = ShardsEngine(world, layers)
         work = WALKS[method](world, layers, engine)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -48,27 +49,33 @@ class Stream:
         self.queue.append((name, lambda: True, work))
         self.cuda.go_on()
 
+    def record_event(self) -> Event:
+        event = Event(self.cuda)
+        event.record(self)
+        return event
+
     def wait_event(self, event: Event) -> None:
         done = event.done
         self.queue.append(("wait", lambda: done[0], lambda: None))
 
     def wait_stream(self, other: Stream) -> None:
-        event = Event(self.cuda)
-        event.record(other)
-        self.wait_event(event)
+        self.wait_event(other.record_event())
 
 
 _Stream = Stream  # LazyCuda has a method of this name, as torch.cuda a class
 
 
 class LazyCuda(TorchDispatchMode):
-    """What `host_pieces.cuda` is in a test. In its context non-blocking copies are queued.
+    """What a module's ``cuda`` is in a test. In its context non-blocking copies are queued.
 
     Attributes:
+        NAMES: of the main stream, and of those that are made.
         streams: the main stream, then those that were made.
         ran: (stream, work) in the order in which work was done.
         host_waits: how often the host waited for work that was not done.
     """
+
+    NAMES: tuple[str, ...] = ("main", "up", "down")
 
     def __init__(self, seed: int, prefer: str, *, eager: bool) -> None:
         """
@@ -86,13 +93,13 @@ class LazyCuda(TorchDispatchMode):
         self.ran: list[tuple[str, str]] = []
         self.host_waits = 0
 
-    # What host_pieces calls.
+    # What the module calls.
 
     def Event(self) -> Event:
         return Event(self)
 
     def Stream(self, device: torch.device) -> Stream:
-        return Stream(self, ("main", "up", "down")[len(self.streams)])
+        return Stream(self, self.NAMES[len(self.streams)])
 
     def current_stream(self, device: torch.device) -> _Stream:
         return self.main
@@ -107,6 +114,10 @@ class LazyCuda(TorchDispatchMode):
 
     def put(self, name: str, work: Callable[[], Any]) -> None:
         self.now.put(name, work)
+
+    def launch(self, name: str, work: Callable[..., Any], *tensors: Tensor) -> None:
+        """Queue ``work(*tensors)``."""
+        self.put(name, lambda: work(*tensors))
 
     def go_on(self) -> None:
         while self.eager and self.drawn.random() < 0.5 and self._step():
@@ -132,6 +143,6 @@ class LazyCuda(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.copy_.default and kwargs.get("non_blocking", args[2:] == (True,)):
-            self.put("copy", lambda: func(*args[:2]))
+            self.launch("copy", func, *args[:2])
             return args[0]
         return func(*args, **kwargs)

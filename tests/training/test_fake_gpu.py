@@ -5,13 +5,17 @@ FSDP2's own forward, backward and reductions run too. DeepSpeed's don't: it pick
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from torch import Tensor
 
 from scalora_dist.checkpoint.parts import Stager
+from scalora_dist.modeling import offloaded_activations
+from scalora_dist.modeling.offloaded_activations import IN_FLIGHT, StreamedCopies
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs, tiny_runs
@@ -86,6 +90,50 @@ def test_steps(task: Path, tmp_path: Path, engine: str, method: str) -> None:
     assert counts.waits == STEP + METHOD.get(method, 1), counts.synchronisations
     if engine == "fsdp":
         assert counts.collectives["allgather_base"] and counts.collectives["reduce_scatter_base"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "checkpointing"),
+    [
+        ("fsdp", True),
+        pytest.param("fsdp", False, marks=pytest.mark.heavy),
+        pytest.param("local", True, marks=pytest.mark.heavy),
+        pytest.param("local", False, marks=pytest.mark.heavy),
+    ],
+)
+def test_activations_on_the_host(
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    checkpointing: bool,
+) -> None:
+    """The host waits for no copy. In the backward it waits if it is too many tensors ahead."""
+    copies: Counter[str] = Counter()
+
+    class Counted(StreamedCopies):
+        def send(self, tensor: Tensor) -> Any:
+            copies["sent"] += 1
+            return super().send(tensor)
+
+        def fetch(self, copy: Any) -> Tensor:
+            copies["fetched"] += 1
+            return super().fetch(copy)
+
+    monkeypatch.setattr(offloaded_activations, "SMALLEST", 0)
+    monkeypatch.setattr(offloaded_activations, "AHEAD", 2)
+    monkeypatch.setattr(offloaded_activations, "StreamedCopies", Counted)
+    rank, size = (0, 1) if engine == "local" else (3, 8)
+    given: dict[str, Any] = {"activation_offloading": True, "gradient_checkpointing": checkpointing}
+    given |= {"train_batch_size": 3 * size, "eval_size": None}
+    options = tiny_runs.options(task, tmp_path / "run", engine, **given)
+    with fake_gpu(rank, size) as world, known_ranges("fsdp" if size > 1 else "local"):
+        trainer = runs.make(world, options)
+        counts = steps(trainer, 1)
+        trainer.close()
+    assert 2 < copies["fetched"] == copies["sent"] - IN_FLIGHT
+    too_far = copies["fetched"] - 2
+    assert counts.waits == STEP + METHOD["scalora"] + too_far, counts.synchronisations
 
 
 @pytest.mark.parametrize("method", ["scalora", pytest.param("lora", marks=pytest.mark.heavy)])

@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scalora_dist.core import host_pieces
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.distributed.world import World
 from scalora_dist.profiling.kernels import note_wait
@@ -100,6 +101,10 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
             is_cuda = property(lambda tensor: tensor.device.type == "cuda")
             stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))
+            # C++ takes no stream of Python's, and there is no memory that it could keep.
+            stack.enter_context(patch.object(FakeTensor, "record_stream", _no_op, create=True))
+            # Streams of this GPU are not those of another one, or of the machine's.
+            stack.enter_context(patch.dict(host_pieces._on_device, clear=True))
             # torch's optimizers handle tensors of these types many at a time, on "cuda".
             for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
                 types = f"{name}._foreach_supported_types"
@@ -290,6 +295,9 @@ class FakeStream:
 
 def _synchronize(device: Any = None) -> None:
     FakeStream().synchronize()
+
+
+def _no_op(*args: Any) -> None: ...
 
 
 # What replaces the functions of torch.cuda that the CPU build lacks.

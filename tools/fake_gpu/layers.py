@@ -88,6 +88,7 @@ def fake_layers(
     carry: int = 0,
     frozen_on: torch.device | None = None,
     trained_on: torch.device | None = None,
+    pinned: bool = False,
 ) -> list[LayerShards]:
     """This rank's shards of layers with weights (m, n). Called inside ``fake_gpu``.
 
@@ -102,6 +103,7 @@ def fake_layers(
         carry: K, the columns of each carry; 0: no carry.
         frozen_on: device of W and of the carry; None: the world's.
         trained_on: device of factors, gradients and moments (offload); None: the world's.
+        pinned: whether W and the carry are in pinned memory, on the CPU.
     """
     group = None if sharding == "local" else dist.group.WORLD
     weights = "local" if sharding == "zero1" else sharding  # ZeRO-1 shards what is trained
@@ -113,13 +115,16 @@ def fake_layers(
         device: torch.device,
         *,
         flat: bool = False,
+        pinned: bool = False,
     ) -> list[FlatShard]:
         ranges = ranges_of(kind, matrices, world.size)[world.rank].tolist()
         sizes = [high - low for low, high in ranges]
         if flat:
             locals_ = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
         else:
-            locals_ = tuple(torch.empty(n, dtype=dtype, device=device) for n in sizes)
+            locals_ = tuple(
+                torch.empty(n, dtype=dtype, device=device, pin_memory=pinned) for n in sizes
+            )
         held = group if kind != "local" else None
         return [
             FlatShard(local, low, shape, held)
@@ -134,9 +139,9 @@ def fake_layers(
     if moments:
         pairs = list(zip(trained(flat=flat), trained(flat=flat), strict=True))
     device = frozen_on or world.device
-    frozen = shards(shapes, weights, dtype, device)
+    frozen = shards(shapes, weights, dtype, device, pinned=pinned)
     columns = [(rows, carry) for shape in shapes for rows in shape]
-    carries = shards(columns, weights, dtype, device) if carry else []
+    carries = shards(columns, weights, dtype, device, pinned=pinned) if carry else []
     return [
         LayerShards(
             name=f"layers.{i}",

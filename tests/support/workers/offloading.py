@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from scalora_dist.distributed.world import World
 from scalora_dist.modeling import offloaded_activations
-from scalora_dist.modeling.offloaded_activations import HostCopies
+from scalora_dist.modeling.offloaded_activations import HostCopies, StreamedCopies
 from tests.support import runs
 
 
@@ -22,16 +22,17 @@ def train(world: World, options: dict[str, Any]) -> tuple[int, int]:
         parameter of the model, gathered or not.
     """
     seen: list[bool] = []
-    send = HostCopies.send
+    kind = StreamedCopies if world.device.type == "cuda" else HostCopies
+    send = kind.send
     model: list[nn.Module] = []
 
-    def watched(copies: HostCopies, tensor: Tensor) -> Any:
+    def watched(copies: Any, tensor: Tensor) -> Any:
         seen.append(tensor.untyped_storage().data_ptr() in _of_parameters(model[0]))
         return send(copies, tensor)
 
     with (
         patch.object(offloaded_activations, "SMALLEST", 0),
-        patch.object(HostCopies, "send", watched),
+        patch.object(kind, "send", watched),
     ):
         trainer = runs.make(world, options)
         model.append(trainer.model)
