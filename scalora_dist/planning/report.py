@@ -60,7 +60,7 @@ def report(options: Options, where: PlanArguments) -> str:
         given = f" with {words}" if words else ""
         size = f"{small.peak.total / GIB:.1f} GiB"
         if host := sum(small.held.host.values()):
-            size += f", and {host / GIB:.1f} of the host for each"
+            size += f", and {host / GIB:.1f} GiB of host memory for each"
         lines.append(f"smallest set-up that fits: {gpus} × {where.gpu}{given}, {size}")
     if where.json:
         write_json(Path(where.json), as_json(plan, times, fits))

@@ -27,6 +27,7 @@ def describe(options: Options, where: PlanArguments) -> str:
         f"{train.gradient_accumulation_steps} × {train.per_device_train_batch_size} examples of "
         f"{options.data.max_length} tokens a GPU and step, {checkpoints} gradient checkpointing"
         f"{', activations on the host' if train.activation_offloading else ''}"
+        f"{', compiled blocks' if train.torch_compile else ''}"
     )
 
 
@@ -55,13 +56,14 @@ def render(plan: Plan, times: LeastTimes, where: PlanArguments) -> str:
         text += "\n\n" + _columns([["10⁹ bytes a GPU receives in a step", "", ""], *wire])
     tokens = plan.options.train.gradient_accumulation_steps * plan.options.data.max_length
     tokens *= plan.options.train.per_device_train_batch_size
+    compiled, launches = plan.options.train.torch_compile, f"{times.launches:.2g}"
     rows = [
         ["least seconds of a step", ""],
         [f"products, {plan.flops / 1e12:.1f} TFLOP", f"{times.compute:.2g}"],
         [f"reading weights, {plan.reads / 1e9:.0f} GB", f"{times.memory:.2g}"],
         ["messages inside a node", f"{times.links:.2g}"],
         ["messages between nodes", f"{times.network:.2g}"],
-        ["launching kernels", f"{times.launches:.2g}"],
+        [f"launching kernels{', not of compiled blocks' if compiled else ''}", launches],
         *_bus("copies to and from the host, {} GB", plan.copied, times.bus),
         ["a rescale's messages", f"{times.rescale:.2g}"],
         ["launching a rescale's kernels", f"{times.rescale_launches:.2g}"],
