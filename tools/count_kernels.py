@@ -90,17 +90,18 @@ def counts_of(options: Options, world: int) -> dict[str, Counts]:
     return parts | {OPTIMIZER: optimizer_counts(options, traced.shapes, world)}
 
 
-def check(options: Options, given: Sequence[str]) -> None:
-    """Refuse what the tool does not count.
-
-    Args:
-        given: the words of the command line that are the trainer's.
+def check(options: Options, engine: str) -> None:
+    """Refuse what the tool does not count, and another engine than ``engine``.
 
     Raises:
-        UserError: there is such an option.
+        UserError: there is such an option, on the command line or in a recipe.
     """
-    if any(word.partition("=")[0] in ("--ds_config", "--fsdp") for word in given):
-        raise UserError("--engine names the engine: leave out --ds_config and --fsdp")
+    asked, given = (
+        (launch.ds_config, launch.fsdp, launch.fsdp_config)
+        for launch in (parse_options([*DEFAULTS, *ENGINES[engine]]).launch, options.launch)
+    )
+    if given != asked:
+        raise UserError("--engine names the engine: leave out --ds_config, --fsdp, --fsdp_config")
     if options.train.torch_compile:
         raise UserError("kernels of compiled blocks cannot be counted: leave out --torch_compile")
     if options.model.load_in_4bit:
@@ -132,7 +133,7 @@ def main(words: Sequence[str]) -> None:
     parser = Parser([CountArguments], allow_abbrev=False, description=__doc__)
     where, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
     options = parse_options([*DEFAULTS, *ENGINES[where.engine], *rest])
-    check(options, rest)
+    check(options, where.engine)
     options = options.having(model_name_or_path=config_folder(str(where.model_name_or_path)))
     parts = counts_of(options, where.world)
     print(f"{where.model_name_or_path}, {where.engine}, {where.world} rank(s)\n\n{table(parts)}")

@@ -154,7 +154,7 @@ def render(summary: dict[str, Any]) -> str:
     rows.append(("trained parameters", f"{summary['trained_parameters']:,}"))
     own = summary["method_share"]
     share = f", {summary['method']}'s own work {own:.1%} of it" if own else ""
-    compiled = ", compiling included" if summary.get("torch_compile") else ""
+    compiled = ", compiling included" if summary["torch_compile"] else ""
     rows.append(("time per step", f"{summary['seconds_per_step']:.2f} s{share}{compiled}"))
     rows.append(("tokens per second", f"{summary['tokens_per_second']:.0f}"))
     if summary["skipped_steps"]:

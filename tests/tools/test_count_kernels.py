@@ -32,7 +32,8 @@ def test_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], engine
 
 
 def test_mistakes() -> None:
-    others = ("zero9", "zero3 --ds_config zero1", "fsdp --torch_compile", "local --nodes 2")
+    others = ["zero9", "zero3 --ds_config zero1", "local --fsdp", "local --nodes 2"]
+    others += ["fsdp --torch_compile"]
     four_bits = "zero3 --method lora --load_in_4bit"
     given = [f"--model_name_or_path x --engine {words}" for words in (*others, four_bits)]
     for words in (*given, "--engine zero3"):
