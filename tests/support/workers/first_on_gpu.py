@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from scalora_dist.checkpoint.parts import FlatPart, Stager
+from scalora_dist.checkpoint.parts import FlatPart, stage
 from scalora_dist.config.method import MergeRounding
 from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Scales
@@ -141,7 +141,7 @@ def staging(world: World) -> tuple[bool, bool]:
     """(whether staged copies are pinned, whether they hold what was there when staged)."""
     values = torch.randn(1000, device=world.device)
     expected = values.cpu().clone()
-    staged = Stager().stage({"x": FlatPart(values, 0, len(values))})["x"].local
+    staged = stage({"x": FlatPart(values, 0, len(values))})["x"].local
     values.zero_()  # training goes on
     return staged.is_pinned(), torch.equal(staged, expected)
 
