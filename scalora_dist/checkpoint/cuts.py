@@ -6,16 +6,15 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scalora_dist.checkpoint.index import Facts, Index
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.model_io.safetensors_writer import DTYPE_NAMES
-
-Facts = dict[str, tuple[str, int]]  # {tensor: (dtype as safetensors names it, elements)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,22 @@ class Cuts:
         ranges = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype=np.int64)
         facts = {name: (dtype, numel) for name, (dtype, numel) in own.items()}
         return cls(shared, ranges.reshape(-1, 2), facts)
+
+
+def index_of(shared: Facts, ranks: Sequence[Cuts]) -> Index:
+    """The index of what ``ranks`` save, in rank order.
+
+    Args:
+        shared: the tensors that all ranks know, in the order of their names.
+
+    Raises:
+        ValueError: the ranks know other tensors, or a tensor is not saved once, in full.
+    """
+    known = checksum(shared)
+    for rank, cuts in enumerate(ranks):
+        if cuts.shared != known:
+            raise ValueError(f"rank {rank} saves other tensors than rank 0")
+    return Index.of(shared, [cuts.ranges for cuts in ranks], [cuts.own for cuts in ranks])
 
 
 def facts(parts: Mapping[str, FlatPart]) -> Facts:

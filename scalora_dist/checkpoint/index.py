@@ -20,7 +20,6 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from numpy.typing import NDArray
 
-from scalora_dist.checkpoint.cuts import Cuts, Facts, checksum
 from scalora_dist.checkpoint.manifest import INDEX
 from scalora_dist.model_io.safetensors_writer import DTYPE_NAMES
 
@@ -28,6 +27,7 @@ from scalora_dist.model_io.safetensors_writer import DTYPE_NAMES
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+Facts = dict[str, tuple[str, int]]  # {tensor: (dtype as safetensors names it, elements)}
 Row = tuple[int, int, int]  # a piece: its first element, its number of elements, its rank
 
 
@@ -70,28 +70,27 @@ class Index:
     cuts: list[Cut]
 
     @classmethod
-    def of(cls, shared: Facts, ranks: Sequence[Cuts]) -> Index:
-        """The index of what ``ranks`` save, in rank order.
+    def of(cls, shared: Facts, ranges: Sequence[NDArray[np.int64]], own: Sequence[Facts]) -> Index:
+        """The index of what all ranks save.
 
         Python's work is one operation for each tensor and a few for each rank.
 
         Args:
-            shared: the tensors that all ranks know, in the order of their names.
+            shared: the tensors that all ranks know.
+            ranges: of each rank (tensors, 2): the first element and the number of elements that it
+                saves of each of ``shared``, in that order.
+            own: of each rank the tensors that it alone knows, and saves in full.
 
         Raises:
-            ValueError: the ranks know other tensors, or a tensor is not saved once, in full.
+            ValueError: a tensor is not saved once, in full.
         """
-        known = checksum(shared)
-        for rank, cuts in enumerate(ranks):
-            if cuts.shared != known:
-                raise ValueError(f"rank {rank} saves other tensors than rank 0")
         made = _Collected()
         # (tensors, ranks, 2). Tensors that are cut alike have the same bytes.
-        ranges = np.stack([cuts.ranges for cuts in ranks], axis=1)
-        for (name, (dtype, numel)), held in zip(shared.items(), ranges, strict=True):
+        everyone = np.stack(list(ranges), axis=1)
+        for (name, (dtype, numel)), held in zip(shared.items(), everyone, strict=True):
             made.add(name, dtype, numel, held.tobytes(), partial(_pieces_of, held))
-        for rank, cuts in enumerate(ranks):
-            for name, (dtype, numel) in cuts.own.items():
+        for rank, tensors in enumerate(own):
+            for name, (dtype, numel) in tensors.items():
                 whole = [(0, numel, rank)]
                 made.add(name, dtype, numel, rank, whole.copy)
         return cls(made.tensors, made.cuts)

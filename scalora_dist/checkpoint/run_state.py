@@ -84,7 +84,7 @@ class RunState:
             ReplicasDiffer: on every rank, if copies of one tensor differ. Nothing is written.
         """
         # The replicas of a hybrid mesh may round the sums in a sketch differently.
-        check_replicas(self._model_shards(), self.engine, checkpoints, step)
+        check_replicas(self._model_shards(), self.engine, step, checkpoints.newest_first)
         state = {
             "format": FORMAT,
             "step": step,

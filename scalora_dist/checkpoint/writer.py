@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, cast
 
 import torch.distributed as dist
 
-from scalora_dist.checkpoint.cuts import Cuts, facts
-from scalora_dist.checkpoint.index import OFFSETS, SHARDING, Index, rank_file
+from scalora_dist.checkpoint.cuts import Cuts, facts, index_of
+from scalora_dist.checkpoint.index import OFFSETS, SHARDING, rank_file
 from scalora_dist.checkpoint.manifest import (
     INDEX,
     STATE,
@@ -144,7 +144,7 @@ class Writer:
             raise _Failed("; ".join(failures[:NAMED]) + more)
         if not self._index:
             ranks = [Cuts.decode(text) for text in self._known]
-            self._index = Index.of(facts(save.shared), ranks).encode()
+            self._index = index_of(facts(save.shared), ranks).encode()
         files: dict[str, FileRecord] = {
             rank_file(save.folder, rank).name: {"bytes": x["bytes"], "sha256": x["sha256"]}
             for rank, x in enumerate(records)
