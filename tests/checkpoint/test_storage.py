@@ -229,14 +229,14 @@ def test_a_rank_opens_only_the_files_that_it_needs(ranks: GetRanks, tmp_path: Pa
     assert ranks(2).run(work.opened, tmp_path, 2) == [[0, 1], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("broken", ["_make", "_write_file", "publish", "prune"])
+@pytest.mark.parametrize(
+    ("broken", "rank"),
+    [("_make", 0), ("_write_file", 0), ("_write_file", 1), ("publish", 0), ("prune", 0)],
+)
 def test_a_save_that_fails_is_told_to_all(
-    ranks: GetRanks, tmp_path: Path, rank: int, broken: str
+    ranks: GetRanks, tmp_path: Path, broken: str, rank: int
 ) -> None:
     """The next save succeeds, and nothing is left of the failed one, which all ranks give up."""
-    if rank == 1 and broken != "_write_file":
-        pytest.skip("rank 0 alone does that")
     outcomes = ranks(2).run(work.save_with_a_failure, tmp_path, broken, rank)
     failure = f"checkpoint-4 could not be written (rank {rank}: No space left on device)"
     assert outcomes == [[None, failure, None]] * 2
