@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_GROUP = Path("/proc/self/cgroup")
+from scalora_dist.distributed.cgroups import own_cgroups
 
 
 def cores() -> int:
@@ -22,11 +20,9 @@ def cores() -> int:
 
 def _quota() -> float:
     """The least limit of the cgroups (version 2) of this process, in cores; infinity: none."""
-    group, quota = Path("/"), math.inf
-    with suppress(OSError):
-        group /= OWN_GROUP.read_text().strip().rpartition("0::")[2]
-    for folder in (group, *group.parents):
+    quota = math.inf
+    for folder in own_cgroups():
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
-            time, period = (CGROUPS / folder.relative_to("/") / "cpu.max").read_text().split()
+            time, period = (folder / "cpu.max").read_text().split()
             quota = min(quota, int(time) / int(period))
     return quota
