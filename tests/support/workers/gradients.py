@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.methods.init.groups import Budget
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
 from tests.support.batches import arrays
@@ -96,7 +97,7 @@ def gradients(
                 lambda: losses(trainer, micro_batches),
                 world,
                 release=trainer.engine.release,
-                budget_bytes=budget,
+                budget=Budget(budget),
                 loss_scale=loss_scale,
             ):
                 assert shard.group is dist.group.WORLD and shard.local.dtype == torch.float32
@@ -150,7 +151,7 @@ def train(world: World, options: dict[str, Any], budget: int | None) -> None:
                     lambda: losses(self, 2),
                     world,
                     release=self.engine.release,
-                    budget_bytes=budget,
+                    budget=Budget(budget),
                 ):
                     assert shard.local.abs().sum() > 0
             return super().start()
@@ -185,7 +186,7 @@ def sixteen_bit(world: World) -> Rows:
         lambda: [model(inputs(world.rank)).float().sum()],
         world,
         release=lambda: None,
-        budget_bytes=2**20,
+        budget=Budget(2**20),
     )
     return {name: (s.offset, s.shape, s.local.numpy()) for name, s in shards}
 
@@ -200,7 +201,7 @@ def other_ways(world: World) -> str:
 
     try:
         everything = weight_gradients(
-            model, model.layers(), one_loss, world, release=lambda: None, budget_bytes=2**20
+            model, model.layers(), one_loss, world, release=lambda: None, budget=Budget(2**20)
         )
         list(everything)
     except UserError as error:
