@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from scalora_dist.methods.init.groups import Budget
 from tests.support import runs, tiny_models
 from tests.support.ranks import Ranks
 from tests.support.workers import gradients as gradient_work
@@ -22,6 +23,7 @@ GetRanks = Callable[[int], Ranks]
 
 GLOBAL_BATCH = 12
 SMALL, LARGE = 4000, 2**30  # bytes: a layer or two at a time, all of them
+BUDGETS = [Budget(SMALL), Budget(LARGE), Budget(0, LARGE), Budget(SMALL, 2 * SMALL)]
 TOLERANCE = 1e-5  # of a layer's largest entry
 TASK = {
     "train_batch_size": GLOBAL_BATCH,
@@ -119,11 +121,16 @@ CASES = [
 def test_gradients_are_those_of_the_whole_model(
     ranks: GetRanks, model: Path, tmp_path: Path, size: int, engine: str, checkpointing: bool
 ) -> None:
-    """In several passes and in one; with one layer's whole gradient at a time; nothing is left."""
+    """In several passes and in one, with sums on the device and on the host: the same numbers.
+
+    One layer's whole gradient is held at a time. Nothing is left.
+    """
     options = task(model, tmp_path, size, engine, gradient_checkpointing=checkpointing)
-    budgets = [SMALL, LARGE]
-    by_rank = ranks(size).run(gradient_work.gradients, options, budgets, loss_scale=2.0**10)
-    for budget, *answers in zip(budgets, *by_rank, strict=True):
+    by_rank = ranks(size).run(gradient_work.gradients, options, BUDGETS, loss_scale=2.0**10)
+    for first, *others in by_rank:
+        for name, (_, _, local) in first.rows.items():
+            assert all(np.array_equal(other.rows[name][2], local) for other in others)
+    for budget, *answers in zip(BUDGETS, *by_rank, strict=True):
         check(model, answers)
         for answer in answers:
             assert not answer.left
@@ -131,8 +138,8 @@ def test_gradients_are_those_of_the_whole_model(
             shares = {name: 4 * -(-m // size) * n for name, (m, n) in shapes.items()}  # bytes
             assert (answer.sent, answer.whole) == (size * max(shares.values()) // 4, 1)
             sums = [[shares[name] for name in names] for names in answer.passes]
-            assert all(sum(group) <= budget or len(group) == 1 for group in sums)
-            assert len(sums) == answer.forwards / 2 and (len(sums) == 1) == (budget == LARGE)
+            assert all(sum(group) <= sum(budget) or len(group) == 1 for group in sums)
+            assert len(sums) == answer.forwards / 2 and (len(sums) == 1) == (LARGE in budget)
             assert (answer.blocks > answer.forwards) == checkpointing
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.methods.init.gradients import rehearse, weight_gradients
 from scalora_dist.methods.init.groups import Budget
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
@@ -70,9 +70,9 @@ def losses(trainer: Trainer, micro_batches: int) -> Iterator[Tensor]:
 
 
 def gradients(
-    world: World, options: dict[str, Any], budgets: list[int], loss_scale: float
+    world: World, options: dict[str, Any], budgets: list[Budget], loss_scale: float
 ) -> list[Found]:
-    """Compute the weights' gradients with each budget (bytes), in turn on the same engine."""
+    """Compute the weights' gradients with each budget, in turn on the same engine."""
     trainer = runs.make(world, options)
     trainer.engine.module.train()
     forwards: list[int] = []
@@ -85,6 +85,15 @@ def gradients(
     hooks = count_hooks(trainer.model)
     micro_batches = trainer.options.train.gradient_accumulation_steps
     found = []
+    rehearse(
+        trainer.model,
+        trainer.engine.adapted,
+        lambda: losses(trainer, micro_batches=1),
+        world,
+        release=trainer.engine.release,
+        loss_scale=loss_scale,
+    )
+    assert len(forwards) == 1 and count_hooks(trainer.model) == hooks and not left_behind(trainer)
     for budget in budgets:
         rows: Rows = {}
         passes: dict[int, list[str]] = {}  # {number of forwards so far: layers}
@@ -97,7 +106,7 @@ def gradients(
                 lambda: losses(trainer, micro_batches),
                 world,
                 release=trainer.engine.release,
-                budget=Budget(budget),
+                budget=budget,
                 loss_scale=loss_scale,
             ):
                 assert shard.group is dist.group.WORLD and shard.local.dtype == torch.float32
