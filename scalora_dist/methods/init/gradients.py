@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -124,7 +125,7 @@ def _backwards(
     loss_scale: float,
 ) -> Iterator[None]:
     """One pass: add the part of each micro-batch to the rows of the group."""
-    with _without_dropout(model), _Taps(group, world) as taps:
+    with _without_dropout(model), _without_reductions(model), _Taps(group, world) as taps:
         for loss in losses():
             taps.backward(loss * loss_scale)
             del loss  # it holds the activations of the layers before the group
@@ -277,3 +278,20 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _without_reductions(model: nn.Module) -> Iterator[None]:
+    """Without hooks on the modules' backwards.
+
+    ZeRO-3 has such hooks on PEFT's layers. They would reduce gradients of A and B that are not
+    there, and expect to run for all layers.
+    """
+    hooked = {module: module._backward_hooks for module in model.modules()}
+    try:
+        for module in hooked:
+            module._backward_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in hooked.items():
+            module._backward_hooks = hooks

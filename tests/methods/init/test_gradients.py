@@ -106,26 +106,35 @@ def check(model: Path, answers: list[Found]) -> None:
 
 # Two micro-batches a step and rank everywhere.
 CASES = [
-    (1, "local", False),
-    (2, "zero0", False),
-    (2, "zero2", False),
-    (2, "zero3", False),
-    (2, "zero3", True),
-    (2, "fsdp", False),
-    (2, "fsdp", True),
-    (3, "zero3", True),
+    (1, "local", False, "lora"),
+    (2, "zero0", False, "lora"),
+    (2, "zero2", False, "lora"),
+    (2, "zero3", False, "lora"),
+    (2, "zero3", True, "lora"),
+    (2, "zero3", False, "peft-lora"),  # DeepSpeed has other hooks on PEFT's layers
+    (2, "fsdp", False, "lora"),
+    (2, "fsdp", True, "lora"),
+    (3, "zero3", True, "lora"),
 ]
 
 
-@pytest.mark.parametrize(("size", "engine", "checkpointing"), CASES)
+@pytest.mark.parametrize(("size", "engine", "checkpointing", "method"), CASES)
 def test_gradients_are_those_of_the_whole_model(
-    ranks: GetRanks, model: Path, tmp_path: Path, size: int, engine: str, checkpointing: bool
+    ranks: GetRanks,
+    model: Path,
+    tmp_path: Path,
+    size: int,
+    engine: str,
+    checkpointing: bool,
+    method: str,
 ) -> None:
     """In several passes and in one, with sums on the device and on the host: the same numbers.
 
     One layer's whole gradient is held at a time. Nothing is left.
     """
-    options = task(model, tmp_path, size, engine, gradient_checkpointing=checkpointing)
+    options = task(
+        model, tmp_path, size, engine, gradient_checkpointing=checkpointing, method=method
+    )
     by_rank = ranks(size).run(gradient_work.gradients, options, BUDGETS, loss_scale=2.0**10)
     for first, *others in by_rank:
         for name, (_, _, local) in first.rows.items():
@@ -144,22 +153,25 @@ def test_gradients_are_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize(
-    ("engine", "checkpointing"),
+    ("engine", "checkpointing", "method"),
     [
-        ("zero2", False),
-        pytest.param("zero3", False, marks=pytest.mark.heavy),
-        ("zero3", True),
-        pytest.param("fsdp", True, marks=pytest.mark.heavy),
+        ("zero2", False, "lora"),
+        pytest.param("zero3", False, "lora", marks=pytest.mark.heavy),
+        ("zero3", True, "lora"),
+        ("zero3", False, "peft-lora"),
+        pytest.param("fsdp", True, "lora", marks=pytest.mark.heavy),
     ],
 )
 def test_training_afterwards_is_as_without(
-    ranks: GetRanks, model: Path, tmp_path: Path, engine: str, checkpointing: bool
+    ranks: GetRanks, model: Path, tmp_path: Path, engine: str, checkpointing: bool, method: str
 ) -> None:
     losses = []
     for budget in (None, SMALL):
         folder = tmp_path / str(budget)
         folder.mkdir()
-        options = task(model, folder, 2, engine, gradient_checkpointing=checkpointing)
+        options = task(
+            model, folder, 2, engine, gradient_checkpointing=checkpointing, method=method
+        )
         ranks(2).run(gradient_work.train, options, budget)
         losses.append(runs.losses(folder / "run"))
     assert losses[0] == losses[1]
