@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
+from pathlib import Path
 
-from scalora_dist.distributed.cgroups import own_cgroups
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
@@ -16,6 +18,17 @@ def cores() -> int:
     all cores of its machine. More threads than the limit would be stopped in turn.
     """
     return max(1, math.floor(min(len(os.sched_getaffinity(0)), _quota())))
+
+
+def own_cgroups() -> list[Path]:
+    """Folders of this process's cgroup (version 2) and of all above it. They need not exist.
+
+    Their files have the limits of a container.
+    """
+    group = Path("/")
+    with suppress(OSError):
+        group /= OWN_GROUP.read_text().strip().rpartition("0::")[2]
+    return [CGROUPS / folder.relative_to("/") for folder in (group, *group.parents)]
 
 
 def _quota() -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from scalora_dist.distributed.cgroups import own_cgroups
+from scalora_dist.distributed.cores import own_cgroups
 
 
 def available_bytes() -> int:

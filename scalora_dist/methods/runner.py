@@ -109,7 +109,7 @@ class MethodRunner:
         """Run the method's initialization, if it has one.
 
         Args:
-            samples: makes ``Initialization.samples``. Called only if there is an initialization.
+            samples: makes the passes over the samples. Called only if there is an initialization.
             examples: number of examples that the run trains on, with repeats.
 
         Raises:
@@ -119,10 +119,12 @@ class MethodRunner:
             return
         started = time.perf_counter()
         train, args = self.options.train, self.options.method
+        losses = samples()
         initialization = Initialization(
             self.engine,
             args,
-            samples(),
+            losses,
+            losses.longest,
             learning_rate=train.learning_rate,
             warmup_ratio=train.warmup_ratio,
             examples=examples,

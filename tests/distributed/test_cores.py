@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalora_dist.distributed import cgroups, world
+from scalora_dist.distributed import cores as module
+from scalora_dist.distributed import world
 from scalora_dist.distributed.cores import cores
 from tests.support import tiny_runs
 
@@ -31,8 +32,8 @@ def test_a_quota_counts(
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "cpu.max").write_text(f"{limit}\n")
     (tmp_path / "own").write_text("1:name=systemd:/other\n0::/pod/run\n")
-    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cgroups, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(module, "CGROUPS", tmp_path)
+    monkeypatch.setattr(module, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert cores() == expected
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from scalora_dist.distributed import cgroups
+from scalora_dist.distributed import cores
 from scalora_dist.distributed.host_memory import available_bytes
 
 
@@ -32,7 +32,7 @@ def test_a_limit_counts(
         (tmp_path / folder / "memory.current").write_text("300\n")
         (tmp_path / folder / "memory.stat").write_text("anon 200\ninactive_file 40\nfile 90\n")
     (tmp_path / "own").write_text("0::/pod/run\n")
-    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cgroups, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert available_bytes() == expected

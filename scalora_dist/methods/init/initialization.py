@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.core.flat_shard import FlatShard
@@ -18,7 +19,6 @@ from scalora_dist.layers.fourbit_linear import FourBitLinear
 from scalora_dist.methods.init.gradients import rehearse, sizes_of, weight_gradients
 from scalora_dist.methods.init.groups import Budget, group_layers
 from scalora_dist.methods.init.room import free_room
-from scalora_dist.methods.init.samples import SamplePass
 
 logger = logging.getLogger(__name__)
 MIB = 2**20
@@ -31,7 +31,8 @@ class Initialization:
     Attributes:
         engine: the sharded model.
         args: the options of the method.
-        samples: this rank's share of the samples.
+        losses: one pass over this rank's share of the samples, as for ``weight_gradients``.
+        longest: as ``losses``, for the longest of them only.
         learning_rate: the learning rate of the run, before its schedule.
         warmup_ratio: the share of the run's steps over which the learning rate rises.
         examples: number of examples that the run trains on, with repeats.
@@ -40,7 +41,8 @@ class Initialization:
 
     engine: Engine
     args: MethodArguments
-    samples: SamplePass
+    losses: Callable[[], Iterable[Tensor]]
+    longest: Callable[[], Iterable[Tensor]]
     learning_rate: float
     warmup_ratio: float
     examples: float
@@ -56,7 +58,7 @@ class Initialization:
         gradients = weight_gradients(
             engine.model,
             engine.adapted,
-            self.samples,
+            self.losses,
             engine.world,
             release=engine.release,
             budget=self._budget(),
@@ -80,7 +82,7 @@ class Initialization:
             rehearse,
             engine.model,
             engine.adapted,
-            self.samples.longest,
+            self.longest,
             engine.world,
             release=engine.release,
             loss_scale=engine.loss_scale,
