@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from scalora_dist.data.collate import batch_of
 from scalora_dist.data.micro_batch import MicroBatch
+from scalora_dist.methods.runner import StepReport
 from scalora_dist.profiling.live import LiveBytes, living_tensors
 from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
@@ -30,6 +32,8 @@ class MeasuredTrainer(Trainer):
 
     Attributes:
         tracked: largest number of bytes of live tensors on this rank in a step.
+        rescale: the same from the last backward to the optimizer's step, where a method rescales.
+        staged: bytes of the copies that a save makes on this rank.
         peak: peak memory of the process in a step, bytes: resident memory on a CPU, the allocator's
             on a GPU; None if the kernel cannot reset its count.
         traffic: bytes and calls of collectives in a step.
@@ -37,6 +41,8 @@ class MeasuredTrainer(Trainer):
     """
 
     tracked = 0
+    rescale = 0
+    staged = 0
     peak: int | None = None
     traffic: Traffic
 
@@ -69,7 +75,7 @@ class MeasuredTrainer(Trainer):
     def take_step(self, step: int, *args: Any) -> Any:
         if step == TRACKED:
             gc.collect()
-            with LiveBytes(existing=living_tensors()) as live:
+            with LiveBytes(existing=living_tensors()) as live, self._noting_rescale(live):
                 done = super().take_step(step, *args)
             self.tracked = live.most - self.others
         elif step == COUNTED:
@@ -83,6 +89,27 @@ class MeasuredTrainer(Trainer):
         else:
             done = super().take_step(step, *args)
         return done
+
+    @contextmanager
+    def _noting_rescale(self, live: LiveBytes) -> Iterator[None]:
+        """Inside it, the method's part of a step is noted in ``rescale``."""
+        before_step = self.runner.before_step
+
+        def noted(*args: Any, **settings: Any) -> StepReport:
+            earlier, live.most = live.most, live.now
+            report = before_step(*args, **settings)
+            self.rescale = live.most - self.others
+            live.most = max(earlier, live.most)
+            return report
+
+        with patch.object(self.runner, "before_step", noted):
+            yield
+
+    def _save(self, *args: Any) -> None:
+        with LiveBytes(existing=living_tensors()) as live:
+            before = live.now
+            super()._save(*args)
+        self.staged = live.most - before
 
 
 def _give_back() -> None:

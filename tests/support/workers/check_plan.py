@@ -31,6 +31,8 @@ class Found(NamedTuple):
 
     Attributes:
         tracked: peak bytes of live tensors.
+        rescale: the same between the last backward and the optimizer's step.
+        staged: bytes of the copies that a save makes.
         gathered: bytes that all-gathers filled.
         reduced: bytes that other collectives filled.
         peak: peak memory of the process; on a GPU what the allocator took for this run. None:
@@ -38,6 +40,8 @@ class Found(NamedTuple):
     """
 
     tracked: int
+    rescale: int
+    staged: int
     gathered: int
     reduced: int
     peak: int | None
@@ -60,7 +64,7 @@ def measured(world: World, options: dict[str, Any]) -> Found:
     traffic = trainer.traffic
     reduced = traffic.received - traffic.gathered
     peak = None if trainer.peak is None else trainer.peak - others
-    return Found(trainer.tracked, traffic.gathered, reduced, peak)
+    return Found(trainer.tracked, trainer.rescale, trainer.staged, traffic.gathered, reduced, peak)
 
 
 def _sent(_: HostCopies, tensor: Tensor) -> Any:
