@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +13,7 @@ import torch
 
 from scalora_dist.data.collate import batch_of
 from scalora_dist.data.micro_batch import MicroBatch
-from scalora_dist.methods.runner import StepReport
+from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.live import LiveBytes, living_tensors
 from scalora_dist.profiling.memory import restart_peak
 from scalora_dist.profiling.traffic import Traffic
@@ -32,7 +32,7 @@ class MeasuredTrainer(Trainer):
 
     Attributes:
         tracked: largest number of bytes of live tensors on this rank in a step.
-        rescale: the same from the last backward to the optimizer's step, where a method rescales.
+        parts: {part of the method's work before the optimizer's step: the same}, by `Clock.begin`.
         staged: bytes of the copies that a save makes on this rank.
         peak: peak memory of the process in a step, bytes: resident memory on a CPU, the allocator's
             on a GPU; None if the kernel cannot reset its count.
@@ -41,7 +41,7 @@ class MeasuredTrainer(Trainer):
     """
 
     tracked = 0
-    rescale = 0
+    parts: dict[str, int]
     staged = 0
     peak: int | None = None
     traffic: Traffic
@@ -75,9 +75,13 @@ class MeasuredTrainer(Trainer):
     def take_step(self, step: int, *args: Any) -> Any:
         if step == TRACKED:
             gc.collect()
-            with LiveBytes(existing=living_tensors()) as live, self._noting_rescale(live):
-                done = super().take_step(step, *args)
-            self.tracked = live.most - self.others
+            with LiveBytes(existing=living_tensors()) as live:
+                clock = _Peaks(live)
+                with patch.object(self.runner, "clock", clock):
+                    done = super().take_step(step, *args)
+                clock.begin("")
+            self.tracked = max(clock.peaks.values()) - self.others
+            self.parts = {part: peak - self.others for part, peak in clock.peaks.items()}
         elif step == COUNTED:
             with Traffic() as self.traffic:
                 done = super().take_step(step, *args)
@@ -90,26 +94,28 @@ class MeasuredTrainer(Trainer):
             done = super().take_step(step, *args)
         return done
 
-    @contextmanager
-    def _noting_rescale(self, live: LiveBytes) -> Iterator[None]:
-        """Inside it, the method's part of a step is noted in ``rescale``."""
-        before_step = self.runner.before_step
-
-        def noted(*args: Any, **settings: Any) -> StepReport:
-            earlier, live.most = live.most, live.now
-            report = before_step(*args, **settings)
-            self.rescale = live.most - self.others
-            live.most = max(earlier, live.most)
-            return report
-
-        with patch.object(self.runner, "before_step", noted):
-            yield
-
     def _save(self, *args: Any) -> None:
         with LiveBytes(existing=living_tensors()) as live:
             before = live.now
             super()._save(*args)
         self.staged = live.most - before
+
+
+class _Peaks(Clock):
+    """Notes the largest number of live bytes in each part of a step.
+
+    Attributes:
+        peaks: {part: bytes}; "" is what comes before the method's work.
+    """
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.live = live
+        self.peaks: dict[str, int] = {}
+        self.part = ""
+
+    def begin(self, part: str) -> None:
+        self.peaks[self.part] = max(self.live.most, self.peaks.get(self.part, 0))
+        self.live.most, self.part = self.live.now, part
 
 
 def _give_back() -> None:

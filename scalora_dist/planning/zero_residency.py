@@ -13,6 +13,7 @@ import torch
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.engines.ds_config import gradient_dtype
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
 from scalora_dist.planning.trace import Event
 
@@ -28,7 +29,8 @@ class ZeroResidency(Residency):
         super().__init__(world)
         zero = config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
-        self.cuts_a_buffer = self.stage in (1, 2)
+        shardings: tuple[Sharding, ...] = ("local", "zero1", "zero1", "zero3")
+        self.sharding = shardings[self.stage]
         self.steps_a_buffer = self.stage > 0
         self.bucket = int(zero.get("reduce_bucket_size", 5e8))
         self.overlaps = bool(zero.get("overlap_comm", self.stage == 3))
@@ -44,6 +46,9 @@ class ZeroResidency(Residency):
 
     def share(self, weight: Weight) -> int:
         return ceil_div(weight.numel, self.world) if self.stage == 3 else weight.numel
+
+    def saved(self, weight: Weight) -> float:
+        return ceil_div(weight.numel, self.world)
 
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
         trained = [weight for weight in weights if weight.trained]

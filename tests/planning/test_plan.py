@@ -17,9 +17,10 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
 from scalora_dist.planning.least_times import least_times_of
-from scalora_dist.planning.plan import SUMMED, Plan
+from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
+from scalora_dist.planning.rescale import SPLIT, SUMMED
 from scalora_dist.profiling.gpus import GPUS, find_gpu
 from tests.support import launched, runs, tiny_models, tiny_runs
 from tests.support.workers.check_plan import measured, planned
@@ -90,7 +91,7 @@ def test_a_plan_is_within_a_tenth_of_what_tensors_take(
     if size > 1:
         assert plan.gathered == pytest.approx(max(f.gathered for f in found), rel=0.1)
     if size == 2:  # a reduction fills as many bytes here as a rank receives
-        sums = ("gradients", "grams", SUMMED)
+        sums = ("gradients", "grams", SUMMED, SPLIT)
         reduced = [m for m in (*plan.messages, *plan.rescale) if m.what in sums]
         received = sum(message.received for message in reduced)
         assert received == pytest.approx(max(f.reduced for f in found), rel=0.1)

@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
     Attributes:
         tracked: peak bytes of live tensors.
-        rescale: the same between the last backward and the optimizer's step.
+        parts: {part of the method's work before the optimizer's step: the same}.
         staged: bytes of the copies that a save makes.
         gathered: bytes that all-gathers filled.
         reduced: bytes that other collectives filled.
@@ -40,7 +40,7 @@ class Found(NamedTuple):
     """
 
     tracked: int
-    rescale: int
+    parts: dict[str, int]
     staged: int
     gathered: int
     reduced: int
@@ -64,7 +64,7 @@ def measured(world: World, options: dict[str, Any]) -> Found:
     traffic = trainer.traffic
     reduced = traffic.received - traffic.gathered
     peak = None if trainer.peak is None else trainer.peak - others
-    return Found(trainer.tracked, trainer.rescale, trainer.staged, traffic.gathered, reduced, peak)
+    return Found(trainer.tracked, trainer.parts, trainer.staged, traffic.gathered, reduced, peak)
 
 
 def _sent(_: HostCopies, tensor: Tensor) -> Any:
