@@ -107,12 +107,14 @@ class FSDPResidency(Residency):
                 self.ranks,
                 uploaded=uploaded / self.ranks,
             ),
-            Message("gradients", others(self.ranks) * gradients, self.ranks),
+            Message("gradients", others(self.ranks) * gradients, self.ranks, summed=True),
         ]
         if self.world > self.ranks:  # an all-reduce of each rank's shard over the replicas
             replicas = self.world // self.ranks
             received = 2 * others(replicas) * gradients / self.ranks
-            messages.append(Message("gradients of replicas", received, self.world, alike=False))
+            messages.append(
+                Message("gradients of replicas", received, self.world, alike=False, summed=True)
+            )
         return messages
 
     def _gathered(self, weights: Sequence[Weight], passes: int) -> float:

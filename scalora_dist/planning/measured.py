@@ -95,10 +95,17 @@ class MeasuredTrainer(Trainer):
         return done
 
     def _save(self, *args: Any) -> None:
-        with LiveBytes(existing=living_tensors()) as live:
-            before = live.now
+        save = self.checkpoints.save
+
+        def noted(*parts: Any) -> None:
+            gc.collect()
+            with LiveBytes(existing=living_tensors()) as live:
+                before = live.now
+                save(*parts)
+            self.staged = live.most - before
+
+        with patch.object(self.checkpoints, "save", noted):
             super()._save(*args)
-        self.staged = live.most - before
 
 
 class _Peaks(Clock):
@@ -114,6 +121,7 @@ class _Peaks(Clock):
         self.part = ""
 
     def begin(self, part: str) -> None:
+        gc.collect()  # what is in cycles lives for a while longer, by chance
         self.peaks[self.part] = max(self.live.most, self.peaks.get(self.part, 0))
         self.live.most, self.part = self.live.now, part
 

@@ -11,7 +11,7 @@ from scalora_dist.config.options import Options
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.planning.launches import BESIDE_MERGES, optimizer_launches
-from scalora_dist.planning.rescale import SPLIT, SUMMED, Rescale, rescale_of
+from scalora_dist.planning.rescale import Rescale, rescale_of
 from scalora_dist.planning.residency import (
     Held,
     LocalResidency,
@@ -85,8 +85,7 @@ class Plan:
     def gathered(self) -> float:
         """Bytes that all-gathers fill on a rank in a step with a rescale, own part included."""
         messages = [*self.messages, *self.rescale]
-        sums = ("grams", SUMMED, SPLIT)
-        parts = [m for m in messages if "gradients" not in m.what and m.what not in sums]
+        parts = [m for m in messages if not m.summed]
         return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
 
     @property

@@ -57,7 +57,7 @@ def rescale_of(
     moments: dict[str, dict[str, float]] = {}
     messages = [Message("A and B whole", others(ranks) * F32 * numel, ranks)]
     if residency.cuts_a_buffer:  # as in Layout.gather_stacks
-        messages = [Message(SUMMED, 2 * others(ranks) * F32 * numel, ranks)]
+        messages = [Message(SUMMED, 2 * others(ranks) * F32 * numel, ranks, summed=True)]
     if args.reads("scaling_rule"):
         sums = GramSums(factors)
         found = _result(sums, 2, squares=args.scaling_rule == "adamw")
@@ -65,12 +65,22 @@ def rescale_of(
         kept = 3 * F32 if args.scaling_rule == "adamw" else 2 * F32
         columns = max((_summed(b, 2, made, kept) for b in factors.batches), default=0)
         moments["grams"] = {"columns": columns, "grams": found, SPLIT: _split(sums, 2)}
-        messages.insert(0, Message("grams", 2 * others(ranks) * found, ranks))
+        messages.insert(0, Message("grams", 2 * others(ranks) * found, ranks, summed=True))
         if sums.any_shared:
-            messages.insert(1, Message(SPLIT, _exchanged(sums, 2), ranks))
+            messages.insert(1, Message(SPLIT, _exchanged(sums, 2), ranks, summed=True))
+        solved = F64 * (2 * args.rank + 1) * (len(shapes) // 2)
+        messages.insert(0, Message("scales", others(residency.world) * solved, residency.world))
     carry = [weight for weight in weights if weight.part == "carry"]
     if carry:
         moments["compression"] = _compression(carry, residency)
+        # Messages of a full carry, of which there is one every ``carry_room / rank`` merges.
+        columns = carry[0].matrix[1]
+        grams = F64 * len(carry) * columns**2
+        if not residency.cuts_a_buffer:
+            received = 2 * others(ranks) * grams
+            messages.append(Message("grams of a carry", received, ranks, summed=True))
+        received = others(residency.world) * grams
+        messages.append(Message("solutions of a carry", received, residency.world))
     scratch = float(SLOTS * SLOT_BYTES) if on_host else _scratch(weights, residency)
     moments["merge"] = _merge(factors, carry, scratch)
     return Rescale(moments, messages)
@@ -111,7 +121,8 @@ def _scratch(weights: Sequence[Weight], residency: Residency) -> float:
         if weight.merged and weight.stored < F32:
             cols = weight.matrix[1]
             piece = min(residency.share(weight), cols * max(1, SCRATCH_ELEMENTS // cols))
-            found = max(found, 2 * F32 * piece)  # the increment, and W in fp32 or the sum's bits
+            # The increment; for low halves also W in fp32, then the bits of the sum.
+            found = max(found, (2 if weight.low else 1) * F32 * piece)
     return found
 
 

@@ -82,6 +82,7 @@ class Message:
         ranks: number of ranks in the group.
         alike: whether all GPUs of a node need the same data, which then enters the node once.
         uploaded: bytes of what this rank sends that it first copies from the host's memory.
+        summed: whether it is no all-gather: a sum over the ranks, or parts of rows to add.
     """
 
     what: str
@@ -89,6 +90,7 @@ class Message:
     ranks: int
     alike: bool = True
     uploaded: float = 0.0
+    summed: bool = False
 
 
 class Residency(ABC):

@@ -28,8 +28,8 @@ def staged_parts(weights: Sequence[Weight], residency: Residency) -> list[float]
         if weight.saved:
             sizes = [F32] * 3 if weight.trained else [weight.stored, weight.low]
             parts += [size * residency.saved(weight) for size in sizes if size]
-    random = [state.nbytes for state in random_state.capture(torch.device("cpu")).values()]
-    return [*parts, *random, *random]  # captured for the save, and copied
+    random = random_state.capture(torch.device("cpu"))
+    return [*parts, *(state.nbytes for state in random.values())]
 
 
 def pinned(parts: Sequence[float]) -> float:

@@ -130,11 +130,11 @@ class ZeroResidency(Residency):
         if self.in_fp32:
             gradients = others(self.world) * sum(4 * weight.numel for weight in trained)
         if self.stage == 0:
-            return [Message("gradients", 2 * gradients, self.world)]
+            return [Message("gradients", 2 * gradients, self.world, summed=True)]
         if self.stage < 3:  # stage 2 reduces every micro-batch's gradients, by all-reduces
             reductions = micro_batches if self.stage == 2 else 1
             return [
-                Message("gradients", 2 * reductions * gradients, self.world),
+                Message("gradients", 2 * reductions * gradients, self.world, summed=True),
                 Message("updated weights", updated, self.world),
             ]
         fetches = [fetched for _, fetched in self._coordinate(weights, events)]
@@ -151,7 +151,7 @@ class ZeroResidency(Residency):
                 self.world,
                 uploaded=far / self.world if self.weights_on_host else 0.0,
             ),
-            Message("gradients", micro_batches * gradients, self.world),
+            Message("gradients", micro_batches * gradients, self.world, summed=True),
             Message("updated weights", others(self.world) * kept, self.world),
         ]
         if near:
