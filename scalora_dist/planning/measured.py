@@ -23,6 +23,8 @@ from scalora_dist.training.trainer import Trainer
 # The first steps are not measured: they create the optimizer's state and record module order.
 TRACKED, COUNTED, ALONE = 2, 3, 4
 STEPS = ALONE + 1
+# {phase of a plan: the parts of a step that it stands for, as `Clock.begin` names them}
+PHASES = {"grams": {"grams", "solve"}, "compression": {"room"}, "merge": {"gather", "merge"}}
 
 
 class MeasuredTrainer(Trainer):
@@ -32,7 +34,8 @@ class MeasuredTrainer(Trainer):
 
     Attributes:
         tracked: largest number of bytes of live tensors on this rank in a step.
-        parts: {part of the method's work before the optimizer's step: the same}, by `Clock.begin`.
+        phases: {phase of a plan: the same}, of the phases of a rescale that the step had.
+        scale: the same while the factors are scaled, which is no phase of a plan; 0: they were not.
         staged: bytes of the copies that a save makes on this rank.
         peak: peak memory of the process in a step, bytes: resident memory on a CPU, the allocator's
             on a GPU; None if the kernel cannot reset its count.
@@ -41,7 +44,8 @@ class MeasuredTrainer(Trainer):
     """
 
     tracked = 0
-    parts: dict[str, int]
+    scale = 0
+    phases: dict[str, int]
     staged = 0
     peak: int | None = None
     traffic: Traffic
@@ -80,8 +84,14 @@ class MeasuredTrainer(Trainer):
                 with patch.object(self.runner, "clock", clock):
                     done = super().take_step(step, *args)
                 clock.begin("")
-            self.tracked = max(clock.peaks.values()) - self.others
-            self.parts = {part: peak - self.others for part, peak in clock.peaks.items()}
+            peaks = {part: peak - self.others for part, peak in clock.peaks.items()}
+            self.tracked = max(peaks.values())
+            self.scale = peaks.get("scale", 0)
+            self.phases = {
+                phase: max(peaks.get(part, 0) for part in parts)
+                for phase, parts in PHASES.items()
+                if peaks.keys() & parts
+            }
         elif step == COUNTED:
             with Traffic() as self.traffic:
                 done = super().take_step(step, *args)

@@ -20,7 +20,7 @@ from scalora_dist.planning.residency import (
     Weight,
     others,
 )
-from scalora_dist.planning.staging import pinned, staged_parts
+from scalora_dist.planning.staging import host_bytes, staged_parts
 from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
 
@@ -145,8 +145,8 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
     phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
     matrices = sum(weight.nbytes for weight in weights if len(weight.shape) > 1)
     passes = 3 if options.train.gradient_checkpointing else 2
-    staged = staged_parts(weights, residency)
-    held.host["a checkpoint on its way"] = pinned(staged)
+    staged = staged_parts(weights, residency, held)
+    held.host["a checkpoint on its way"] = host_bytes(staged)
     messages = residency.wire(weights, events, micro_batches)
     return Plan(
         options=options,
@@ -163,7 +163,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         copied=max(micro_batches * traced.trace.sent, sum(m.uploaded for m in messages))
         + micro_batches * traced.trace.fetched,
         rescale_copied=_merged_on_host(residency, weights) if "base" in held.host else 0.0,
-        staged=sum(staged),
+        staged=sum(part.nbytes for part in staged),
     )
 
 

@@ -8,30 +8,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from scalora_dist.distributed import random_state
-from scalora_dist.planning.residency import Residency, Weight
+from scalora_dist.planning.residency import Held, Residency, Weight
 
 F32 = torch.float32.itemsize
 
 
-def staged_parts(weights: Sequence[Weight], residency: Residency) -> list[float]:
-    """Bytes of each part that a rank saves: of trained weights the master and two moments.
+class Part(NamedTuple):
+    """A copy of a part of a tensor."""
+
+    nbytes: float
+    pinned: bool  # it comes from the device
+
+
+def staged_parts(weights: Sequence[Weight], residency: Residency, held: Held) -> list[Part]:
+    """The copies that a save makes: of trained weights those of the master and two moments.
 
     Args:
         weights: all parameters of the model.
+        held: what the rank keeps, and where.
     """
-    parts: list[float] = []
+    parts: list[Part] = []
     for weight in weights:
         if weight.saved:
             sizes = [F32] * 3 if weight.trained else [weight.stored, weight.low]
-            parts += [size * residency.saved(weight) for size in sizes if size]
+            away = ("moments" if weight.trained else "base") in held.host
+            parts += [Part(size * residency.saved(weight), not away) for size in sizes if size]
     random = random_state.capture(torch.device("cpu"))
-    return [*parts, *(state.nbytes for state in random.values())]
+    return [*parts, *(Part(state.nbytes, False) for state in random.values())]
 
 
-def pinned(parts: Sequence[float]) -> float:
-    """Bytes of pinned memory for parts: torch rounds each up to a power of two."""
-    return float(sum(2 ** math.ceil(math.log2(size)) for size in parts if size))
+def host_bytes(parts: Sequence[Part]) -> float:
+    """Bytes of the host's memory for parts: torch rounds pinned ones up to powers of two."""
+    return sum(2.0 ** math.ceil(math.log2(x.nbytes)) if x.pinned else x.nbytes for x in parts)

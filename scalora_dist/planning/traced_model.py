@@ -36,8 +36,6 @@ class Traced:
         length: tokens of each of its sequences.
         blocks: names of the decoder blocks.
         head: the LM head's name, or "".
-        layers: number of adapted layers.
-        factors: number of trained elements that the method added.
         shapes: (m, n) of the weight of each layer with factors A and B.
     """
 
@@ -47,8 +45,6 @@ class Traced:
     length: int
     blocks: list[str]
     head: str
-    layers: int
-    factors: int
     shapes: list[tuple[int, int]]
 
 
@@ -118,8 +114,6 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         length=length,
         blocks=[*decoder_blocks(model)],
         head=names.get(id(head), ""),
-        layers=len(layers),
-        factors=sum(w.numel for w in weights if w.trained and w.part == "adapters"),
         shapes=[
             (layer.out_features, layer.in_features)
             for layer in layers.values()

@@ -18,6 +18,7 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
 from scalora_dist.planning.least_times import least_times_of
+from scalora_dist.planning.measured import PHASES
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
@@ -70,8 +71,6 @@ SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing", "local, 4 bits")
-# {phase of a plan: the parts of a method's work that it stands for}
-PHASES = {"grams": ("grams", "solve"), "compression": ("room",), "merge": ("gather", "merge")}
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +101,11 @@ def test_a_plan_is_within_a_twentieth_of_what_tensors_take(
     assert plan.staged == near(max(f.staged for f in found))
     totals = {moment.phase: moment.total for moment in plan.phases}
     # The test keeps fetched activations, which a GPU has used by then.
-    for phase in () if "offloaded" in setup else totals.keys() & PHASES.keys():
-        peaks = [f.parts.get(part, 0) for f in found for part in PHASES[phase]]
-        assert totals[phase] == near(max(peaks)), phase
+    for phase in () if "offloaded" in setup else found[0].phases:
+        assert totals[phase] == near(max(f.phases[phase] for f in found)), phase
     if "grams" in totals and "offloaded" not in setup:  # to scale never takes more than the grams
-        assert totals["grams"] >= 0.97 * max(f.parts["scale"] for f in found)
+        assert totals["grams"] >= 0.97 * max(f.scale for f in found)
+    assert found[0].phases.keys() == totals.keys() & PHASES.keys()
     if size > 1:
         assert plan.gathered == pytest.approx(max(f.gathered for f in found), rel=0.1)
     if size == 2:  # a reduction fills as many bytes here as a rank receives
