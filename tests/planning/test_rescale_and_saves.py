@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from scalora_dist.config.parser import parse_options
-from scalora_dist.planning.arguments import PlanArguments
+from scalora_dist.planning.arguments import PlanArguments, config_folder
 from scalora_dist.planning.least_times import least_times_of
 from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plans_of(model: Path, *words: str, gpus: Sequence[int]) -> list[Plan]:
     """Plans of one run on so many GPUs each. They share a trace."""
     given = ["--model_name_or_path", str(model), "--max_length", "8", *words]
-    if "full" not in words:
+    if not {"full", "--rank"} & set(words):
         given += ["--rank", "4"]
     options = parse_options([*given, "--output_dir", "."])
     planner = Planner(options, WHERE)
@@ -136,3 +136,23 @@ def test_the_hosts_memory_is_shown_by_part(model: Path, words: list[str]) -> Non
     found: dict[str, Any] = as_json(plan, times, fits=True)
     assert found["host_bytes"] == sum(found["host"].values()) > 0
     assert ("moments" in found["host"]) == ("zero3_offload" in words)
+
+
+@pytest.mark.heavy
+def test_gemma_3_12b_has_them_all() -> None:
+    """In 4 bits on 3 nodes: 3840 · 8 elements are no whole rows for each of 24 ranks."""
+    gemma = Path(config_folder("google/gemma-3-12b-pt"))
+    words = [*ZERO3, "--bf16", "--load_in_4bit", "--gradient_checkpointing"]
+    eight, many = plans_of(gemma, *words, "--rank", "8", gpus=[8, 24])
+    assert received(many)["split rows"] > 0 == received(eight).get("split rows", 0)
+    K = 56 + 32  # columns of the carry
+    assert received(eight)["solutions of a carry"] == 7 / 8 * 8 * 672 * K**2
+    for plan in (eight, many):
+        phases = {moment.phase: moment for moment in plan.phases}
+        assert phases["compression"].parts["carry's columns"] > 2**25
+        assert phases["compression"].total < phases["backward"].total
+    # C, D and their low halves in 2 bytes each; A and B with two moments in 4 bytes.
+    rows = eight.trained / 8
+    copies = rows * (K * 4 + 8 * 12) / 8
+    assert eight.staged == pytest.approx(copies, rel=0.001)
+    assert copies < eight.held.host["a checkpoint on its way"] < 1.5 * copies
