@@ -20,7 +20,6 @@ from scalora_dist.planning.ranges import Sharding, ranges_of
 from scalora_dist.planning.residency import Message, Residency, Weight, others
 
 SPLIT = "split rows"
-SUMMED = "A and B, summed"
 F32, F64 = torch.float32.itemsize, torch.float64.itemsize
 # Columns in fp32 that the rule adamw holds for an element while it finds N: in the batch A, N and
 # the gradient, and beside them the scaled gradient, its square, m and v (``AdamWDirection``).
@@ -50,40 +49,23 @@ def rescale_of(
         weights: all parameters of the model.
         on_host: whether the weights that it merges into are in the host's memory.
     """
-    ranks = residency.ranks
     shapes = [weight.matrix for weight in weights if weight.trained and weight.part == "adapters"]
-    factors = layout_of(residency.sharding, shapes, ranks)
-    numel = sum(rows * cols for rows, cols in shapes)
+    factors = layout_of(residency.sharding, shapes, residency.ranks)
     moments: dict[str, dict[str, float]] = {}
-    messages = [Message("A and B whole", others(ranks) * F32 * numel, ranks)]
-    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
-        messages = [Message(SUMMED, 2 * others(ranks) * F32 * numel, ranks, summed=True)]
+    messages: list[Message] = []
     if args.reads("scaling_rule"):
-        sums = GramSums(factors)
-        found = _result(sums, 2, squares=args.scaling_rule == "adamw")
-        made = DIRECTION * F32 if args.scaling_rule == "adamw" else 2 * F32
-        kept = 3 * F32 if args.scaling_rule == "adamw" else 2 * F32
-        columns = max((_summed(b, 2, made, kept) for b in factors.batches), default=0)
-        moments["grams"] = {"columns": columns, "grams": found, SPLIT: _split(sums, 2)}
-        messages.insert(0, Message("grams", 2 * others(ranks) * found, ranks, summed=True))
-        if sums.any_shared:
-            messages.insert(1, Message(SPLIT, _exchanged(sums, 2), ranks, summed=True))
-        solved = F64 * (2 * args.rank + 1) * (len(shapes) // 2)
-        messages.insert(0, Message("scales", others(residency.world) * solved, residency.world))
+        moments["grams"], messages = _grams(factors, args, residency.world)
     carry = [weight for weight in weights if weight.part == "carry"]
     if carry:
-        moments["compression"] = _compression(carry, residency)
-        # Messages of a full carry, of which there is one every ``carry_room / rank`` merges.
-        columns = carry[0].matrix[1]
-        grams = F64 * len(carry) * columns**2
-        if not residency.cuts_a_buffer:
-            received = 2 * others(ranks) * grams
-            messages.append(Message("grams of a carry", received, ranks, summed=True))
-        received = others(residency.world) * grams
-        messages.append(Message("solutions of a carry", received, residency.world))
+        moments["compression"], more = _compression(carry, residency)
+        messages += more
     scratch = float(SLOTS * SLOT_BYTES) if on_host else _scratch(weights, residency)
     moments["merge"] = _merge(factors, carry, scratch)
-    return Rescale(moments, messages)
+    numel, ranks = sum(rows * cols for rows, cols in shapes), len(factors.ranges)
+    whole = Message("A and B whole", others(ranks) * F32 * numel, ranks)
+    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
+        whole = Message("A and B, summed", 2 * whole.received, ranks, summed=True)
+    return Rescale(moments, [message for message in [*messages, whole] if message.received])
 
 
 def layout_of(sharding: Sharding, shapes: Sequence[tuple[int, int]], ranks: int) -> Layout:
@@ -92,6 +74,22 @@ def layout_of(sharding: Sharding, shapes: Sequence[tuple[int, int]], ranks: int)
         ranks = 1
     ranges = ranges_of(sharding, shapes, ranks).numpy()
     return Layout(list(shapes), ranges, None, torch.device("cpu"), ranks // 2)
+
+
+def _grams(
+    factors: Layout, args: MethodArguments, world: int
+) -> tuple[dict[str, float], list[Message]]:
+    """Grams of the factors and of what moves them (``Rescaler``): parts of memory, and messages."""
+    adamw, sums, ranks = args.scaling_rule == "adamw", GramSums(factors), len(factors.ranges)
+    grams = _result(sums, 2, squares=adamw)
+    made, kept = (DIRECTION * F32, 3 * F32) if adamw else (2 * F32, 2 * F32)
+    columns = max((_summed(batch, 2, made, kept) for batch in factors.batches), default=0.0)
+    scales = F64 * (2 * args.rank + 1) * (len(factors.shapes) // 2)
+    return {"columns": columns, "grams": grams, SPLIT: _split(sums, 2)}, [
+        Message("grams", 2 * others(ranks) * grams, ranks, summed=True),
+        Message(SPLIT, _exchanged(sums, 2), ranks, summed=True),
+        Message("scales", others(world) * scales, world),
+    ]
 
 
 def _merge(factors: Layout, carry: Sequence[Weight], scratch: float) -> dict[str, float]:
@@ -126,27 +124,40 @@ def _scratch(weights: Sequence[Weight], residency: Residency) -> float:
     return found
 
 
-def _compression(carry: Sequence[Weight], residency: Residency) -> dict[str, float]:
-    """A bucket of full carries at its peak (``Carry.compress``)."""
+def _compression(
+    carry: Sequence[Weight], residency: Residency
+) -> tuple[dict[str, float], list[Message]]:
+    """Full carries (``Carry.compress``): parts of memory for a bucket at its peak, and messages.
+
+    A carry is full once in ``carry_room / rank`` merges.
+    """
     # Frozen matrices are whole on each rank where only the buffer of trained ones is cut.
     sharding = "local" if residency.cuts_a_buffer else residency.sharding
     layout = layout_of(sharding, [weight.matrix for weight in carry], residency.ranks)
     pairs = [(i, i + 1) for i in range(0, len(carry), 2)]
     halves = any(weight.low for weight in carry)
     found: list[dict[str, float]] = []
+    exchanged = 0.0
     for bucket in layout.buckets(pairs):
         sums = GramSums(layout.only(bucket))
         grams = _result(sums, 1, squares=False)
         # The pieces in 16 bits, beside W in fp32 that is made of them.
         made = 2 * F32 if halves else F32
-        summed = max((_summed(b, 1, made, F32) for b in sums.layout.batches), default=0)
-        mixed = max((_mixed(b, halves=halves) for b in sums.layout.batches), default=0)
+        summed = max((_summed(b, 1, made, F32) for b in sums.layout.batches), default=0.0)
+        mixed = max((_mixed(b, halves=halves) for b in sums.layout.batches), default=0.0)
         solved = 2 * grams  # the matrices that mix the columns, as received and as used
-        parts = {"carry's columns": mixed, "carry's grams": grams + solved, SPLIT: _split(sums, 1)}
+        parts = {"carry's columns": mixed, "carry's grams": grams + solved}
         if summed > mixed + solved:
-            parts |= {"carry's columns": summed, "carry's grams": grams}
-        found.append(parts)
-    return max(found, key=lambda parts: sum(parts.values()))
+            parts = {"carry's columns": summed, "carry's grams": grams}
+        found.append(parts | {SPLIT: _split(sums, 1)})
+        exchanged += _exchanged(sums, 1)
+    ranks, world = len(layout.ranges), residency.world
+    grams = _result(GramSums(layout), 1, squares=False)
+    return max(found, key=lambda parts: sum(parts.values())), [
+        Message("grams of a carry", 2 * others(ranks) * grams, ranks, summed=True),
+        Message("split rows of a carry", exchanged, ranks, summed=True),
+        Message("solutions of a carry", others(world) * grams, world),
+    ]
 
 
 def _result(sums: GramSums, k: int, *, squares: bool) -> float:
@@ -164,6 +175,8 @@ def _split(sums: GramSums, k: int) -> float:
 
 def _exchanged(sums: GramSums, k: int) -> float:
     """Bytes of the parts of split rows that this rank receives."""
+    if not sums.any_shared:
+        return 0
     places, _ = sums.shared
     return F64 * len(places) * k * sums.cols
 
