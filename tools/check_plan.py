@@ -4,9 +4,12 @@
         --model_name_or_path "$(python tools/demo_model.py)" --max_length 256 [--json row.json]
 
 Takes the trainer's options and starts like the trainer, on random tokens. Writes no results. Prints
-three figures, each of the rank with the largest value:
+figures, each of the rank with the largest value:
 
     tracked     peak of the bytes of live tensors in a step
+    grams, compression, merge
+                the same in these parts of a rescale
+    staged      bytes of the copies that a save makes on the host
     peak        peak memory of the process in a step: on a CPU resident memory, above that before
                 the model was loaded; on a GPU the allocator's peak
     gathered    bytes of weights and factors that all-gathers filled
@@ -37,7 +40,7 @@ MB = 1e6
 
 
 def measure(options: Options, world: World) -> dict[str, float]:
-    """The three measured figures in bytes, the largest of any rank. Collective."""
+    """The measured figures in bytes, the largest of any rank. Collective."""
     restart_peak(world.device)  # forgets the peak of the imports
     before = restart_peak(world.device) or 0
     trainer = MeasuredTrainer(options, world)
@@ -45,13 +48,21 @@ def measure(options: Options, world: World) -> dict[str, float]:
     peak = float("nan") if trainer.peak is None else float(trainer.peak)
     if world.device.type != "cuda":  # CUDA's allocator counts only the run's own tensors
         peak -= before
-    tracked, peak, gathered = world.max(trainer.tracked, peak, trainer.traffic.gathered)
-    return {"tracked": tracked, "peak": peak, "gathered": gathered}
+    found = {
+        "tracked": trainer.tracked,
+        **trainer.phases,
+        "staged": trainer.staged,
+        "peak": peak,
+        "gathered": trainer.traffic.gathered,
+    }
+    return dict(zip(found, world.max(*found.values()), strict=True))
 
 
 def compare(options: Options, world: World, found: dict[str, float]) -> dict[str, Any]:
     plan = Planner(options, PlanArguments()).plan(options, world.size)
-    planned = {"tracked": plan.peak.total, "peak": plan.peak.total, "gathered": plan.gathered}
+    planned = {moment.phase: moment.total for moment in plan.phases}
+    planned |= {"tracked": plan.peak.total, "peak": plan.peak.total}
+    planned |= {"staged": plan.staged, "gathered": plan.gathered}
     return {name: {"measured": found[name], "planned": planned[name]} for name in found}
 
 
@@ -61,7 +72,7 @@ def main(argv: list[str]) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--max_steps", str(STEPS), "--eval_size", "0", "--save_steps", "0"]
-        fixed += ["--save_model", "false", "--update_rank_layers", "0", "--output_dir", folder]
+        fixed += ["--save_model", "false", "--output_dir", folder]
         options = parse_options([*words, *fixed])
         world = join(options)
         shared = world.exchange(folder)[0]  # a run has one folder
@@ -74,7 +85,7 @@ def main(argv: list[str]) -> None:
         if row["measured"] > 1e4:  # leave out the few bytes that one process gathers
             measured, planned = row["measured"] / MB, row["planned"] / MB
             off = planned / measured - 1
-            print(f"{name:>9}: {measured:9.1f} MB, planned {planned:9.1f} ({off:+.1%})")
+            print(f"{name:>11}: {measured:9.1f} MB, planned {planned:9.1f} ({off:+.1%})")
     if given.json:
         write_json(Path(given.json), rows)
 

@@ -42,8 +42,9 @@ from scalora_dist.methods import scalora
 from scalora_dist.methods.adamw_direction import AdamWDirection
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.profiling.clock import Clock
-from tools.fake_gpu.layers import Sharding, fake_layers, known_ranges
+from tools.fake_gpu.layers import fake_layers, known_ranges
 from tools.gpu.gemma import projection_shapes, text_config
 
 # Freed memory stays with the process, so that a measured Python function does not unmap it.

@@ -183,7 +183,17 @@ class BaseWeights:
         others = [self._differs(name, shard) for name, shard in loaded.items()]
         for name, differs in zip(loaded, world.max(*others), strict=True):
             if differs:
-                raise self.refuse(f"its files hold another {name} than was loaded")
+                raise self._refuse_other(name)
+
+    def check_here(self, loaded: Mapping[str, FlatShard]) -> None:
+        """As ``check``, of this rank's shards alone. Local.
+
+        Raises:
+            UserError: a weight is not in the files, or differs.
+        """
+        for name, shard in loaded.items():
+            if self._differs(name, shard):
+                raise self._refuse_other(name)
 
     def _group(self, name: str) -> tuple[Group, str]:
         """The group that makes a tensor, and the tensor's name in it."""
@@ -221,10 +231,13 @@ class BaseWeights:
         mine = shard.local[:count].float().cpu()
         return not torch.equal(self._elements(name, shard, count), mine)
 
+    def _refuse_other(self, name: str) -> UserError:
+        return self.refuse(f"its files hold another {name} than was loaded")
+
     def refuse(self, reason: str) -> UserError:
-        """The error of a base model that cannot be read again for the exports."""
+        """The error of a base model that cannot be read again for what a run leaves."""
         return UserError(
-            f"--model_name_or_path {self.args.model_name_or_path} is read again for the exports, "
+            f"--model_name_or_path {self.args.model_name_or_path} is read again after training, "
             f"and {reason}: save the model with save_pretrained"
         )
 

@@ -236,8 +236,7 @@ def _results(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "steps", f"{known['steps']:,}{skipped}"
     if "trained_parameters" in known:
         yield "trained parameters", f"{known['trained_parameters']:,}"
-    if "update_rank" in known:
-        ranks = known["update_rank"]
+    if ranks := known.get("update_rank"):
         spread = f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.0f}"
         yield f"rank of the accumulated update ({len(ranks)} layers measured)", spread
     if "world_size" in known:

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.engines.fsdp_config import FSDPConfig
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
 from scalora_dist.planning.trace import Event
 
 
 class FSDPResidency(Residency):
     """FSDP2 on a 1-D or a hybrid mesh, with one group of weights per block and one for the rest."""
+
+    sharding: Sharding = "fsdp"
 
     def __init__(self, config: FSDPConfig, world: int) -> None:
         super().__init__(world)
@@ -26,6 +29,9 @@ class FSDPResidency(Residency):
     def share(self, weight: Weight) -> int:
         rows = weight.shape[0] if weight.shape else 1
         return ceil_div(rows, self.ranks) * (weight.numel // max(1, rows))
+
+    def saved(self, weight: Weight) -> float:
+        return self.share(weight) * self.ranks / self.world
 
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
         trained = [weight for weight in weights if weight.trained]
@@ -101,12 +107,14 @@ class FSDPResidency(Residency):
                 self.ranks,
                 uploaded=uploaded / self.ranks,
             ),
-            Message("gradients", others(self.ranks) * gradients, self.ranks),
+            Message("gradients", others(self.ranks) * gradients, self.ranks, summed=True),
         ]
         if self.world > self.ranks:  # an all-reduce of each rank's shard over the replicas
             replicas = self.world // self.ranks
             received = 2 * others(replicas) * gradients / self.ranks
-            messages.append(Message("gradients of replicas", received, self.world, alike=False))
+            messages.append(
+                Message("gradients of replicas", received, self.world, alike=False, summed=True)
+            )
         return messages
 
     def _gathered(self, weights: Sequence[Weight], passes: int) -> float:

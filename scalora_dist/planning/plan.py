@@ -9,11 +9,9 @@ import torch
 
 from scalora_dist.config.options import Options
 from scalora_dist.core.arithmetic import ceil_div
-from scalora_dist.core.host_pieces import SLOT_BYTES, SLOTS
-from scalora_dist.core.layout import BATCH_ELEMENTS, GATHER_BUCKET_BYTES
-from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
 from scalora_dist.modeling.load import BaseModelSpec
 from scalora_dist.planning.launches import BESIDE_MERGES, optimizer_launches
+from scalora_dist.planning.rescale import Rescale, rescale_of
 from scalora_dist.planning.residency import (
     Held,
     LocalResidency,
@@ -22,11 +20,11 @@ from scalora_dist.planning.residency import (
     Weight,
     others,
 )
+from scalora_dist.planning.staging import host_bytes, staged_parts
 from scalora_dist.planning.trace import Event
 from scalora_dist.planning.traced_model import Traced
 
 GIB = 2**30
-SUMMED = "A and B, summed"
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Moment:
     """Memory of one rank's device at the peak of a phase.
 
     Attributes:
-        phase: forward, backward, rescale or optimizer.
+        phase: forward, backward, grams, compression (of a carry), merge or optimizer.
         parts: {part: bytes}.
     """
 
@@ -54,7 +52,7 @@ class Plan:
         options: the resolved options of the run.
         world: world size.
         held: memory that a rank needs during the full step.
-        phases: memory at the peaks of forward, backward, rescale and optimizer step.
+        phases: memory at the peak of each phase of a step, as far as the method has it.
         messages: messages that a rank receives in a step.
         rescale: messages that a rank receives in a rescale; empty if there is none.
         flops: floating-point operations of a rank's step, recomputation included.
@@ -65,6 +63,7 @@ class Plan:
         copied: bytes between the host and the device in a step. Of two copies that run at the same
             time, one up and one down, only the larger counts.
         rescale_copied: such bytes in a rescale.
+        staged: bytes of the copies that a save makes on the host.
     """
 
     options: Options
@@ -80,13 +79,13 @@ class Plan:
     rescale_launches: int
     copied: float
     rescale_copied: float
+    staged: float
 
     @property
     def gathered(self) -> float:
         """Bytes that all-gathers fill on a rank in a step with a rescale, own part included."""
         messages = [*self.messages, *self.rescale]
-        sums = ("grams", SUMMED)
-        parts = [m for m in messages if "gradients" not in m.what and m.what not in sums]
+        parts = [m for m in messages if not m.summed]
         return sum(m.received / others(m.ranks) for m in parts if m.ranks > 1)
 
     @property
@@ -138,34 +137,16 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         logits = _logits(events, worst, traced.head)
         parts |= {"logits": logits, "activations": event.most - logits}
         phases.append(Moment("backward" if backward else "forward", parts))
-    factors = 4 * traced.factors
-    solves = options.method.reads("scaling_rule")
-    # As in Rescaler: two matrices of a layer, in float64, of 2r columns.
-    grams = 2 * traced.layers * (2 * options.method.rank) ** 2 * 8
+    rescale = Rescale({}, [])
     if options.method.merge_target:
-        # Of a CPU's merge: a GPU's kernel needs none, but slots for weights of the host.
-        scratch = 3 * 4 * min(SCRATCH_ELEMENTS, max(w.numel for w in weights if w.part == "base"))
-        if "base" in held.host:
-            scratch = SLOTS * SLOT_BYTES
-        # Gathered, and in order of shapes; one rank only puts them in order.
-        gathered = (2 if residency.ranks > 1 else 1) * min(factors, GATHER_BUCKET_BYTES)
-        most: dict[str, float] = {"factors, scratch": gathered + scratch}
-        if solves:
-            # Two columns in fp32, with all of their rows, and in float64; beside N the gradient.
-            each = 36 if options.method.scaling_rule == "adamw" else 32
-            batch = each * min(traced.factors / residency.ranks, BATCH_ELEMENTS)
-            before = {"columns, grams": batch + 2 * grams}  # freed before the merge
-            most = max(most, before, key=lambda parts: sum(parts.values()))
-        phases.append(Moment("rescale", held.device | most))
+        on_host = "base" in held.host
+        rescale = rescale_of(options.method, residency, weights, on_host=on_host)
+        phases += [Moment(name, held.device | most) for name, most in rescale.moments.items()]
     phases.append(Moment("optimizer", held.device | {"step's own": held.during_step}))
     matrices = sum(weight.nbytes for weight in weights if len(weight.shape) > 1)
     passes = 3 if options.train.gradient_checkpointing else 2
-    share = others(residency.ranks)
-    rescale = [Message("A and B whole", share * factors, residency.ranks)]
-    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
-        rescale = [Message(SUMMED, 2 * share * factors, residency.ranks)]
-    if solves:
-        rescale.insert(0, Message("grams", 2 * share * grams, residency.ranks))
+    staged = staged_parts(weights, residency, held)
+    held.host["a checkpoint on its way"] = host_bytes(staged)
     messages = residency.wire(weights, events, micro_batches)
     return Plan(
         options=options,
@@ -173,7 +154,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         held=held,
         phases=phases,
         messages=messages,
-        rescale=rescale if options.method.merge_target else [],
+        rescale=rescale.messages,
         flops=micro_batches * traced.trace.flops,
         reads=micro_batches * passes * matrices,
         trained=sum(w.numel for w in weights if w.trained),
@@ -182,6 +163,7 @@ def plan_of(options: Options, residency: Residency, traced: Traced) -> Plan:
         copied=max(micro_batches * traced.trace.sent, sum(m.uploaded for m in messages))
         + micro_batches * traced.trace.fetched,
         rescale_copied=_merged_on_host(residency, weights) if "base" in held.host else 0.0,
+        staged=sum(part.nbytes for part in staged),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.planning.trace import Event
 
 Part = Literal["base", "carry", "adapters"]
@@ -27,6 +28,7 @@ class Weight:
         part: the base model, a frozen carry, or the other parameters that the method added.
         merged: whether a method merges into it.
         low: bytes of an element's low half, which is kept beside it; 0 if there is none.
+        saved: whether checkpoints hold it.
     """
 
     name: str
@@ -38,6 +40,13 @@ class Weight:
     part: Part
     merged: bool = False
     low: int = 0
+    saved: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, cols) of a 2-D weight."""
+        rows, cols = self.shape
+        return rows, cols
 
     @property
     def numel(self) -> int:
@@ -73,6 +82,7 @@ class Message:
         ranks: number of ranks in the group.
         alike: whether all GPUs of a node need the same data, which then enters the node once.
         uploaded: bytes of what this rank sends that it first copies from the host's memory.
+        summed: whether it is no all-gather: a sum over the ranks, or parts of rows to add.
     """
 
     what: str
@@ -80,6 +90,7 @@ class Message:
     ranks: int
     alike: bool = True
     uploaded: float = 0.0
+    summed: bool = False
 
 
 class Residency(ABC):
@@ -88,15 +99,20 @@ class Residency(ABC):
     Attributes:
         ranks: number of ranks over which a weight is sharded, or from which it is gathered.
         world: world size.
-        cuts_a_buffer: whether the trained parameters are cut as one buffer (ZeRO-1 and 2).
+        sharding: how the trained parameters are cut.
         steps_a_buffer: whether the optimizer steps one buffer, and not each parameter (ZeRO).
     """
 
-    cuts_a_buffer = False
+    sharding: Sharding = "local"
     steps_a_buffer = False
 
     def __init__(self, world: int) -> None:
         self.world = self.ranks = world
+
+    @property
+    def cuts_a_buffer(self) -> bool:
+        """Whether the trained parameters are cut as one buffer (ZeRO-1 and 2)."""
+        return self.sharding == "zero1"
 
     def see(self, blocks: Sequence[str]) -> None:  # noqa: B027
         """Take the names of the model's decoder blocks. Called before the other methods."""
@@ -123,6 +139,13 @@ class Residency(ABC):
         self, weights: Sequence[Weight], events: Sequence[Event], micro_batches: int
     ) -> list[Message]:
         """Messages of this engine in a step, without those of the rescale."""
+
+    def saved(self, weight: Weight) -> float:
+        """Elements of a matrix that a rank saves, on the rank that saves most of it.
+
+        Ranks that hold the same elements save an equal share of them each.
+        """
+        return weight.numel / self.world
 
     def kept_parts(self, weights: Sequence[Weight]) -> dict[str, float]:
         """Memory of the frozen weights and their low halves on one rank, {part: bytes}."""

@@ -45,13 +45,14 @@ def render(plan: Plan, times: LeastTimes, where: PlanArguments) -> str:
         *(cells for cells in rows if any(cells[1:])),
         row("in all", (moment.total for moment in plan.phases)),
     ]
-    text = _columns(table)
-    if plan.held.host:
-        host = sum(plan.held.host.values())
-        text += f"\n\nmemory of the host for each GPU: {host / GIB:.2f} GiB"
-    wire = [[m.what, f"{m.received / 1e9:.3f}", f"{m.ranks} ranks"] for m in plan.messages]
-    for m in plan.rescale:
-        wire.append([f"{m.what}, in a rescale", f"{m.received / 1e9:.3f}", f"{m.ranks} ranks"])
+    host = plan.held.host
+    kept = [row(name, [host[name]]) for name in host if row(name, [host[name]])[1]]
+    table_of_host = [[f"{unit} of the host for each GPU", ""], *kept]
+    table_of_host.append(row("in all", [sum(host.values())]))
+    text = f"{_columns(table)}\n\n{_columns(table_of_host)}"
+    named = [(m.what, m) for m in plan.messages]
+    named += [(f"{m.what}, in a rescale", m) for m in plan.rescale]
+    wire = [[name, _billions(m.received), f"{m.ranks} ranks"] for name, m in named]
     if wire and plan.world > 1:
         text += "\n\n" + _columns([["10⁹ bytes a GPU receives in a step", "", ""], *wire])
     tokens = plan.options.train.gradient_accumulation_steps * plan.options.data.max_length
@@ -71,6 +72,11 @@ def render(plan: Plan, times: LeastTimes, where: PlanArguments) -> str:
         ["so at most, tokens/s of all GPUs", f"{plan.world * tokens / times.step:,.0f}"],
     ]
     return f"{text}\n\n{_columns(rows)}"
+
+
+def _billions(received: float) -> str:
+    """In 10⁹, with three decimals; a number that these would make 0 has one digit."""
+    return f"{received / 1e9:.3f}" if received >= 1e6 or not received else f"{received / 1e9:.0e}"
 
 
 def _bus(what: str, copied: float, seconds: float) -> list[list[str]]:
@@ -96,6 +102,7 @@ def as_json(plan: Plan, times: LeastTimes, fits: bool) -> dict[str, Any]:
         "peak_phase": plan.peak.phase,
         "phases": {m.phase: {"total": m.total, **m.parts} for m in plan.phases},
         "host_bytes": sum(plan.held.host.values()),
+        "host": plan.held.host,
         "received_bytes": {m.what: m.received for m in plan.messages},
         "rescale_received_bytes": {m.what: m.received for m in plan.rescale},
         "flops": plan.flops,

@@ -36,8 +36,6 @@ class Traced:
         length: tokens of each of its sequences.
         blocks: names of the decoder blocks.
         head: the LM head's name, or "".
-        layers: number of adapted layers.
-        factors: number of trained elements that the method added.
         shapes: (m, n) of the weight of each layer with factors A and B.
     """
 
@@ -47,8 +45,6 @@ class Traced:
     length: int
     blocks: list[str]
     head: str
-    layers: int
-    factors: int
     shapes: list[tuple[int, int]]
 
 
@@ -78,8 +74,9 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         make_optimizer(method, options, trained)
-    into_weights = method.merges and args.merge_target == "weight"
-    merged = {id(adapted_linear(x).weight) for x in layers.values()} if into_weights else set()
+    adapted = {id(adapted_linear(x).weight) for x in layers.values()}
+    merged = adapted if method.merges and args.merge_target == "weight" else set()
+    edited = adapted if method.edits_weights and args.merge_target != "carry" else set()
     added = {id(p) for layer in layers.values() for p in own_parameters(layer).values()}
     modules = {id(p): name for name, x in model.named_modules() for p in x.parameters(False)}
     weights = []
@@ -88,7 +85,7 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         if id(p) in added:
             part = "carry" if name.endswith((".C", ".D")) else "adapters"
         stored = train.dtype.itemsize if p.is_floating_point() else p.dtype.itemsize
-        splits = id(p) in merged and args.merge_rounding == "split" and stored == 2
+        splits = part == "carry" or (id(p) in merged and args.merge_rounding == "split")
         weights.append(
             Weight(
                 name=name,
@@ -99,7 +96,8 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
                 trained=p.requires_grad,
                 part=part,
                 merged=id(p) in merged,
-                low=torch.int16.itemsize if splits else 0,
+                low=torch.int16.itemsize if splits and stored == 2 else 0,
+                saved=p.requires_grad or id(p) in added or id(p) in edited,
             )
         )
     head = model.get_output_embeddings()
@@ -116,8 +114,6 @@ def trace_model(options: Options, base: BaseModelSpec, compute: torch.dtype) -> 
         length=length,
         blocks=[*decoder_blocks(model)],
         head=names.get(id(head), ""),
-        layers=len(layers),
-        factors=sum(w.numel for w in weights if w.trained and w.part == "adapters"),
         shapes=[
             (layer.out_features, layer.in_features)
             for layer in layers.values()

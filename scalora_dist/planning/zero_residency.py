@@ -13,6 +13,7 @@ import torch
 
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.engines.ds_config import gradient_dtype
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.planning.residency import Held, Message, Residency, Weight, others
 from scalora_dist.planning.trace import Event
 
@@ -28,7 +29,8 @@ class ZeroResidency(Residency):
         super().__init__(world)
         zero = config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
-        self.cuts_a_buffer = self.stage in (1, 2)
+        shardings: tuple[Sharding, ...] = ("local", "zero1", "zero1", "zero3")
+        self.sharding = shardings[self.stage]
         self.steps_a_buffer = self.stage > 0
         self.bucket = int(zero.get("reduce_bucket_size", 5e8))
         self.overlaps = bool(zero.get("overlap_comm", self.stage == 3))
@@ -44,6 +46,9 @@ class ZeroResidency(Residency):
 
     def share(self, weight: Weight) -> int:
         return ceil_div(weight.numel, self.world) if self.stage == 3 else weight.numel
+
+    def saved(self, weight: Weight) -> float:
+        return ceil_div(weight.numel, self.world)
 
     def held(self, weights: Sequence[Weight], micro_batches: int) -> Held:
         trained = [weight for weight in weights if weight.trained]
@@ -125,11 +130,11 @@ class ZeroResidency(Residency):
         if self.in_fp32:
             gradients = others(self.world) * sum(4 * weight.numel for weight in trained)
         if self.stage == 0:
-            return [Message("gradients", 2 * gradients, self.world)]
+            return [Message("gradients", 2 * gradients, self.world, summed=True)]
         if self.stage < 3:  # stage 2 reduces every micro-batch's gradients, by all-reduces
             reductions = micro_batches if self.stage == 2 else 1
             return [
-                Message("gradients", 2 * reductions * gradients, self.world),
+                Message("gradients", 2 * reductions * gradients, self.world, summed=True),
                 Message("updated weights", updated, self.world),
             ]
         fetches = [fetched for _, fetched in self._coordinate(weights, events)]
@@ -146,7 +151,7 @@ class ZeroResidency(Residency):
                 self.world,
                 uploaded=far / self.world if self.weights_on_host else 0.0,
             ),
-            Message("gradients", micro_batches * gradients, self.world),
+            Message("gradients", micro_batches * gradients, self.world, summed=True),
             Message("updated weights", others(self.world) * kept, self.world),
         ]
         if near:

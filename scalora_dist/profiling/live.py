@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
 def living_tensors() -> list[Tensor]:
     """All tensors with memory that Python's garbage collector knows.
 
-    A compiler leaves fake ones behind.
+    A compiler leaves fake ones behind, and what is read again from files has meta ones.
     """
     found = [x for x in gc.get_objects() if isinstance(x, Tensor)]
-    return [x for x in found if not isinstance(x, FakeTensor)]
+    return [x for x in found if not isinstance(x, FakeTensor) and not x.is_meta]

@@ -56,15 +56,12 @@ class Results:
         self.options = options
         self.folder = checkpoints.output_dir
         self.repository = repository
-        engine, train = runner.engine, options.train
         self.exports = Exports(runner, options)
         # What is a path is known now; its folder may be gone at the end.
         self.public = without_paths(options, names_on_hub(options))
-        self.update_rank = (
-            UpdateRank(engine, train.update_rank_layers) if train.update_rank_layers else None
-        )
+        self.update_rank = UpdateRank(runner, options) if options.train.update_rank_layers else None
         names = ("save_model", "adapter_rank", "update_rank_layers")
-        wanted = {name: getattr(train, name) for name in names}
+        wanted = {name: getattr(options.train, name) for name in names}
         self.phases = Phases(checkpoints.output_dir, checkpoints.world, wanted)
 
     def clear(self, *, resumed: bool = False) -> None:

@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from scalora_dist.config.options import Options
 from scalora_dist.core.rank_sketch import numerical_rank
-from scalora_dist.engines.base import Engine
+from scalora_dist.engines.broadcast import broadcast_from_rank_0
+from scalora_dist.errors import UserError
 from scalora_dist.methods.rank_monitor import spread_out
+from scalora_dist.methods.runner import MethodRunner
+from scalora_dist.model_io.base_weights import BaseWeights
 from scalora_dist.model_io.merged_weights import MergedWeights
 from scalora_dist.model_io.parameters import EngineParameters
 
+logger = logging.getLogger(__name__)
+
 
 class UpdateRank:
-    """Keeps copies of this rank's shards of some layers' initial weights, to compare at the end."""
+    """Compares some layers' merged weights with their initial ones, which no rank keeps meanwhile.
 
-    def __init__(self, engine: Engine, count: int) -> None:
-        self.engine = engine
-        weights = {p.name: p.shard for p in engine.base_shards()}
-        self.initial = {
-            f"{name}.weight": weights[f"{name}.weight"].local.clone()
-            for name in spread_out(list(engine.adapted), count)
-        }
+    A W that the run does not change is its own initial weight. Others are read again from the base
+    model's files, on rank 0, one at a time.
+
+    Attributes:
+        engine: the engine with the sharded model.
+        weights: names of the weights to measure.
+        changes: whether the run changes W itself.
+        base: reads initial weights; on rank 0 only, and None where no W changes.
+    """
+
+    def __init__(self, runner: MethodRunner, options: Options) -> None:
+        """
+        Args:
+            runner: the runner of the method. Its engine must hold the weights as loaded.
+        """
+        self.engine = engine = runner.engine
+        chosen = spread_out(list(engine.adapted), options.train.update_rank_layers)
+        self.weights = [f"{name}.weight" for name in chosen]
+        trained = {shard.name for shard in engine.trained_shards(gradients=False)}
+        self.changes = runner.edits_weights or not trained.isdisjoint(self.weights)
+        shards = {p.name: p.shard for p in engine.base_shards() if p.name in self.weights}
+
+        def opened() -> BaseWeights:
+            base = BaseWeights(options.model, engine.dtype).opened()
+            base.check_here(shards)
+            return base
+
+        self.base = None
+        if self.changes:
+            try:
+                self.base = engine.world.main_only(opened)
+            except UserError as error:  # on all ranks
+                self.weights = _unknown(error)
 
     @torch.no_grad()
     def measure(self, low_halves: Mapping[str, Tensor]) -> list[int]:
-        """The numerical rank of each kept layer's update, the same on every rank. A collective.
+        """The numerical rank of each layer's update, the same on every rank. A collective.
 
-        One layer at a time is gathered in full. The ranks take turns with the SVDs.
+        One layer at a time is gathered in full. The ranks take turns with the SVDs. It is empty,
+        with a warning, where an initial weight cannot be read again.
 
         Args:
             low_halves: {parameter: low halves of its 16-bit values}, int16.
@@ -38,8 +74,39 @@ class UpdateRank:
         parameters = EngineParameters(self.engine, low_halves)
         merged = MergedWeights(parameters)
         ranks = []
-        for turn, (name, local) in enumerate(self.initial.items()):
-            before = parameters.dense(name, parameters.shard(name).like(local))
+        for turn, name in enumerate(self.weights):
+            try:
+                before = self._initial(name, parameters)
+            except UserError as error:  # on all ranks
+                return _unknown(error)
             after = merged.full_tensor(name, on_rank=turn % world.size)
             ranks.append(0 if after is None else numerical_rank(after.sub_(before)))
         return [int(rank) for rank in world.sum(*ranks)]
+
+    def _initial(self, name: str, parameters: EngineParameters) -> Tensor:
+        """A full initial weight (m, n) on every rank. A collective.
+
+        Raises:
+            UserError: on every rank, where it cannot be read.
+        """
+        if not self.changes:
+            return parameters.dense(name, parameters.shard(name))
+        world = self.engine.world
+
+        def read_again() -> Tensor:
+            assert self.base is not None
+            try:
+                return self.base.read(name).float()
+            except (OSError, SafetensorError) as error:  # the files have gone since
+                raise self.base.refuse(str(error)) from error
+
+        read = world.main_only(read_again)
+        if read is None:  # this is not rank 0
+            read = torch.empty(parameters.shape(name), dtype=torch.float32, device="meta")
+        return broadcast_from_rank_0(read, world)
+
+
+def _unknown(error: UserError) -> list[Any]:
+    """Warn that the rank will not be known. Returns what is known: nothing."""
+    logger.warning("the rank of the update is left out (--update_rank_layers): %s", error)
+    return []

@@ -59,21 +59,23 @@ def train(
 )
 def test_the_numbers_are_those_recorded(train: Callable[[SetUp], Path], name: str) -> None:
     set_up = SET_UPS[name]
-    recorded = json.loads((TRAJECTORIES / f"{set_up.engine}.json").read_text())[name]["lines"]
-    lines = loss_compare.read_results(train(set_up))["lines"]
+    before = json.loads((TRAJECTORIES / f"{set_up.engine}.json").read_text())[name]
+    found = loss_compare.read_results(train(set_up))
+    recorded, lines = before["lines"], found["lines"]
+    assert found["summary"]["update_rank"] == before["summary"]["update_rank"]
     dtype = "16 bits" if {"bf16", "fp16"} & set(set_up.words) else "fp32"
     assert [line["step"] for line in lines] == [line["step"] for line in recorded]
-    for line, before in zip(lines, recorded, strict=True):
-        assert line.keys() == before.keys()
-        assert line.get("tokens") == before.get("tokens")
+    for line, then in zip(lines, recorded, strict=True):
+        assert line.keys() == then.keys()
+        assert line.get("tokens") == then.get("tokens")
         for key in line.keys() & set(NUMBERS):
-            same = before[key]
+            same = then[key]
             if same is not None:  # a skipped step has no norm
                 same = pytest.approx(same, rel=TOLERANCE[dtype])
-            assert line[key] == same, (line, before)
-        rules, then = (x.get("rescale", {}) for x in (line, before))
-        astray = sum(abs(rules.get(rule, 0) - then.get(rule, 0)) for rule in RULES) // 2
-        assert astray <= LAYERS_ASTRAY[dtype], (line, before)
+            assert line[key] == same, (line, then)
+        rules, taken = (x.get("rescale", {}) for x in (line, then))
+        astray = sum(abs(rules.get(rule, 0) - taken.get(rule, 0)) for rule in RULES) // 2
+        assert astray <= LAYERS_ASTRAY[dtype], (line, then)
 
 
 def test_every_set_up_has_a_trajectory() -> None:

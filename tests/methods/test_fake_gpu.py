@@ -13,11 +13,12 @@ from torch import Tensor
 from scalora_dist.core import host, host_pieces
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.planning.launches import BESIDE_MERGES
+from scalora_dist.planning.ranges import SHARDINGS, Sharding, ranges_of
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from tests.support.fake_gpu import RULES, SHAPES, WALKS, walk
 from tools.fake_gpu.device import CUDA, fake_gpu
-from tools.fake_gpu.layers import SHARDINGS, Sharding, fake_layers, ranges_of
+from tools.fake_gpu.layers import fake_layers
 
 # Times that the host waits in one run of each method, for any number of layers.
 WAITS = {

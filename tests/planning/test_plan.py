@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.errors import UserError
 from scalora_dist.planning.arguments import SHIPPED, PlanArguments, config_folder
 from scalora_dist.planning.least_times import least_times_of
-from scalora_dist.planning.plan import SUMMED, Plan
+from scalora_dist.planning.measured import PHASES
+from scalora_dist.planning.plan import Plan
 from scalora_dist.planning.planner import Planner
 from scalora_dist.planning.report import report
 from scalora_dist.profiling.gpus import GPUS, find_gpu
@@ -35,32 +37,40 @@ SIZES = {
     "vocab_size": 3001,
 }
 FULL: dict[str, Any] = {"method": "full", "rank": None, "lora_alpha": None}
+CARRY = {"merge_target": "carry", "carry_rank": 4, "carry_room": 4}  # full in the measured step
+FOURBIT = CARRY | {"load_in_4bit": True, "bf16": True}
 SETUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "local": (1, {}),
     "local, bf16, checkpointing": (1, {"bf16": True, "gradient_checkpointing": True}),
+    "local, 4 bits": (1, FOURBIT),
     "zero1": (2, {}),
     "zero2, checkpointing": (2, {"gradient_checkpointing": True}),
+    "zero2, bf16": (2, {"bf16": True}),
+    "zero2, 4 bits": (2, FOURBIT),
     "zero3": (2, {}),
     "zero3, bf16, checkpointing": (2, {"bf16": True, "gradient_checkpointing": True}),
     "zero3, checkpointing, 3 ranks": (3, {"gradient_checkpointing": True}),
     "fsdp": (2, {}),
     "fsdp, bf16, checkpointing": (2, {"bf16": True, "gradient_checkpointing": True}),
-    "zero3, carry": (2, {"merge_target": "carry"}),
+    "fsdp, 4 bits": (2, FOURBIT),
+    "zero3, carry": (2, CARRY),
     "fsdp, lora, 4 ranks": (4, {"method": "lora"}),
     "fsdp, accumulation": (2, {"gradient_accumulation_steps": 3}),
-    "zero3, 4 bits": (2, {"load_in_4bit": True}),
+    "zero3, 4 bits": (2, FOURBIT),
+    "zero3, rank 24": (2, {"rank": 24}),
     "zero2, bf16, nearest": (2, {"bf16": True, "merge_rounding": "nearest"}),
     "zero2, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
     "zero3, bf16, accumulation, full": (2, FULL | {"bf16": True, "gradient_accumulation_steps": 3}),
     "zero1, bf16, accumulation": (2, {"bf16": True, "gradient_accumulation_steps": 3}),
     "fsdp, full": (2, FULL),
+    "local, pissa": (1, {"method": "pissa", "lora_dropout": None}),
     "local, offloaded activations": (1, {"activation_offloading": True}),
     "zero3, offloaded activations, checkpointing": (
         2,
         {"activation_offloading": True, "gradient_checkpointing": True},
     ),
 }
-QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing")
+QUICK = ("zero3, bf16, checkpointing", "fsdp, bf16, checkpointing", "local, 4 bits")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "setup", [pytest.param(x, marks=() if x in QUICK else pytest.mark.heavy) for x in SETUPS]
 )
-def test_a_plan_is_within_a_tenth_of_what_tensors_take(
+def test_a_plan_is_within_a_twentieth_of_what_tensors_take(
     ranks: Any, task: Path, tmp_path: Path, setup: str
 ) -> None:
     size, others = SETUPS[setup]
@@ -86,12 +96,20 @@ def test_a_plan_is_within_a_tenth_of_what_tensors_take(
     )
     found = ranks(size).run(measured, options)
     plan = planned(options, size)
-    assert plan.peak.total == pytest.approx(max(f.tracked for f in found), rel=0.1)
+    near = partial(pytest.approx, rel=0.1 if "full" in setup else 0.05)
+    assert plan.peak.total == near(max(f.tracked for f in found))
+    assert plan.staged == near(max(f.staged for f in found))
+    totals = {moment.phase: moment.total for moment in plan.phases}
+    # The test keeps fetched activations, which a GPU has used by then.
+    for phase in () if "offloaded" in setup else found[0].phases:
+        assert totals[phase] == pytest.approx(max(f.phases[phase] for f in found), rel=0.06)
+    if "grams" in totals and "offloaded" not in setup:  # to scale never takes more than the grams
+        assert totals["grams"] >= 0.97 * max(f.scale for f in found)
+    assert found[0].phases.keys() == totals.keys() & PHASES.keys()
     if size > 1:
         assert plan.gathered == pytest.approx(max(f.gathered for f in found), rel=0.1)
     if size == 2:  # a reduction fills as many bytes here as a rank receives
-        sums = ("gradients", "grams", SUMMED)
-        reduced = [m for m in (*plan.messages, *plan.rescale) if m.what in sums]
+        reduced = [m for m in (*plan.messages, *plan.rescale) if m.summed]
         received = sum(message.received for message in reduced)
         assert received == pytest.approx(max(f.reduced for f in found), rel=0.1)
 

@@ -18,11 +18,11 @@ from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.rank_monitor import RankMonitor
 from scalora_dist.methods.relora import ReloraRestart
 from scalora_dist.methods.scalora import Rescaler
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from tools.fake_gpu.device import fake_gpu
 from tools.fake_gpu.layers import (
-    Sharding,
     ShardsEngine,
     fake_layers,
     known_ranges,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from scalora_dist.planning.ranges import Sharding
 from tools import time_rescale_host
-from tools.fake_gpu.layers import Sharding
 from tools.gpu.gemma import text_config
 
 

@@ -19,12 +19,12 @@ from scalora_dist.engines.layer_shards import LayerShards, factor_shards, gradie
 from scalora_dist.methods.merger import Merger
 from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import merge_target
+from scalora_dist.planning.ranges import Sharding
 from scalora_dist.profiling.clock import Clock
 from scalora_dist.profiling.kernels import Counts, KernelCount
 from tools.fake_gpu.device import fake_gpu
 from tools.fake_gpu.layers import (
     FLAT,
-    Sharding,
     ShardsEngine,
     fake_layers,
     known_ranges,

@@ -31,6 +31,9 @@ class Found(NamedTuple):
 
     Attributes:
         tracked: peak bytes of live tensors.
+        phases: {phase of a plan: the same}, of the phases of a rescale.
+        scale: the same while the factors are scaled.
+        staged: bytes of the copies that a save makes.
         gathered: bytes that all-gathers filled.
         reduced: bytes that other collectives filled.
         peak: peak memory of the process; on a GPU what the allocator took for this run. None:
@@ -38,6 +41,9 @@ class Found(NamedTuple):
     """
 
     tracked: int
+    phases: dict[str, int]
+    scale: int
+    staged: int
     gathered: int
     reduced: int
     peak: int | None
@@ -60,7 +66,15 @@ def measured(world: World, options: dict[str, Any]) -> Found:
     traffic = trainer.traffic
     reduced = traffic.received - traffic.gathered
     peak = None if trainer.peak is None else trainer.peak - others
-    return Found(trainer.tracked, traffic.gathered, reduced, peak)
+    return Found(
+        trainer.tracked,
+        trainer.phases,
+        trainer.scale,
+        trainer.staged,
+        traffic.gathered,
+        reduced,
+        peak,
+    )
 
 
 def _sent(_: HostCopies, tensor: Tensor) -> Any:
