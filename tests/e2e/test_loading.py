@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -116,10 +115,17 @@ def test_flash_attention_is_taken_where_it_can_be(
         (GptOssConfig(), False),  # it would take a kernel of the hub
     ],
 )
-def test_a_model_is_asked_what_it_can_do(config: PreTrainedConfig, has: bool) -> None:
+def test_a_model_is_asked_what_it_can_do(
+    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, has: bool
+) -> None:
     """Its class says so: no model is built, and the config is left as it was."""
+
+    def build(*_: Any) -> None:
+        raise AssertionError("a model is built")
+
     before = config.to_dict()
-    with patch.object(PreTrainedModel, "__init__", side_effect=AssertionError):
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "__init__", build)
         assert has_flash(config, ModelArguments()) is has
     assert config.to_dict() == before and config._attn_implementation is None
 
