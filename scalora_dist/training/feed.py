@@ -6,8 +6,6 @@ import logging
 import math
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -22,7 +20,7 @@ from scalora_dist.data.collate import Collator
 from scalora_dist.data.micro_batch import MicroBatch
 from scalora_dist.data.prepare import Prepared, prepare_data
 from scalora_dist.data.show import show_examples
-from scalora_dist.distributed.stop_signals import SIGNALS
+from scalora_dist.distributed.worker_signals import outlive_signals
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.methods.init.samples import SamplePass
@@ -33,7 +31,6 @@ from scalora_dist.modeling.tables import Tables, check_fits, read_tables
 from scalora_dist.training.summary import CHAT_TURNS
 
 logger = logging.getLogger(__name__)
-_ENDINGS = {*SIGNALS, signal.SIGINT}  # signals that would end a worker
 
 
 class DataFeed:
@@ -103,7 +100,7 @@ class DataFeed:
             batch_sampler=sampler,
             collate_fn=self.collate,
             num_workers=workers,
-            worker_init_fn=partial(_outlive_signals, os.getpid()),
+            worker_init_fn=partial(outlive_signals, os.getpid()),
             # Forks of this process share its data, and start at once.
             multiprocessing_context="fork" if workers else None,
         )
@@ -176,24 +173,6 @@ class MicroBatches(Iterator[MicroBatch]):
         """There are no more. Ends the workers: one that died later would end the run with it."""
         self._batches = iter(())
         self._next = None
-
-
-def _outlive_signals(run: int, worker: int) -> None:
-    """Let no stop signal end a worker, unless it comes from the run, whose process id ``run`` is.
-
-    A batch system signals all processes of a job, and the run goes on until its state is saved.
-    When the run is gone, its workers end by themselves within seconds.
-    """
-    if os.getppid() != run:  # it is gone already, and torch would not see that later
-        os._exit(0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)  # threads started after this inherit it
-    threading.Thread(target=_end_with_run, daemon=True).start()
-
-
-def _end_with_run() -> None:
-    while (received := signal.sigwaitinfo(_ENDINGS)) and received.si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def show_data(options: Options) -> None:
