@@ -173,6 +173,9 @@ class World:
         If each node has its own disk, ``work`` fills a cache once per node. If the nodes share a
         disk, rank 0 fills the cache alone, and no two nodes write to it at the same time.
 
+        So ``work`` may download from a hub. ``scalora train`` lets only the first rank of each node
+        ask one (``cli.train``); the rest find the files in the cache.
+
         Raises:
             UserError: on the waiting ranks, where ``work`` raised any exception on a node's first
                 rank. That rank raises the exception.
@@ -183,6 +186,30 @@ class World:
             led = self._while_others_wait(work, leads, workers=self.nodes - 1)
             result = led if leads else result
         return cast(T, result) if leads or self.is_main else work()
+
+    def from_main(self, work: Callable[[], str]) -> str:
+        """As ``main_only``, but every rank gets the result, over the store."""
+        name = f"from/{next(self._calls)}"
+        self.main_only(lambda: self.store.set(name, work()))
+        return self.store.get(name).decode()
+
+    def from_node_first(self, make: Callable[[], str], read: Callable[[str], T]) -> T:
+        """As ``node_first``, but ``make`` runs on the first rank of each node alone.
+
+        The other ranks of the node get its result over the store. All ranks return what ``read``
+        makes of it.
+        """
+        name, first = f"from/{next(self._calls)}", self.rank - self.local_rank
+
+        def work() -> T:
+            if self.rank != first:
+                return read(self.store.get(f"{name}/{first}").decode())
+            text = make()
+            result = read(text)
+            self.store.set(f"{name}/{first}", text)
+            return result
+
+        return self.node_first(work)
 
     def _while_others_wait(self, work: Callable[[], T], works: bool, workers: int) -> T | None:
         """Run ``work`` on the ranks where ``works`` is true; all ranks return when it is done."""

@@ -36,7 +36,8 @@ def write(path: Path, *texts: str) -> Path:
 
 
 def prepared(world: World, cases: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """Each rank prepares its own case. Returns (checksum or the refusal, warnings)."""
+    """Each rank is a node, and prepares its own case. Returns (checksum or refusal, warnings)."""
+    world = replace(world, local_rank=0, nodes=world.size)
     options = parse_options(runs.words(cases[world.rank]))
     options = replace(options, train=resolve_batch(options.train, world.size))
     with tiny_runs.warnings_of() as heard:
