@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     find_adapter_config_file,
     is_flash_attn_2_available,
 )
@@ -34,6 +35,7 @@ from transformers.utils import (
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear, check_products, take_over
+from scalora_dist.modeling.base_files import base_file, weight_files
 from scalora_dist.modeling.index_files import check_index_files
 
 FLASH = "flash_attention_2"
@@ -208,6 +210,19 @@ def _check_unread(args: ModelArguments, *names: str) -> None:
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     with _known_model(args) as name:
         return AutoTokenizer.from_pretrained(name, **args.source)
+
+
+def fetch_weights(args: ModelArguments) -> None:
+    """Download what ``load_model`` reads with weights, if the model is one of the hub.
+
+    Raises:
+        UserError: the model cannot be downloaded.
+    """
+    with _known_model(args) as name:
+        if not Path(name).is_dir():
+            config = AutoConfig.from_pretrained(name, **args.source)
+            weight_files(args, getattr(config, "transformers_weights", None))
+            base_file(args, GENERATION_CONFIG_NAME)
 
 
 def load_model(
