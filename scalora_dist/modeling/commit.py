@@ -1,4 +1,4 @@
-"""Finds the commit of a hub's model, so that all ranks read the same files of it."""
+"""Finds the commit of a hub's repository, so that all ranks read the same files of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
-from transformers import PreTrainedConfig
+from huggingface_hub import resolve_revision
 
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.distributed.world import World
@@ -16,21 +15,31 @@ from scalora_dist.distributed.world import World
 def at_commit(args: ModelArguments, world: World) -> ModelArguments:
     """The options with the commit that ``model_revision`` is at now, on rank 0. A collective.
 
-    A branch may move while the ranks start. These options are for reading the model alone: a run
-    records the name and revision that the user gave.
-
-    Returns:
-        ``args`` themselves for a folder, and where the commit cannot be found: then reading the
-        model fails, too, and says why.
+    They are for reading the model alone: a run records the name and revision that the user gave.
     """
-    commit = world.from_main(lambda: _commit(args))
+    commit = commit_of(str(args.model_name_or_path), args.model_revision, world)
     return replace(args, model_revision=commit) if commit else args
 
 
-def _commit(args: ModelArguments) -> str:
-    name = str(args.model_name_or_path)
-    if not Path(name).is_dir():
-        with suppress(OSError, ValueError, HTTPError):
-            config, _ = PreTrainedConfig.get_config_dict(name, revision=args.source["revision"])
-            return config.get("_commit_hash") or ""
-    return ""
+def commit_of(name: str, revision: str | None, world: World) -> str | None:
+    """The commit that a revision is at now, on rank 0. A collective.
+
+    A branch may move while the ranks start. Files of a commit that are in the cache are read
+    without asking the hub.
+
+    Args:
+        name: a model of the hub, or a folder.
+        revision: branch, tag or commit; None: the main branch.
+
+    Returns:
+        None for a folder, and where the commit cannot be found: then reading the files fails, too,
+        and says why.
+    """
+
+    def find() -> str:
+        if not Path(name).is_dir():
+            with suppress(Exception):  # those of the hub have no common base
+                return resolve_revision(name, revision=revision).resolved
+        return ""
+
+    return world.from_main(find) or None

@@ -28,7 +28,7 @@ from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.export_adapter import check_adapter_rank
 from scalora_dist.model_io.import_adapter import SavedAdapter
-from scalora_dist.modeling.commit import at_commit
+from scalora_dist.modeling.commit import at_commit, commit_of
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.modeling.padding import whole_rows
@@ -104,7 +104,8 @@ class Trainer:
         repository = prepare_upload(options, self.checkpoints)
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
-            self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
+            commit = commit_of(options.model.adapter_name_or_path, None, world)
+            self.saved_adapter = world.node_first(lambda: SavedAdapter(options, commit))
         self.feed = DataFeed(reads, world)
         data = self.feed.data.checksum
         if self.resumes_from is not None:
