@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalora_dist.core import host
 from scalora_dist.distributed.cores import cores
+from scalora_dist.distributed.open_files import allow_open_files
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
@@ -55,6 +56,9 @@ class World:
             local_rank: rank on this node, from the launcher's command line; None or negative:
                 LOCAL_RANK.
             timeout: time-out of every collective.
+
+        Raises:
+            UserError: rank 0 may not open as many files as there will be connections to its store.
         """
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, value in defaults.items():
@@ -68,6 +72,10 @@ class World:
         if cuda:
             torch.cuda.set_device(device)
         _set_threads(on_cpu=not cuda)
+        # Else a gloo group connects all pairs of ranks when it is made: a million at 1,024 ranks.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            allow_open_files(int(os.environ["WORLD_SIZE"]))
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface()):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))

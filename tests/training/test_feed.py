@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from scalora_dist.config.parser import parse_options
-from scalora_dist.data import prepare
+from scalora_dist.data import prepare, sources
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.training.feed import DataFeed, MicroBatches
@@ -72,7 +72,7 @@ def reading(world: World, case: dict[str, Any], nodes: int) -> tuple[int, str]:
     local_rank = world.rank % (world.size // nodes)
     options = parse_options(runs.words(case))
     options = replace(options, train=resolve_batch(options.train, world.size))
-    with patch.object(prepare, "load_examples", wraps=prepare.load_examples) as load:
+    with patch.object(prepare, "load_examples", wraps=sources.load_examples) as load:
         feed = DataFeed(options, replace(world, local_rank=local_rank, nodes=nodes))
     return load.call_count, feed.data.checksum
 
