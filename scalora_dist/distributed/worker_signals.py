@@ -6,8 +6,7 @@ import os
 import signal
 import threading
 
-from scalora_dist.distributed.stop_signals import SIGNALS
-
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to stop
 ENDINGS = {*SIGNALS, signal.SIGINT}  # signals that would end a worker
 LOOK = 1.0  # seconds between two looks whether the rank is still there
 
