@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from scalora_dist.core import host
 from scalora_dist.distributed.cores import cores
-from scalora_dist.distributed.open_files import allow_open_files
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
+CONNECTIONS = 4  # of each rank to the store: its own, the watchdog's, and two for stop signals
+OTHERS = 1024  # open files for all else, the usual limit
 logger = logging.getLogger(__name__)
 
 
@@ -243,6 +245,24 @@ class World:
         if message:
             raise UserError(message)
         return result
+
+
+def allow_open_files(ranks: int) -> None:
+    """Raise the soft limit of open files to what serving the store to ``ranks`` ranks takes.
+
+    Raises:
+        UserError: the hard limit is lower.
+    """
+    needed = CONNECTIONS * ranks + OTHERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"rank 0 needs {needed} open files to serve {ranks} ranks, and its hard limit is "
+            f"{hard}: raise it (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of Docker)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _set_threads(*, on_cpu: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scalora_dist.distributed.open_files import CONNECTIONS, OTHERS, allow_open_files
+from scalora_dist.distributed.world import CONNECTIONS, OTHERS, allow_open_files
 from scalora_dist.errors import UserError
 from tests.support.refusals import one_sentence
 
