@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     find_adapter_config_file,
     is_flash_attn_2_available,
 )
@@ -35,7 +34,6 @@ from transformers.utils import (
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear, check_products, take_over
-from scalora_dist.modeling.base_files import base_file, weight_files
 from scalora_dist.modeling.index_files import check_index_files
 
 FLASH = "flash_attention_2"
@@ -73,7 +71,7 @@ def read_base_model(
         UserError: the base is quantized in a way that cannot be trained here, 4-bit settings would
             corrupt it, bitsandbytes is missing, or the model's files are not in its folder.
     """
-    with _known_model(args) as name:
+    with known_model(args) as name:
         check_index_files(Path(name))
         if find_adapter_config_file(name, revision=args.model_revision):
             raise UserError(
@@ -208,21 +206,8 @@ def _check_unread(args: ModelArguments, *names: str) -> None:
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    with _known_model(args) as name:
+    with known_model(args) as name:
         return AutoTokenizer.from_pretrained(name, **args.source)
-
-
-def fetch_weights(args: ModelArguments) -> None:
-    """Download what ``load_model`` reads with weights, if the model is one of the hub.
-
-    Raises:
-        UserError: the model cannot be downloaded.
-    """
-    with _known_model(args) as name:
-        if not Path(name).is_dir():
-            config = AutoConfig.from_pretrained(name, **args.source)
-            weight_files(args, getattr(config, "transformers_weights", None))
-            base_file(args, GENERATION_CONFIG_NAME)
 
 
 def load_model(
@@ -256,7 +241,7 @@ def load_model(
     quantization = None
     if base.fourbit and not base.quantized:
         given["quantization_config"] = quantization = _as_bnb_config(base.fourbit)
-    with _known_model(args) as name:
+    with known_model(args) as name:
         if weights:
             if device is not None and base.fourbit is None:
                 given["device_map"] = {"": device}
@@ -284,7 +269,7 @@ def load_model(
 
 def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
     """The full model on "meta", dense and with eager attention: its names, shapes, operations."""
-    with _known_model(args) as name:
+    with known_model(args) as name:
         config = AutoConfig.from_pretrained(name, **args.source)
         _forget_quantization(config)
         with init_empty_weights(include_buffers=True):
@@ -352,7 +337,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _known_model(args: ModelArguments) -> Iterator[str]:
+def known_model(args: ModelArguments) -> Iterator[str]:
     """Yield the model's name. Turns transformers' loading errors into a one-sentence UserError."""
     name = args.model_name_or_path
     if not name:

@@ -16,7 +16,8 @@ from scalora_dist.layers.target_modules import decoder_blocks
 from scalora_dist.methods.method import AddContext, Method
 from scalora_dist.model_io.import_adapter import SavedAdapter
 from scalora_dist.modeling.compiled_blocks import check_compiler, compile_blocks
-from scalora_dist.modeling.load import BaseModelSpec, fetch_weights, load_model
+from scalora_dist.modeling.hub_files import fetch_weights
+from scalora_dist.modeling.load import BaseModelSpec, load_model
 from scalora_dist.modeling.offloaded_activations import offload_activations
 from scalora_dist.training.optimizer import make_optimizer
 

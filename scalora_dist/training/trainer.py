@@ -28,7 +28,7 @@ from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.export_adapter import check_adapter_rank
 from scalora_dist.model_io.import_adapter import SavedAdapter
-from scalora_dist.modeling.commit import at_commit, commit_of
+from scalora_dist.modeling.hub_files import at_commit, commit_of
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.modeling.padding import whole_rows

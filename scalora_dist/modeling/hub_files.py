@@ -1,4 +1,4 @@
-"""Finds the commit of a hub's repository, so that all ranks read the same files of it."""
+"""A model of a hub: the commit that all ranks read, and the download of its weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import resolve_revision
+from transformers import AutoConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.distributed.world import World
+from scalora_dist.modeling.base_files import base_file, weight_files
+from scalora_dist.modeling.load import known_model
 
 
 def at_commit(args: ModelArguments, world: World) -> ModelArguments:
@@ -43,3 +47,16 @@ def commit_of(name: str, revision: str | None, world: World) -> str | None:
         return ""
 
     return world.from_main(find) or None
+
+
+def fetch_weights(args: ModelArguments) -> None:
+    """Download what ``load_model`` reads with weights, if the model is one of the hub.
+
+    Raises:
+        UserError: the model cannot be downloaded.
+    """
+    with known_model(args) as name:
+        if not Path(name).is_dir():
+            config = AutoConfig.from_pretrained(name, **args.source)
+            weight_files(args, getattr(config, "transformers_weights", None))
+            base_file(args, GENERATION_CONFIG_NAME)
