@@ -77,7 +77,7 @@ def measure(options: Options, rounds: int) -> dict[str, Any]:
     trainer.watchdog.close()
     figures: dict[str, Any] = {name: median(values) for name, values in seconds.items()}
     folder = checkpoint_folder(checkpoints.output_dir, steps)
-    parts = trainer.state.parts().values()
+    parts = (trainer.state.parts() | trainer.state.random_parts()).values()
     figures |= {
         "world_size": world.size,
         "engine": type(trainer.engine).__name__,

@@ -95,7 +95,7 @@ def describe(folder: Path) -> tuple[list[Row], list[str]]:
         found.append(told)
     else:
         rows += told
-    amounts = tensors_by_kind(sorted(folder.glob("*.safetensors")))
+    amounts = tensors_by_kind(folder)
     if isinstance(amounts, str):
         found.append(amounts)
     else:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
-
+from scalora_dist.checkpoint.index import DTYPES, Index
 from scalora_dist.checkpoint.manifest import FORMAT, LIBRARIES, RANDOM, STATE, read_state
 from scalora_dist.config.data import DataArguments
 from scalora_dist.config.method import MethodArguments
@@ -182,29 +180,19 @@ def kind_of(name: str, names: Container[str]) -> str:
     return "W of adapted layers" if last == "weight" else "masters of trained parameters"
 
 
-def tensors_by_kind(files: Iterable[Path]) -> dict[str, Amount] | str:
+def tensors_by_kind(folder: Path) -> dict[str, Amount] | str:
     """{kind: its tensors' number and size}, or a clause that says which file cannot be read.
 
-    Reads the headers only.
-
-    Args:
-        files: the safetensors files of all ranks.
+    Reads the checkpoint's index, and no tensor.
     """
-    numbers: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    for file in files:
-        try:
-            tensors = parse_local_safetensors_file_metadata(file).tensors
-        except (OSError, SafetensorsParsingError, ValueError, KeyError, TypeError):
-            return f"{file.name} has no readable header"
-        for name, tensor in tensors.items():
-            begin, end = tensor.data_offsets
-            numbers[name] = numbers.get(name, 0) + tensor.parameter_count
-            sizes[name] = sizes.get(name, 0) + end - begin
+    try:
+        tensors = Index.read(folder).tensors
+    except ValueError as error:
+        return str(error)
     amounts = {kind: Amount() for kind in KINDS}
-    for name in numbers:
-        amount = amounts[kind_of(name, numbers)]
+    for name, (dtype, numel, _) in tensors.items():
+        amount = amounts[kind_of(name, tensors)]
         amount.tensors += 1
-        amount.numbers += numbers[name]
-        amount.bytes += sizes[name]
+        amount.numbers += numel
+        amount.bytes += numel * DTYPES[dtype].itemsize
     return {kind: amount for kind, amount in amounts.items() if amount.tensors}

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 LEFTOVER = re.compile(r"checkpoint-\d+\.(partial|old)")
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, INDEX = "manifest.json", "state.json", "index.json"
 FORMAT = 2  # of state.json and of the tensors' names
 RANDOM = "random."  # begins the names of the ranks' random states
 LIBRARIES = ("scalora_dist", "torch", "transformers", "datasets", "deepspeed", "bitsandbytes")
@@ -108,8 +108,10 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | str:
         files: dict[str, FileRecord] = json.loads((folder / MANIFEST).read_bytes())["files"]
         # A name in the manifest must not point outside the folder.
         files = {str(Path(name).name): record for name, record in files.items()}
-        # Loading reads all tensor files, so one that is not listed would be read unchecked.
+        # A file that is not listed would be read unchecked.
         there = {STATE, *(path.name for path in folder.glob("*.safetensors"))}
+        if (folder / INDEX).exists():  # older checkpoints have none
+            there.add(INDEX)
         if missed := sorted(there - files.keys()):
             return f"{MANIFEST} is damaged (it does not list {', '.join(missed)})"
         return files

@@ -1,4 +1,4 @@
-"""Adapts FlatShards to torch.distributed.checkpoint, which reshards them when it loads.
+"""The parts of tensors that a rank saves and loads: flat ranges.
 
 Every tensor is saved flat, in 1-D. Then two shardings differ only in where the 1-D ranges begin and
 end. So ZeRO's fragments, FSDP2's rows and full tensors can be loaded from each other.
@@ -8,20 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.staging import AsyncStager
 
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
@@ -30,8 +20,6 @@ from scalora_dist.distributed.world import World
 @dataclass(frozen=True)
 class FlatPart:
     """Elements ``[offset, offset + local.numel())`` of a flat tensor with ``numel`` elements.
-
-    The two dunder methods implement torch's ``_Checkpointable`` protocol.
 
     Attributes:
         local: this rank's elements, 1-D, any dtype.
@@ -59,82 +47,18 @@ class FlatPart:
         whole = cls.of(shard)
         return replace(whole, local=shard.local[first:end], offset=shard.offset + first)
 
-    def size(self) -> torch.Size:
-        return torch.Size([self.numel])
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if not self.local.numel():
-            return []
-        return [ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.local.numel()]))]
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.local.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
 
 def holders(shard: FlatShard, world: World) -> int:
     """The number of ranks that hold the same range of a matrix, this rank included."""
     return world.size // (dist.get_world_size(shard.group) if shard.group else 1)
 
 
-class SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """Plans to load what both the checkpoint and this run have.
-
-    Attributes:
-        missing: names of this run's tensors that the checkpoint does not hold.
-        unread: names of the checkpoint's tensors that this run does not load.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            flatten_state_dict=False, flatten_sharded_tensors=False, allow_partial_load=True
-        )
-        self.missing: list[str] = []
-        self.unread: list[str] = []
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        # torch's default replaces everything that is not a tensor by None.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-        held = metadata.state_dict_metadata if metadata else {}
-        self.missing = [name for name in state_dict if name not in held]
-        self.unread = [name for name in held if name not in state_dict]
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
-
-
-class Stager(AsyncStager):
-    """Copies this rank's parts to the CPU. Training may continue once the copies are done."""
-
-    def stage(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        staged = {name: replace(part, local=_copy(part.local)) for name, part in state_dict.items()}
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return staged
-
-    def synchronize_staging(self) -> None:
-        """``stage`` has already waited."""
-
-    def close(self) -> None:
-        """There is nothing to free."""
+def stage(parts: Mapping[str, FlatPart]) -> dict[str, FlatPart]:
+    """Copies of this rank's parts on the CPU, complete when it returns."""
+    staged = {name: replace(part, local=_copy(part.local)) for name, part in parts.items()}
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return staged
 
 
 def _copy(local: Tensor) -> Tensor:

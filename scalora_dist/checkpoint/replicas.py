@@ -8,7 +8,8 @@ or its memory is faulty. No loss shows that: each rank only trains another model
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
 from scalora_dist.checkpoint.parts import holders
-from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.core.checksum import checksums
 from scalora_dist.core.flat_shard import FlatShard
 from scalora_dist.distributed.world import World
@@ -27,7 +27,10 @@ NAMED = 8  # number of ranks that a message names
 
 
 def check_replicas(
-    shards: dict[str, FlatShard], engine: Engine, checkpoints: Checkpoints, step: int
+    shards: dict[str, FlatShard],
+    engine: Engine,
+    step: int,
+    newest_first: Callable[[], Sequence[Path]],
 ) -> None:
     """Check that all copies of a tensor, or of a shard of it, are the same bit for bit.
 
@@ -36,8 +39,8 @@ def check_replicas(
 
     Args:
         shards: {name: shard} of all tensors that training changes, in the same order on every rank.
-        checkpoints: the run's checkpoints. None of them is being written.
         step: number of the step after which the run is to be saved.
+        newest_first: finds the run's checkpoints, none of which is being written. A collective.
 
     Raises:
         ReplicasDiffer: on every rank, with the ranks whose copies differ and the last checkpoint.
@@ -59,11 +62,11 @@ def check_replicas(
         for i, (name, size) in enumerate(zip(copies, groups.tolist(), strict=True))
         if differing(table[:, i : i + 1], [size])
     ]
-    before = [x.name for x in checkpoints.newest_first() if (step_of(x) or 0) < step]
+    before = [x.name for x in newest_first() if (step_of(x) or 0) < step]
     advice = "there is no checkpoint from before, so start again on other nodes"
     if before:
         advice = f"go on from {before[0]} with --resume_from_checkpoint latest, on other nodes"
-    refused = checkpoint_folder(checkpoints.output_dir, step).name
+    refused = checkpoint_folder(Path(), step).name
     raise ReplicasDiffer(
         f"{describe_differing(found, names)}: {refused} is not written; a device or its driver may "
         f"be faulty: {advice}"

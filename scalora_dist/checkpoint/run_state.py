@@ -84,7 +84,7 @@ class RunState:
             ReplicasDiffer: on every rank, if copies of one tensor differ. Nothing is written.
         """
         # The replicas of a hybrid mesh may round the sums in a sketch differently.
-        check_replicas(self._model_shards(), self.engine, checkpoints, step)
+        check_replicas(self._model_shards(), self.engine, step, checkpoints.newest_first)
         state = {
             "format": FORMAT,
             "step": step,
@@ -100,13 +100,12 @@ class RunState:
             "names_on_hub": self.names_on_hub,
             "versions": installed_versions(*LIBRARIES),
         }
-        checkpoints.save(step, self.parts(), state)
+        checkpoints.save(step, self.parts(), self.random_parts(), state)
 
     def parts(self) -> dict[str, FlatPart]:
-        """{name: the part that this rank saves}."""
+        """{name: the part that this rank saves} of what initialization or training changes."""
         shards = self._shards()
-        parts = {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
-        return parts | self._random_parts()
+        return {name: FlatPart.share_of(shard, self.world) for name, shard in shards.items()}
 
     def restore(self, checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
         """Restore the run from a sound checkpoint. Returns its state.json. A collective.
@@ -123,7 +122,7 @@ class RunState:
             )
         with self.engine.restoring(state["engine"]):
             parts = {name: FlatPart.of(shard) for name, shard in self._shards().items()}
-            random = self._random_parts()
+            random = self.random_parts()
             here = (self.world.size, self.world.device.type)
             same_ranks = (state["world_size"], state["device"]) == here
             names = checkpoints.load(folder, parts | random if same_ranks else parts)
@@ -158,7 +157,7 @@ class RunState:
                 shards[f"{trained.name}.{moment}"] = shard
         return shards
 
-    def _random_parts(self) -> dict[str, FlatPart]:
+    def random_parts(self) -> dict[str, FlatPart]:
         """The states of this rank's random generators. Only this rank saves and loads them."""
         states = random_state.capture(self.world.device)
         return {

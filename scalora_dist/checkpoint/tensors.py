@@ -1,29 +1,67 @@
-"""Reads the tensors of a checkpoint in one process, each joined from the parts of all ranks."""
+"""Reads the tensors of a checkpoint: a rank's parts, or full ones joined from all files."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
+from scalora_dist.checkpoint.index import DTYPES, Index, Piece, rank_file
+from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.errors import UserError
 
 LOW = ".low"  # ends the name of the low halves of a tensor
 
 
-class _Part(NamedTuple):
-    """A part of a flat tensor: its first element, its number of elements, its file."""
+def fill(folder: Path, index: Index, parts: Mapping[str, FlatPart]) -> None:
+    """Read this rank's parts from a sound checkpoint, one file after another.
 
-    start: int
-    size: int
-    file: Any
+    Args:
+        index: the checkpoint's index, which has all of ``parts``.
+
+    Raises:
+        UserError: a tensor has another size in the checkpoint.
+    """
+    wanted: dict[int, list[tuple[str, Piece]]] = defaultdict(list)
+    for name, part in parts.items():
+        check_size(folder, index, name, part.numel)
+        for piece in index.pieces(name, part.offset, part.offset + part.local.numel()):
+            wanted[piece.rank].append((name, piece))
+    for rank, pieces in sorted(wanted.items()):
+        with safe_open(rank_file(folder, rank), framework="pt") as file:
+            for name, piece in pieces:
+                _copy_piece(file.get_slice(name), piece, parts[name])
+
+
+def _copy_piece(saved: Any, piece: Piece, part: FlatPart) -> None:
+    """Copy what a piece and a part have in common.
+
+    Args:
+        saved: the piece's elements, of which slices can be read.
+    """
+    first = max(part.offset, piece.start)
+    end = min(part.offset + part.local.numel(), piece.end)
+    values = saved[first - piece.start : end - piece.start]
+    part.local[first - part.offset : end - part.offset].copy_(values)
+
+
+def check_size(folder: Path, index: Index, name: str, numel: int) -> None:
+    """Check that a tensor of a checkpoint has ``numel`` elements.
+
+    Raises:
+        UserError: it has not.
+    """
+    if (saved := index.tensors[name].numel) != numel:
+        raise UserError(
+            f"{folder} holds {saved} elements of {name}, which has {numel} here: it is of another "
+            "model than --model_name_or_path"
+        )
 
 
 class CheckpointTensors:
@@ -34,29 +72,21 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._parts: dict[str, list[_Part]] = defaultdict(list)
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            offsets = json.loads((file.metadata() or {}).get(CUSTOM_METADATA_KEY, "{}"))
-            for name in file.keys():  # noqa: SIM118
-                (start,) = offsets[name][SAVED_OFFSETS_KEY]
-                (count,) = file.get_slice(name).get_shape()
-                self._parts[name].append(_Part(start, count, file))
+        self.index = Index.read(folder)
+        self._files: dict[int, Any] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parts
+        return name in self.index.tensors
 
     def dtype(self, name: str) -> torch.dtype | None:
         """The dtype that a tensor is saved in; None: the checkpoint does not hold it."""
-        if name not in self:
-            return None
-        return self._parts[name][0].file.get_slice(name)[:0].dtype
+        return DTYPES[self.index.tensors[name].dtype] if name in self else None
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """A full tensor on the CPU: float32 if it has low halves (then exact), else as it is saved.
 
         Raises:
-            UserError: its parts are not those of a tensor of this shape.
+            UserError: the saved tensor has not the size of this shape.
         """
         whole = self._joined(name, shape.numel())
         if name + LOW in self:
@@ -64,21 +94,16 @@ class CheckpointTensors:
         return whole.view(shape)
 
     def _joined(self, name: str, numel: int) -> Tensor:
-        parts = sorted(self._parts[name], key=lambda part: part.start)
-        if len(parts) == 1 and parts[0].size == numel:
-            return parts[0].file.get_tensor(name)
-        whole, end = None, 0
-        for part in parts:
-            values = part.file.get_tensor(name)
-            if whole is None:
-                whole = torch.empty(numel, dtype=values.dtype)
-            if part.start != end or end + part.size > numel:
-                break
-            whole[end : end + part.size] = values
-            end += part.size
-        if whole is None or end != numel:
-            raise UserError(
-                f"{self.folder} holds {end} of the {numel} elements of {name}: it is of another "
-                "model than --model_name_or_path"
-            )
+        check_size(self.folder, self.index, name, numel)
+        pieces = list(self.index.pieces(name, 0, numel))
+        if len(pieces) == 1:
+            return self._file(pieces[0].rank).get_tensor(name)
+        whole = torch.empty(numel, dtype=self.dtype(name))
+        for piece in pieces:
+            whole[piece.start : piece.end] = self._file(piece.rank).get_tensor(name)
         return whole
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(rank_file(self.folder, rank), framework="pt")
+        return self._files[rank]

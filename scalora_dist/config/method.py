@@ -194,10 +194,10 @@ class MethodArguments(Group):
         methods=SAMPLING,
         at_least=1,
     )
-    start_memory: int = option(
-        64,
-        "MiB on a rank for the gradients of the initialization; more memory: fewer passes over "
-        "the samples.",
+    start_memory: Optional[int] = option(
+        None,
+        "MiB on a rank for the gradients of the initialization, at most; by default what is free "
+        "on the GPU, and half of what is free on the host.",
         resume="free",
         methods=SAMPLING,
         at_least=1,

@@ -1,6 +1,7 @@
 """The ways between a device's memory and the host's. All of ours go through these two functions.
 
-The weights of CPU offload do not: ``host_pieces.py`` merges into them.
+The weights of CPU offload do not: ``host_pieces.py`` merges into them. Neither do the parts of sums
+that are in the host's memory: ``host_sums.py`` adds them.
 
 A host synchronisation stops the host until the device has done all its work. So there are few, and
 tests count them.

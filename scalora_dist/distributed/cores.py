@@ -20,13 +20,22 @@ def cores() -> int:
     return max(1, math.floor(min(len(os.sched_getaffinity(0)), _quota())))
 
 
-def _quota() -> float:
-    """The least limit of the cgroups (version 2) of this process, in cores; infinity: none."""
-    group, quota = Path("/"), math.inf
+def own_cgroups() -> list[Path]:
+    """Folders of this process's cgroup (version 2) and of all above it. They need not exist.
+
+    Their files have the limits of a container.
+    """
+    group = Path("/")
     with suppress(OSError):
         group /= OWN_GROUP.read_text().strip().rpartition("0::")[2]
-    for folder in (group, *group.parents):
+    return [CGROUPS / folder.relative_to("/") for folder in (group, *group.parents)]
+
+
+def _quota() -> float:
+    """The least limit of the cgroups (version 2) of this process, in cores; infinity: none."""
+    quota = math.inf
+    for folder in own_cgroups():
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
-            time, period = (CGROUPS / folder.relative_to("/") / "cpu.max").read_text().split()
+            time, period = (folder / "cpu.max").read_text().split()
             quota = min(quota, int(time) / int(period))
     return quota

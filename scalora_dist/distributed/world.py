@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import resource
@@ -177,6 +178,27 @@ class World:
         """
         return self._while_others_wait(work, self.is_main, workers=1)
 
+    def new_keys(self) -> dist.Store:
+        """The store, with keys that no other call of this method shares. Called on every rank.
+
+        It has no connection of its own, since each costs the store's process a look into the DNS. A
+        thread must not wait for a key: that would block the connection for the main thread.
+        """
+        return dist.PrefixStore(f"keys/{next(self._calls)}", self.store)
+
+    def told(self, read: Callable[[], T]) -> T:
+        """What ``read`` returns on rank 0, on every rank, which waits for it as in ``main_only``.
+
+        Args:
+            read: called on rank 0 only. Returns JSON values; tuples arrive as lists.
+
+        Raises:
+            UserError: on the waiting ranks, where ``read`` raised on rank 0.
+        """
+        name = f"told/{next(self._calls)}"
+        self.main_only(lambda: self.store.set(name, json.dumps(read())))
+        return cast(T, json.loads(self.store.get(name)))
+
     def node_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0, then on the first rank of every other node, then on the rest.
 
@@ -290,8 +312,7 @@ def _interface() -> str | None:
     """The network interface that leads to the first node; None on one node, or where unknown.
 
     By default, gloo takes the interface that this machine's name resolves to. On Debian and in
-    containers this is often the loopback, which reaches no other node. Runs on GPUs need gloo too,
-    to write checkpoints.
+    containers this is often the loopback, which reaches no other node.
     """
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     if here in (None, os.environ["WORLD_SIZE"]):

@@ -24,7 +24,6 @@ from scalora_dist.doctor.engines import ENGINES, TinyRuns
 from scalora_dist.doctor.network import (
     COLLECTIVES,
     check_collective,
-    check_gloo,
     check_interconnect,
 )
 from scalora_dist.errors import UserError
@@ -92,7 +91,6 @@ def examine(checkup: Checkup, folder: SharedFolder, *, engines: bool) -> None:
             connected &= checkup.run(name, partial(check_collective, world, name))
         if world.nodes > 1:
             checkup.run("interconnect", lambda: check_interconnect(world))
-        connected &= checkup.run("gloo", lambda: check_gloo(world))
     if not engines:
         return
     unless = "" if shared else "the engines need the shared folder"

@@ -191,17 +191,3 @@ def seconds(world: World, call: Callable[[], object]) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return world.max(best)[0]
-
-
-def check_gloo(world: World) -> Finding:
-    """A group like that by which checkpoints are written, on GPUs too. A collective."""
-    group = dist.new_group(backend="gloo")
-    everyone: list[int] = [0] * world.size
-    dist.all_gather_object(everyone, world.rank, group=group)
-    dist.destroy_process_group(group)
-    if everyone == list(range(world.size)):
-        return Finding("right: checkpoints can be written")
-    return Finding(
-        f"wrong: the ranks are {everyone}",
-        "set GLOO_SOCKET_IFNAME to the interface that joins the nodes",
-    )

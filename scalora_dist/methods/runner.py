@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scalora_dist.config.method import MethodArguments
@@ -21,6 +22,7 @@ from scalora_dist.errors import UserError
 from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.init.initialization import Initialization
+from scalora_dist.methods.init.samples import SamplePass
 from scalora_dist.methods.merger import IntoWeights, Merger, MergeTarget
 from scalora_dist.methods.method import Method
 from scalora_dist.methods.rank_monitor import RankMonitor
@@ -103,30 +105,41 @@ class MethodRunner:
             self.merger.monitor = monitor
         return monitor
 
-    def initialize(
-        self, samples: Callable[[], Callable[[], Iterable[Tensor]]], *, examples: float
-    ) -> None:
+    def initialize(self, samples: Callable[[], SamplePass], *, examples: float) -> None:
         """Run the method's initialization, if it has one.
 
         Args:
-            samples: makes ``Initialization.losses``. Called only if there is an initialization.
+            samples: makes the passes over the samples. Called only if there is an initialization.
             examples: number of examples that the run trains on, with repeats.
+
+        Raises:
+            UserError: a gradient is not finite, or its GPU has no memory for the initialization.
         """
         if self.method.initialize is None:
             return
         started = time.perf_counter()
         train, args = self.options.train, self.options.method
-        self.method.initialize(
-            Initialization(
-                self.engine,
-                args,
-                samples(),
-                learning_rate=train.learning_rate,
-                warmup_ratio=train.warmup_ratio,
-                examples=examples,
-                seed=train.seed,
-            )
+        losses = samples()
+        initialization = Initialization(
+            self.engine,
+            args,
+            losses,
+            losses.longest,
+            learning_rate=train.learning_rate,
+            warmup_ratio=train.warmup_ratio,
+            examples=examples,
+            seed=train.seed,
         )
+        try:
+            self.method.initialize(initialization)
+        except torch.OutOfMemoryError as error:
+            if not args.reads("start_memory"):
+                raise
+            raise UserError(
+                f"a GPU has not enough memory to initialize {args.name}: set --start_memory to "
+                "fewer MiB than the run has logged for the GPU, or --gradient_checkpointing if it "
+                "has logged none"
+            ) from error
         (peak,) = self.engine.world.max(peak_memory_bytes(self.engine.world.device))
         logger.info(
             "the initialization of %s took %.1f s; peak memory of a rank so far %.2f GiB",

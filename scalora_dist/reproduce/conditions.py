@@ -24,6 +24,7 @@ from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards
 from scalora_dist.errors import UserError
 from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.methods.init.groups import Budget
 from scalora_dist.methods.rank_monitor import spread_out
 from scalora_dist.methods.scalora import Rescaler
 from scalora_dist.methods.transform import Transform, TransformReport
@@ -31,7 +32,7 @@ from scalora_dist.profiling.clock import Clock
 from scalora_dist.training.feed import MicroBatches
 from scalora_dist.training.trainer import Trainer
 
-BUDGET_BYTES = 512 * 2**20  # for gradients of frozen weights at one time
+BUDGET = Budget(device=512 * 2**20)  # for gradients of frozen weights at one time
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class ObservingTrainer(Trainer):
             losses,
             self.world,
             release=self.engine.release,
-            budget_bytes=BUDGET_BYTES,
+            budget=BUDGET,
         ):
             values = torch.linalg.svdvals(gradient.local.view(gradient.shape))
             largest = values[0].clamp_min(torch.finfo(values.dtype).tiny)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.distributed.world import World
 from scalora_dist.training.evaluate import Evaluation
 from scalora_dist.training.run_log import write_json
 
@@ -23,8 +23,8 @@ class Phases:
     """The phases of a run that are finished. The same on every rank; rank 0 writes phase.json.
 
     Attributes:
-        checkpoints: the run's checkpoints.
         folder: the run's ``output_dir``.
+        world: the ranks.
         finished: the last finished phase; None: not even "start".
         step: number of steps at the end of training; 0 before.
         saved: whether the checkpoint of the last step is written.
@@ -32,9 +32,9 @@ class Phases:
         found: what the finished phases found out, for the summary. JSON values.
     """
 
-    def __init__(self, checkpoints: Checkpoints, wanted: dict[str, Any]) -> None:
-        self.checkpoints = checkpoints
-        self.folder = checkpoints.output_dir
+    def __init__(self, folder: Path, world: World, wanted: dict[str, Any]) -> None:
+        self.folder = folder
+        self.world = world
         self.finished: str | None = None
         self.step = 0
         self.saved = True
@@ -80,7 +80,7 @@ class Phases:
             found: what the phase found out. JSON values.
         """
         files = dict(self.found.get("written", {}))
-        if self.checkpoints.world.is_main:
+        if self.world.is_main:
             files |= {str(f.relative_to(self.folder)): f.stat().st_size for f in written}
         self._set(phase, {**self.found, **found, "written": files})
 
@@ -93,7 +93,7 @@ class Phases:
         Args:
             step: number of steps of the whole run, all of which the checkpoint has.
         """
-        saved = self.checkpoints.from_rank_0(lambda: _later_phases(self.folder))
+        saved = self.world.told(lambda: _later_phases(self.folder))
         self.finished, self.step = "training", step
         if (saved.get("step"), saved.get("wanted")) == (step, self.wanted):
             self.finished, self.found = saved["finished"], saved["found"]
@@ -101,7 +101,7 @@ class Phases:
     def _set(self, finished: str, found: dict[str, Any]) -> None:
         self.finished, self.found = finished, found
         recorded = self.saved or finished == PHASES[-1]
-        if not self.checkpoints.world.is_main or not recorded:
+        if not self.world.is_main or not recorded:
             return
         try:
             self._write(finished, found)

@@ -69,7 +69,8 @@ class Results:
             UpdateRank(engine, train.update_rank_layers) if train.update_rank_layers else None
         )
         names = ("save_model", "adapter_rank", "update_rank_layers")
-        self.phases = Phases(checkpoints, {name: getattr(train, name) for name in names})
+        wanted = {name: getattr(train, name) for name in names}
+        self.phases = Phases(checkpoints.output_dir, checkpoints.world, wanted)
 
     def clear(self, *, resumed: bool = False) -> None:
         """Move the results of an earlier run out of the way, until this run's are whole.

@@ -218,7 +218,7 @@ class Trainer:
         elif first_step < self.feed.steps:
             self.results.clear(resumed=True)
         else:
-            self.results.go_on(checkpoint, self.checkpoints.keep)
+            self.results.go_on(checkpoint, self.options.train.save_total_limit)
         if not self.results.phases.done("evaluation"):  # then its lines are written again
             steps = self.feed.steps
             history = [line for line in history if "loss" in line or line["step"] < steps]
@@ -284,7 +284,7 @@ class Trainer:
     def _evaluated(self, step: int) -> bool:
         """Whether an earlier process has evaluated after ``step``. A collective."""
         lines = self.progress.history
-        return self.checkpoints.from_rank_0(
+        return self.world.told(
             lambda: any("eval_loss" in line and line["step"] == step for line in lines)
         )
 

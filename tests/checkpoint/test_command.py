@@ -16,7 +16,14 @@ from safetensors import safe_open
 from scalora_dist.checkpoint import command
 from scalora_dist.checkpoint.command import checkpoint_command, listed, render, size
 from scalora_dist.checkpoint.contents import kind_of, tensors_by_kind
-from scalora_dist.checkpoint.manifest import MANIFEST, STATE, FileRecord, faults, write_synced
+from scalora_dist.checkpoint.manifest import (
+    INDEX,
+    MANIFEST,
+    STATE,
+    FileRecord,
+    faults,
+    write_synced,
+)
 from scalora_dist.errors import UserError
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
@@ -76,6 +83,9 @@ def shown(capsys: pytest.CaptureFixture[str], named: Path) -> dict[str, list[str
     return rows
 
 
+OF_TOMORROW = b'{"tensors": {"a": ["F9", 1, 0]}, "cuts": [[[0], [0]]]}'
+
+
 def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change state.json and its checksum: what another version would have written."""
     state = json.loads((folder / STATE).read_text())
@@ -112,7 +122,7 @@ def test_a_sound_checkpoint_is_described(
     ]
     assert rows["versions"] == [f"{name} {x}" for name, x in state["versions"].items()]
     names = [line.split(",")[0] for line in rows["files"][1:]]
-    assert names == ["rank-00000.safetensors", RANK_FILE, STATE]
+    assert names == ["rank-00000.safetensors", RANK_FILE, INDEX, STATE]
 
 
 def test_a_folder_of_a_run_is_its_newest_checkpoint_and_a_line_for_each_other(
@@ -121,7 +131,7 @@ def test_a_folder_of_a_run_is_its_newest_checkpoint_and_a_line_for_each_other(
     rows = shown(capsys, run("weight"))
     assert rows["checkpoint"] == [str(run("weight") / f"checkpoint-{STEPS}")]
     (other,) = rows["checkpoint-2"]
-    assert other.startswith("3 files, ") and other.endswith("; not read")
+    assert other.startswith("4 files, ") and other.endswith("; not read")
 
 
 @pytest.mark.parametrize(
@@ -163,12 +173,12 @@ def test_all_tensors_are_counted_by_kind(
     run: Callable[[str], Path], name: str, kinds: dict[str, int]
 ) -> None:
     """Two layers of seven linear ones: A and B each have a master and two moments."""
-    files = sorted((run(name) / f"checkpoint-{STEPS}").glob("*.safetensors"))
-    amounts = tensors_by_kind(files)
+    folder = run(name) / f"checkpoint-{STEPS}"
+    amounts = tensors_by_kind(folder)
     assert not isinstance(amounts, str)
     assert {kind: amount.tensors for kind, amount in amounts.items()} == kinds
     numbers = count = 0
-    for file in files:
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
                 numbers += tensors.get_tensor(key).numel()
@@ -203,6 +213,15 @@ def shorten(folder: Path) -> None:
     (folder / RANK_FILE).write_bytes(data[:-1])
 
 
+def without_index(folder: Path) -> None:
+    """A checkpoint of an older version, with a damaged file."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    del files[INDEX]
+    (folder / INDEX).unlink()
+    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+    (folder / RANK_FILE).write_bytes(b"short")
+
+
 def flip(folder: Path) -> None:
     data = bytearray((folder / RANK_FILE).read_bytes())
     data[-1] ^= 1
@@ -215,7 +234,11 @@ def flip(folder: Path) -> None:
         (shorten, f"{RANK_FILE} has "),
         (flip, f"{RANK_FILE} is damaged (its checksum differs)"),
         (lambda x: (x / RANK_FILE).unlink(), f"{RANK_FILE} is missing"),
-        (lambda x: (x / RANK_FILE).write_bytes(b"short"), f"{RANK_FILE} has no readable header"),
+        (lambda x: (x / RANK_FILE).write_bytes(b"short"), f"{RANK_FILE} has 5 bytes, not "),
+        (lambda x: (x / INDEX).unlink(), f"{INDEX} is missing"),
+        (lambda x: replace(x, INDEX, b"{"), f"{INDEX} cannot be read"),
+        (lambda x: replace(x, INDEX, OF_TOMORROW), f"{INDEX} cannot be read"),
+        (without_index, f"{RANK_FILE} has no readable header"),
         (lambda x: (x / MANIFEST).unlink(), "manifest.json is missing"),
         (lambda x: (x / MANIFEST).write_text("{"), "manifest.json is damaged"),
         (lambda x: (x / STATE).unlink(), "state.json is missing"),
@@ -246,7 +269,7 @@ def test_damage_is_told_with_status_1(
     assert [line for line in rows["DAMAGED"] if line.startswith(told)], rows["DAMAGED"]
     # What is readable is told all the same.
     assert ("step" in rows) == ("state.json" not in told)
-    assert ("AdamW's moments" in rows) == ("header" not in told)
+    assert ("AdamW's moments" in rows) == ("read" not in told or "state" in told)
 
 
 def test_what_other_versions_wrote_is_told(

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from scalora_dist.checkpoint import manifest
 from scalora_dist.checkpoint.manifest import (
@@ -187,11 +190,72 @@ def test_what_two_ranks_save_any_number_reads(ranks: GetRanks, tmp_path: Path, s
     assert ranks(2).run(work.save, tmp_path, [2, 4, 6], 2) == [[None] * 3] * 2
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     assert names(tmp_path / "checkpoint-6") == sorted(
-        [RANK_FILE, "rank-00001.safetensors", "state.json", "manifest.json"]
+        [RANK_FILE, "rank-00001.safetensors", "index.json", "state.json", "manifest.json"]
     )
     assert manifest.read_state(tmp_path / "checkpoint-6") == {"step": 6, "rank": 0}
     for step in (4, 6):
         assert ranks(size).run(work.load, tmp_path, step) == [True] * size
+
+
+def without_index(folder: Path) -> None:
+    """Make a checkpoint one of the versions that wrote no index."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    del files["index.json"]
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    (folder / "index.json").unlink()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_checkpoint_without_an_index_is_read(ranks: GetRanks, tmp_path: Path, size: int) -> None:
+    ranks(2).run(work.save, tmp_path, [2])
+    without_index(tmp_path / "checkpoint-2")
+    assert ranks(size).run(work.load, tmp_path, 2) == [True] * size
+
+
+def test_torch_reads_the_files(ranks: GetRanks, tmp_path: Path) -> None:
+    """So do the versions that wrote no index, which read them by torch."""
+    ranks(3).run(work.save, tmp_path, [2])
+    state = {"wide": torch.zeros(work.NUMEL), "mine.2": torch.zeros(3, dtype=torch.int64)}
+    reader = HuggingFaceStorageReader(str(tmp_path / "checkpoint-2"))
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    assert torch.equal(state["wide"], work.whole(2))
+    assert state["mine.2"].tolist() == [2, 2, 2]
+
+
+def test_a_rank_opens_only_the_files_that_it_needs(ranks: GetRanks, tmp_path: Path) -> None:
+    """The same ranks again: each its own file. Of 4 ranks' files, two ranks share the second."""
+    ranks(4).run(work.save, tmp_path, [2])
+    assert ranks(4).run(work.opened, tmp_path, 2) == [[0], [1], [2], [3]]
+    assert ranks(2).run(work.opened, tmp_path, 2) == [[0, 1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("broken", "rank"),
+    [("_make", 0), ("_write_file", 0), ("_write_file", 1), ("publish", 0), ("prune", 0)],
+)
+def test_a_save_that_fails_is_told_to_all(
+    ranks: GetRanks, tmp_path: Path, broken: str, rank: int
+) -> None:
+    """The next save succeeds, and nothing is left of the failed one, which all ranks give up."""
+    outcomes = ranks(2).run(work.save_with_a_failure, tmp_path, broken, rank)
+    failure = f"checkpoint-4 could not be written (rank {rank}: No space left on device)"
+    assert outcomes == [[None, failure, None]] * 2
+    left = {"checkpoint-2", "checkpoint-6"} | ({"checkpoint-4"} if broken == "prune" else set())
+    assert set(names(tmp_path)) == left
+    assert ranks(2).run(work.load, tmp_path, 6) == [True, True]
+
+
+def test_a_failure_that_no_one_foresaw_is_told_too(ranks: GetRanks, tmp_path: Path) -> None:
+    outcomes = ranks(2).run(work.save_with_a_failure, tmp_path, "_write_file", 1, KeyError("oh"))
+    told = "checkpoint-4 could not be written (rank 1: KeyError: 'oh')"
+    assert outcomes == [[None, told, None]] * 2
+
+
+def test_ranks_that_save_other_tensors_are_told(ranks: GetRanks, tmp_path: Path) -> None:
+    failure = "rank 0: ValueError: rank 1 saves other tensors than rank 0"
+    for outcome in ranks(2).run(work.save_other_tensors, tmp_path):
+        assert outcome == f"checkpoint-2 could not be written ({failure})"
+    assert names(tmp_path) == []
 
 
 def flip(path: Path, where: float = 0.5) -> None:
@@ -213,6 +277,8 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "state truncated": (truncate, "state.json"),
     "missing": (Path.unlink, "rank-00001.safetensors"),
     "state missing": (Path.unlink, "state.json"),
+    "a bit of the index": (flip, "index.json"),
+    "index missing": (Path.unlink, "index.json"),
     "manifest missing": (Path.unlink, "manifest.json"),
     "manifest truncated": (truncate, "manifest.json"),
 }

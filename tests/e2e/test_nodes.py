@@ -14,6 +14,7 @@ from scalora_dist.checkpoint.manifest import checkpoints
 from scalora_dist.distributed.stop_signals import PREEMPTED
 from tests.support import launched, nodes, runs, tiny_runs
 from tests.support.nodes import Node
+from tools.rehearse.nodes import until
 
 HANG_SECONDS = 8
 LAUNCHERS = {"fsdp": "torchrun", "zero3": "deepspeed"}
@@ -44,7 +45,7 @@ def test_two_nodes_train_as_one_until_one_dies(
     for node in pair:
         node.start({**alone, **endless}, LAUNCHER=LAUNCHERS[engine])
     ranks(2).run(tiny_runs.train, alone)
-    nodes.until(lambda: launched.last_step(tmp_path / "run") >= 3, pair)
+    until(lambda: launched.last_step(tmp_path / "run") >= 3, pair)
     getattr(pair[dead], how)()
     died = time.monotonic()
     other = pair[1 - dead]
@@ -92,7 +93,7 @@ def test_a_signal_to_one_node_saves_and_ends_both(
     case = tiny_runs.options(odd, tmp_path / "run", engine, max_steps=100_000, save_steps=0)
     for node in pair:
         node.start(case, LAUNCHER=LAUNCHERS[engine])
-    nodes.until(lambda: launched.last_step(tmp_path / "run") >= 3, pair)
+    until(lambda: launched.last_step(tmp_path / "run") >= 3, pair)
     assert pair[1].process
     pair[1].process.send_signal(number)
     expected = [{"fsdp": 1, "zero3": 75}[engine], 75]  # torchrun does not pass the ranks' 75 on

@@ -165,6 +165,19 @@ def test_activations_of_compiled_blocks_on_the_host(
     assert graphs > 0 and sent > 0 and of_parameters == 0
 
 
+@pytest.mark.parametrize("engine", each("local", "zero3", "fsdp"))
+def test_sums_of_a_start_on_the_host(
+    ranks: GetRanks, task: Path, tmp_path: Path, engine: str
+) -> None:
+    """They are those on the device, and the room for them is less than what is free."""
+    case = tiny_runs.options(task, tmp_path / "run", engine, **STEADY, method="lora-ga", rank=2)
+    group = ranks(1 if engine == "local" else most_ranks(2))
+    for error, room, free in group.run(work.sums_of_a_start, case):
+        assert error < CLOSE
+        assert room.host > 0
+        assert 0 < room.device < free if ON_GPU else room.device == 0
+
+
 def test_checkpoint_staging(ranks: GetRanks) -> None:
     assert ranks(1).run(work.staging) == [(ON_GPU, True)]
 

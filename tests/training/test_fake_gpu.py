@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from torch import Tensor
 
-from scalora_dist.checkpoint.parts import Stager
+from scalora_dist.checkpoint.parts import stage
 from scalora_dist.modeling import offloaded_activations
 from scalora_dist.modeling.offloaded_activations import IN_FLIGHT, StreamedCopies
 from scalora_dist.profiling.kernels import Counts, KernelCount
@@ -180,7 +180,7 @@ def test_staging_and_exports_of_shards(task: Path, tmp_path: Path, method: dict[
         for step in range(2):
             trainer.progress.note(trainer.take_step(step, micro_batches)[0])
         with KernelCount("cuda") as kernels:
-            staged = Stager().stage(trainer.state.parts())
+            staged = stage(trainer.state.parts())
         # Copies into pinned memory: the host waits for them once, not for each.
         assert kernels.take().waits <= 1
         assert staged and all(part.local.device.type == "cpu" for part in staged.values())

@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,7 +113,8 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
                 known = [torch.Tensor, nn.Parameter, DTensor, FakeTensor]
                 stack.enter_context(patch(types, known))
             mode = _FakeCuda()
-            stack.enter_context(patch.object(dist, "new_group", mode.new_group(dist.new_group)))
+            made = partial(dist.new_group, backend="fake")
+            stack.enter_context(patch.object(dist, "new_group", made))
             # Objects go over tensors on the CPU here, and there is nobody to change them.
             stack.enter_context(patch.object(dist, "broadcast_object_list", lambda *a, **k: None))
             stack.enter_context(patch.object(nn.Module, "_apply", _moves()))
@@ -133,18 +135,6 @@ class _FakeCuda(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
-        self.gloo: set[str] = set()  # names of the groups that take tensors on the CPU
-
-    def new_group(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """A ``dist.new_group`` that makes fake groups, and notes those for tensors on the CPU."""
-
-        def make(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-            group = real(*args, backend="fake", **kwargs)
-            if backend == "gloo" and group is not None:
-                self.gloo.add(group.group_name)
-            return group
-
-        return make
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
@@ -183,12 +173,7 @@ class _FakeCuda(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _check_devices(self, name: str, args: Any) -> None:
-        leaves = tree_leaves(args)
-        groups = [x for x in leaves if isinstance(x, torch.ScriptObject)]
-        groups = [x for x in groups if x._type().qualified_name().endswith(".ProcessGroup")]
-        if dist.ProcessGroup.unbox(groups[0]).group_name in self.gloo:
-            return
-        for leaf in leaves:
+        for leaf in tree_leaves(args):
             if isinstance(leaf, Tensor) and leaf.device.type != "cuda":
                 raise RuntimeError(f"{name} of a tensor on {leaf.device}: NCCL takes GPU tensors")
 

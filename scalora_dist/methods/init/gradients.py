@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scalora_dist.core import host
 from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.flat_shard import FlatShard
+from scalora_dist.core.host_sums import HostSums
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
+from scalora_dist.methods.init.groups import Budget, group_layers, sum_bytes
 from scalora_dist.modeling.padding import whole_rows
 
 
@@ -26,17 +30,17 @@ def weight_gradients(
     world: World,
     *,
     release: Callable[[], object],
-    budget_bytes: int,
+    budget: Budget,
     loss_scale: float = 1.0,
 ) -> Iterator[tuple[str, FlatShard]]:
     """Yield this rank's rows of ∇W, summed over micro-batches and ranks, one layer after another.
 
     A collective: one reduce-scatter per layer and micro-batch, and one all-reduce per micro-batch.
 
-    The layers are processed in groups. The sums of a group fit ``budget_bytes`` on this rank, and
-    a group has at least one layer. Each group takes one pass over the samples. Besides the sums, a
-    rank holds the full gradient of one layer and one micro-batch. No parameter gets a gradient, so
-    an engine's hooks on parameters do not run. Its hooks on modules gather and free the weights.
+    The layers are processed in groups (``group_layers``), with one pass over the samples for each.
+    The sums of a group fit ``budget`` on this rank. Besides the sums, a rank holds the full
+    gradient of one layer and one micro-batch. No parameter gets a gradient, so an engine's hooks on
+    parameters do not run. Its hooks on modules gather and free the weights.
 
     The model runs in evaluation mode, without dropout. Only modules with activation checkpointing
     stay in training mode, since transformers checkpoints only there. At each yield the model is
@@ -53,48 +57,104 @@ def weight_gradients(
             (times 0 where samples run out). They must not be kept: each holds its activations.
         world: the ranks.
         release: called after each backward: ``Engine.release``.
-        budget_bytes: bytes on this rank for the sums of one group.
+        budget: memory of this rank for the sums of one group, the same on every rank. The sums do
+            not depend on it.
         loss_scale: losses are multiplied by it and sums divided by it, for a backward in float16.
             Non-finite sums mean that it was too large.
 
     Yields:
-        (name, rows): float32, ceil(m / world) full rows per rank, split as by torch.chunk. They are
-        sharded over the group of all ranks, however the engine shards W.
+        (name, rows): float32 on the device, ceil(m / world) full rows per rank, split as by
+        torch.chunk. They are sharded over the group of all ranks, however the engine shards W.
 
     Raises:
         UserError: on every rank, where the ranks' samples go through different layers.
     """
-    groups = list(_groups(layers, world, budget_bytes))
+    groups = group_layers(sizes_of(layers, world), budget)
+    sums = HostSums(world.device)
     with tqdm(
         desc="gradients of the weights",
         unit="batch",
         disable=None if world.is_main else True,
         leave=False,
     ) as progress:
-        for number, group in enumerate(groups, 1):
+        for number, places in enumerate(groups, 1):
             progress.set_postfix_str(f"pass {number} of {len(groups)}")
-            with _without_dropout(model), _Taps(group, world) as taps:
-                for loss in losses():
-                    taps.backward(loss * loss_scale)
-                    del loss  # it holds the activations of the layers before the group
-                    release()
-                    progress.update()
+            group = {
+                name: _Rows(layers[name], world, sums if place == "host" else None)
+                for name, place in places.items()
+            }
+            for _ in _backwards(model, group, losses, world, release, loss_scale):
+                progress.update()
             progress.total = progress.n // number * len(groups)
-            for name in list(group):
+            for name in places:
                 yield name, group.pop(name).shard(loss_scale)
 
 
-class _Rows:
-    """The rows of one layer's ∇W (m, n) that this rank sums. ``add`` allocates them."""
+def rehearse(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    losses: Callable[[], Iterable[Tensor]],
+    world: World,
+    *,
+    release: Callable[[], object],
+    loss_scale: float = 1.0,
+) -> None:
+    """Do what ``weight_gradients`` does in a pass over all layers, but keep no sums. A collective.
 
-    def __init__(self, layer: nn.Module, world: World) -> None:
-        # The shape is not read from the weight: under ZeRO-3 the weight's own shape is empty.
-        # Layers that PEFT wraps have these attributes too, without a type in common.
+    What it takes of a rank's memory is what a pass takes beside its sums.
+
+    Args:
+        model, layers, losses, world, release, loss_scale: as for ``weight_gradients``.
+    """
+    group = {name: _Unkept(layer, world) for name, layer in layers.items()}
+    for _ in _backwards(model, group, losses, world, release, loss_scale):
+        pass
+
+
+def sizes_of(layers: Mapping[str, nn.Module], world: World) -> dict[str, int]:
+    """{layer: bytes on a rank of the sum of its ∇W}."""
+    return {name: sum_bytes(_shape(layer), world.size) for name, layer in layers.items()}
+
+
+def _backwards(
+    model: nn.Module,
+    group: Mapping[str, _Rows],
+    losses: Callable[[], Iterable[Tensor]],
+    world: World,
+    release: Callable[[], object],
+    loss_scale: float,
+) -> Iterator[None]:
+    """One pass: add the part of each micro-batch to the rows of the group."""
+    with _without_dropout(model), _without_reductions(model), _Taps(group, world) as taps:
+        for loss in losses():
+            taps.backward(loss * loss_scale)
+            del loss  # it holds the activations of the layers before the group
+            release()
+            yield
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(m, n) of a layer's W.
+
+    It is not read from the weight: under ZeRO-3 the weight's own shape is empty. Layers that PEFT
+    wraps have these attributes too, without a type in common.
+    """
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+class _Rows:
+    """The rows of one layer's ∇W (m, n) that this rank sums."""
+
+    def __init__(self, layer: nn.Module, world: World, sums: HostSums | None = None) -> None:
+        """
+        Args:
+            sums: adds to a sum in the host's memory; None: the sum is on the device.
+        """
         self.layer = layer
         self.world = world
-        self.shape = m, n = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-        self.share = ceil_div(m, world.size)
-        self.bytes = 4 * self.share * n
+        self.sums = sums
+        self.shape = _shape(layer)
+        self.share = ceil_div(self.shape[0], world.size)
         self.sum: Tensor | None = None  # (share, n) float32, padded on the last ranks
 
     def add(self, x: Tensor, grad_y: Tensor) -> None:
@@ -111,7 +171,16 @@ class _Rows:
         part = whole.new_empty(self.share, n)
         dist.reduce_scatter_tensor(part, whole)
         whole.untyped_storage().resize_(0)  # gloo's threads keep their last messages for long
-        self.sum = part if self.sum is None else self.sum.add_(part)
+        self._keep(part)
+
+    def _keep(self, part: Tensor) -> None:
+        """Add a micro-batch's part (share, n)."""
+        if self.sums is None:
+            self.sum = part if self.sum is None else self.sum.add_(part)
+            return
+        if self.sum is None:
+            self.sum = torch.zeros(self.share, part.shape[1])
+        self.sums.add_(self.sum, part)
 
     def shard(self, loss_scale: float) -> FlatShard:
         m, n = self.shape
@@ -119,23 +188,17 @@ class _Rows:
         end = min(start + self.share, m)
         if self.sum is None:  # no sample reached this layer
             self.sum = torch.zeros(self.share, n, device=self.world.device)
-        rows = self.sum.div_(loss_scale)[: end - start]
+        if self.sums is not None:
+            self.sums.wait()
+        total = host.to_device(self.sum, self.world.device)
+        rows = total.div_(loss_scale)[: end - start]
         return FlatShard(rows.view(-1), start * n, self.shape, dist.group.WORLD)
 
 
-def _groups(
-    layers: Mapping[str, nn.Module], world: World, budget_bytes: int
-) -> Iterator[dict[str, _Rows]]:
-    """Consecutive layers in groups whose sums fit the budget. A larger layer has its own group."""
-    group: dict[str, _Rows] = {}
-    for name, layer in layers.items():
-        one = _Rows(layer, world)
-        if group and sum(other.bytes for other in group.values()) + one.bytes > budget_bytes:
-            yield group
-            group = {}
-        group[name] = one
-    if group:
-        yield group
+class _Unkept(_Rows):
+    """Rows of a rehearsal, which need no memory."""
+
+    def _keep(self, part: Tensor) -> None: ...
 
 
 class _Taps:
@@ -215,3 +278,20 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _without_reductions(model: nn.Module) -> Iterator[None]:
+    """Without hooks on the modules' backwards.
+
+    ZeRO-3 has such hooks on PEFT's layers. They would reduce gradients of A and B that are not
+    there, and expect to run for all layers.
+    """
+    hooked = {module: module._backward_hooks for module in model.modules()}
+    try:
+        for module in hooked:
+            module._backward_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in hooked.items():
+            module._backward_hooks = hooks

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from scalora_dist.config.method import MethodArguments
@@ -13,7 +16,12 @@ from scalora_dist.core.sharded_svd import TruncatedSVD, truncated_svd
 from scalora_dist.engines.base import Engine
 from scalora_dist.errors import UserError
 from scalora_dist.layers.fourbit_linear import FourBitLinear
-from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.methods.init.gradients import rehearse, sizes_of, weight_gradients
+from scalora_dist.methods.init.groups import Budget, group_layers
+from scalora_dist.methods.init.room import free_room
+
+logger = logging.getLogger(__name__)
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Initialization:
         engine: the sharded model.
         args: the options of the method.
         losses: one pass over this rank's share of the samples, as for ``weight_gradients``.
+        longest: as ``losses``, for the longest of them only.
         learning_rate: the learning rate of the run, before its schedule.
         warmup_ratio: the share of the run's steps over which the learning rate rises.
         examples: number of examples that the run trains on, with repeats.
@@ -33,6 +42,7 @@ class Initialization:
     engine: Engine
     args: MethodArguments
     losses: Callable[[], Iterable[Tensor]]
+    longest: Callable[[], Iterable[Tensor]]
     learning_rate: float
     warmup_ratio: float
     examples: float
@@ -44,23 +54,52 @@ class Initialization:
         Raises:
             UserError: on every rank, where a gradient is not finite.
         """
+        engine = self.engine
         gradients = weight_gradients(
-            self.engine.model,
-            self.engine.adapted,
+            engine.model,
+            engine.adapted,
             self.losses,
-            self.engine.world,
-            release=self.engine.release,
-            budget_bytes=self.args.start_memory * 2**20,
-            loss_scale=self.engine.loss_scale,
+            engine.world,
+            release=engine.release,
+            budget=self._budget(),
+            loss_scale=engine.loss_scale,
         )
         for name, gradient in gradients:
-            (broken,) = self.engine.world.max((~gradient.local.isfinite()).any())
+            (broken,) = engine.world.max((~gradient.local.isfinite()).any())
             if broken:
                 raise UserError(
                     f"the first gradient of {name} is not finite: set --bf16, or with fp16 a lower "
                     "initial_scale_power in the --ds_config"
                 )
             yield name, gradient
+        if engine.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # NCCL and others do not allocate from torch's memory
+
+    def _budget(self) -> Budget:
+        """The memory for the sums of ∇W, the same on every rank. Rank 0 logs it. A collective."""
+        engine = self.engine
+        one = partial(
+            rehearse,
+            engine.model,
+            engine.adapted,
+            self.longest,
+            engine.world,
+            release=engine.release,
+            loss_scale=engine.loss_scale,
+        )
+        budget = free_room(one, engine.world)
+        if self.args.start_memory is not None:
+            budget = budget.at_most(self.args.start_memory * MIB)
+        sizes = sizes_of(engine.adapted, engine.world)
+        logger.info(
+            "the first gradients take %d MiB of a rank, which has %d MiB on the GPU and %d MiB on "
+            "the host for them: %d pass(es) over the samples",
+            sum(sizes.values()) // MIB,
+            budget.device // MIB,
+            budget.host // MIB,
+            len(group_layers(sizes, budget)),
+        )
+        return budget
 
     def svd(self, matrix: FlatShard, rank: int) -> TruncatedSVD:
         """``truncated_svd`` plus broadcasts, so that all ranks have the same bits. A collective.

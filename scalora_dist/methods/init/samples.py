@@ -52,6 +52,13 @@ class SamplePass:
         self.mine = padded[world.rank :: world.size]
 
     def __call__(self) -> Iterator[Tensor]:
-        for i in self.mine:
-            batch = self.collate([self.examples[i]]).to(self.world.device)
-            yield self.loss(batch).loss / self.targets
+        return map(self._loss, self.mine)
+
+    def longest(self) -> Iterator[Tensor]:
+        """The loss of this rank's longest sample alone, which needs the most memory."""
+        length = {i: len(self.examples[i]["input_ids"]) for i in self.mine}
+        yield self._loss(max(self.mine, key=length.__getitem__))
+
+    def _loss(self, index: int | None) -> Tensor:
+        batch = self.collate([self.examples[index]]).to(self.world.device)
+        return self.loss(batch).loss / self.targets

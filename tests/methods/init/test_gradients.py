@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from scalora_dist.methods.init.groups import Budget
 from tests.support import runs, tiny_models
 from tests.support.ranks import Ranks
 from tests.support.workers import gradients as gradient_work
@@ -22,6 +23,7 @@ GetRanks = Callable[[int], Ranks]
 
 GLOBAL_BATCH = 12
 SMALL, LARGE = 4000, 2**30  # bytes: a layer or two at a time, all of them
+BUDGETS = [Budget(SMALL), Budget(LARGE), Budget(0, LARGE), Budget(SMALL, 2 * SMALL)]
 TOLERANCE = 1e-5  # of a layer's largest entry
 TASK = {
     "train_batch_size": GLOBAL_BATCH,
@@ -104,26 +106,40 @@ def check(model: Path, answers: list[Found]) -> None:
 
 # Two micro-batches a step and rank everywhere.
 CASES = [
-    (1, "local", False),
-    (2, "zero0", False),
-    (2, "zero2", False),
-    (2, "zero3", False),
-    (2, "zero3", True),
-    (2, "fsdp", False),
-    (2, "fsdp", True),
-    (3, "zero3", True),
+    (1, "local", False, "lora"),
+    (2, "zero0", False, "lora"),
+    (2, "zero2", False, "lora"),
+    (2, "zero3", False, "lora"),
+    (2, "zero3", True, "lora"),
+    (2, "zero3", False, "peft-lora"),  # DeepSpeed has other hooks on PEFT's layers
+    (2, "fsdp", False, "lora"),
+    (2, "fsdp", True, "lora"),
+    (3, "zero3", True, "lora"),
 ]
 
 
-@pytest.mark.parametrize(("size", "engine", "checkpointing"), CASES)
+@pytest.mark.parametrize(("size", "engine", "checkpointing", "method"), CASES)
 def test_gradients_are_those_of_the_whole_model(
-    ranks: GetRanks, model: Path, tmp_path: Path, size: int, engine: str, checkpointing: bool
+    ranks: GetRanks,
+    model: Path,
+    tmp_path: Path,
+    size: int,
+    engine: str,
+    checkpointing: bool,
+    method: str,
 ) -> None:
-    """In several passes and in one; with one layer's whole gradient at a time; nothing is left."""
-    options = task(model, tmp_path, size, engine, gradient_checkpointing=checkpointing)
-    budgets = [SMALL, LARGE]
-    by_rank = ranks(size).run(gradient_work.gradients, options, budgets, loss_scale=2.0**10)
-    for budget, *answers in zip(budgets, *by_rank, strict=True):
+    """In several passes and in one, with sums on the device and on the host: the same numbers.
+
+    One layer's whole gradient is held at a time. Nothing is left.
+    """
+    options = task(
+        model, tmp_path, size, engine, gradient_checkpointing=checkpointing, method=method
+    )
+    by_rank = ranks(size).run(gradient_work.gradients, options, BUDGETS, loss_scale=2.0**10)
+    for first, *others in by_rank:
+        for name, (_, _, local) in first.rows.items():
+            assert all(np.array_equal(other.rows[name][2], local) for other in others)
+    for budget, *answers in zip(BUDGETS, *by_rank, strict=True):
         check(model, answers)
         for answer in answers:
             assert not answer.left
@@ -131,28 +147,31 @@ def test_gradients_are_those_of_the_whole_model(
             shares = {name: 4 * -(-m // size) * n for name, (m, n) in shapes.items()}  # bytes
             assert (answer.sent, answer.whole) == (size * max(shares.values()) // 4, 1)
             sums = [[shares[name] for name in names] for names in answer.passes]
-            assert all(sum(group) <= budget or len(group) == 1 for group in sums)
-            assert len(sums) == answer.forwards / 2 and (len(sums) == 1) == (budget == LARGE)
+            assert all(sum(group) <= sum(budget) or len(group) == 1 for group in sums)
+            assert len(sums) == answer.forwards / 2 and (len(sums) == 1) == (LARGE in budget)
             assert (answer.blocks > answer.forwards) == checkpointing
 
 
 @pytest.mark.parametrize(
-    ("engine", "checkpointing"),
+    ("engine", "checkpointing", "method"),
     [
-        ("zero2", False),
-        pytest.param("zero3", False, marks=pytest.mark.heavy),
-        ("zero3", True),
-        pytest.param("fsdp", True, marks=pytest.mark.heavy),
+        ("zero2", False, "lora"),
+        pytest.param("zero3", False, "lora", marks=pytest.mark.heavy),
+        ("zero3", True, "lora"),
+        ("zero3", False, "peft-lora"),
+        pytest.param("fsdp", True, "lora", marks=pytest.mark.heavy),
     ],
 )
 def test_training_afterwards_is_as_without(
-    ranks: GetRanks, model: Path, tmp_path: Path, engine: str, checkpointing: bool
+    ranks: GetRanks, model: Path, tmp_path: Path, engine: str, checkpointing: bool, method: str
 ) -> None:
     losses = []
     for budget in (None, SMALL):
         folder = tmp_path / str(budget)
         folder.mkdir()
-        options = task(model, folder, 2, engine, gradient_checkpointing=checkpointing)
+        options = task(
+            model, folder, 2, engine, gradient_checkpointing=checkpointing, method=method
+        )
         ranks(2).run(gradient_work.train, options, budget)
         losses.append(runs.losses(folder / "run"))
     assert losses[0] == losses[1]

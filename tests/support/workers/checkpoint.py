@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+import safetensors
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from scalora_dist.checkpoint import tensors, writer
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.run_state import find_checkpoint
 from scalora_dist.checkpoint.storage import Checkpoints
@@ -38,13 +43,16 @@ def cut(world: World, tensor: torch.Tensor) -> FlatPart:
 
 
 def parts(world: World, step: int) -> dict[str, FlatPart]:
-    """Parts of two dtypes, of a tensor with fewer elements than ranks, and of this rank only."""
+    """Parts of two dtypes, and of a tensor with fewer elements than ranks."""
     return {
         "wide": cut(world, whole(step)),
         "half": cut(world, whole(step, torch.bfloat16)),
         "short": cut(world, torch.tensor([float(step)])),
-        f"mine.{world.rank}": FlatPart(torch.full((3,), world.rank), 0, 3),
     }
+
+
+def own(world: World) -> dict[str, FlatPart]:
+    return {f"mine.{world.rank}": FlatPart(torch.full((3,), world.rank), 0, 3)}
 
 
 def save(world: World, folder: Path, steps: list[int], keep: int = 3) -> list[str | None]:
@@ -52,9 +60,9 @@ def save(world: World, folder: Path, steps: list[int], keep: int = 3) -> list[st
     made = checkpoints(world, folder, keep)
     outcomes = []
     for step in steps:
-        tensors = parts(world, step)
-        made.save(step, tensors, {"step": step, "rank": world.rank})
-        for part in tensors.values():
+        shared, mine = parts(world, step), own(world)
+        made.save(step, shared, mine, {"step": step, "rank": world.rank})
+        for part in (*shared.values(), *mine.values()):
             part.local.zero_()  # training changes the tensors at once
         outcomes.append(made.outcome(wait=True))
         world.sum(0.0)
@@ -68,11 +76,53 @@ def load(world: World, folder: Path, step: int) -> bool:
     empty = {
         name: FlatPart(torch.zeros_like(part.local), part.offset, part.numel)
         for name, part in parts(world, 0).items()
-        if not name.startswith("mine")
     }
     made.load(folder / f"checkpoint-{step}", empty)
     expected = parts(world, step)
     return all(torch.equal(part.local, expected[name].local) for name, part in empty.items())
+
+
+def save_with_a_failure(
+    world: World, folder: Path, broken: str, rank: int, error: Exception | None = None
+) -> list[str | None]:
+    """Save three times. The second time, ``broken`` of the writer fails on a rank. The outcomes."""
+    error = error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    made = checkpoints(world, folder)
+    outcomes = []
+    for step in (2, 4, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 4 and world.rank == rank:
+                patch.setattr(writer, broken, lambda *_, **__: _raise(error))
+            made.save(step, parts(world, step), own(world), {})
+            outcomes.append(made.outcome(wait=True))
+    made.close()
+    return outcomes
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def save_other_tensors(world: World, folder: Path) -> str | None:
+    made = checkpoints(world, folder)
+    made.save(2, parts(world, 2) | (own(world) if world.rank else {}), {}, {})
+    return made.outcome(wait=True)
+
+
+def opened(world: World, folder: Path, step: int) -> list[int]:
+    """The ranks whose files this rank opens to load a checkpoint's "wide" and "half"."""
+    made, found = checkpoints(world, folder), set()
+    real = safetensors.safe_open
+
+    def noted(path: Path, framework: str) -> Any:
+        found.add(int(path.stem.removeprefix("rank-")))
+        return real(path, framework=framework)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "safe_open", noted)
+        wanted = {name: part for name, part in parts(world, 0).items() if name != "short"}
+        made.load(folder / f"checkpoint-{step}", wanted)
+    return sorted(found)
 
 
 def find(world: World, folder: Path, wanted: str) -> tuple[str, list[str]]:

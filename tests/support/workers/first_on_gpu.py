@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from scalora_dist.checkpoint.parts import FlatPart, Stager
+from scalora_dist.checkpoint.parts import FlatPart, stage
 from scalora_dist.config.method import MergeRounding
 from scalora_dist.core.layout import Layout
 from scalora_dist.core.scale_solver import Scales
@@ -21,6 +21,9 @@ from scalora_dist.data.prompts import IGNORE
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards
 from scalora_dist.layers.fourbit_linear import FourBit, FourBitLinear
+from scalora_dist.methods.init.gradients import rehearse, weight_gradients
+from scalora_dist.methods.init.groups import Budget
+from scalora_dist.methods.init.room import free_room
 from scalora_dist.methods.merger import IntoWeights, Merger
 from scalora_dist.methods.scalora import Rescaler, scale_factors_
 from scalora_dist.modeling import loss as loss_module
@@ -141,7 +144,7 @@ def staging(world: World) -> tuple[bool, bool]:
     """(whether staged copies are pinned, whether they hold what was there when staged)."""
     values = torch.randn(1000, device=world.device)
     expected = values.cpu().clone()
-    staged = Stager().stage({"x": FlatPart(values, 0, len(values))})["x"].local
+    staged = stage({"x": FlatPart(values, 0, len(values))})["x"].local
     values.zero_()  # training goes on
     return staged.is_pinned(), torch.equal(staged, expected)
 
@@ -219,3 +222,32 @@ def pinned_weights(world: World, case: dict[str, Any]) -> list[bool]:
     trainer.run()
     layers = trainer.engine.layer_shards(gradients=False)
     return [layer.W.local.device.type == "cpu" and layer.W.local.is_pinned() for layer in layers]
+
+
+def sums_of_a_start(world: World, options: dict[str, Any]) -> tuple[float, Budget, int]:
+    """The largest relative error of a first gradient with sums on the host.
+
+    Also the room for the sums as it is measured, and the free bytes of the device then.
+    """
+    trainer = runs.make(world, options)
+    engine, samples = trainer.engine, trainer.feed.samples(trainer.loss, trainer.model)
+
+    def sums(budget: Budget) -> dict[str, Tensor]:
+        found = weight_gradients(
+            trainer.model, engine.adapted, samples, world, release=engine.release, budget=budget
+        )
+        return {name: rows.local.clone() for name, rows in found}
+
+    true, found = sums(Budget(device=2**30)), sums(Budget(host=2**30))
+    errors = [off(rows, true[name].double().cpu()) for name, rows in found.items()]
+    assert all(rows.device.type == world.device.type for rows in found.values())
+    del true, found
+    room = free_room(
+        lambda: rehearse(
+            trainer.model, engine.adapted, samples.longest, world, release=engine.release
+        ),
+        world,
+    )
+    free = torch.cuda.mem_get_info()[0] if world.device.type == "cuda" else 0
+    trainer.close()
+    return max(errors), room, free

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
-from scalora_dist.methods.init.gradients import weight_gradients
+from scalora_dist.methods.init.gradients import rehearse, weight_gradients
+from scalora_dist.methods.init.groups import Budget
 from scalora_dist.training.trainer import Trainer
 from tests.support import runs
 from tests.support.batches import arrays
@@ -69,9 +70,9 @@ def losses(trainer: Trainer, micro_batches: int) -> Iterator[Tensor]:
 
 
 def gradients(
-    world: World, options: dict[str, Any], budgets: list[int], loss_scale: float
+    world: World, options: dict[str, Any], budgets: list[Budget], loss_scale: float
 ) -> list[Found]:
-    """Compute the weights' gradients with each budget (bytes), in turn on the same engine."""
+    """Compute the weights' gradients with each budget, in turn on the same engine."""
     trainer = runs.make(world, options)
     trainer.engine.module.train()
     forwards: list[int] = []
@@ -84,6 +85,15 @@ def gradients(
     hooks = count_hooks(trainer.model)
     micro_batches = trainer.options.train.gradient_accumulation_steps
     found = []
+    rehearse(
+        trainer.model,
+        trainer.engine.adapted,
+        lambda: losses(trainer, micro_batches=1),
+        world,
+        release=trainer.engine.release,
+        loss_scale=loss_scale,
+    )
+    assert len(forwards) == 1 and count_hooks(trainer.model) == hooks and not left_behind(trainer)
     for budget in budgets:
         rows: Rows = {}
         passes: dict[int, list[str]] = {}  # {number of forwards so far: layers}
@@ -96,7 +106,7 @@ def gradients(
                 lambda: losses(trainer, micro_batches),
                 world,
                 release=trainer.engine.release,
-                budget_bytes=budget,
+                budget=budget,
                 loss_scale=loss_scale,
             ):
                 assert shard.group is dist.group.WORLD and shard.local.dtype == torch.float32
@@ -150,7 +160,7 @@ def train(world: World, options: dict[str, Any], budget: int | None) -> None:
                     lambda: losses(self, 2),
                     world,
                     release=self.engine.release,
-                    budget_bytes=budget,
+                    budget=Budget(budget),
                 ):
                     assert shard.local.abs().sum() > 0
             return super().start()
@@ -185,7 +195,7 @@ def sixteen_bit(world: World) -> Rows:
         lambda: [model(inputs(world.rank)).float().sum()],
         world,
         release=lambda: None,
-        budget_bytes=2**20,
+        budget=Budget(2**20),
     )
     return {name: (s.offset, s.shape, s.local.numpy()) for name, s in shards}
 
@@ -200,7 +210,7 @@ def other_ways(world: World) -> str:
 
     try:
         everything = weight_gradients(
-            model, model.layers(), one_loss, world, release=lambda: None, budget_bytes=2**20
+            model, model.layers(), one_loss, world, release=lambda: None, budget=Budget(2**20)
         )
         list(everything)
     except UserError as error:

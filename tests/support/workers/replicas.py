@@ -43,7 +43,8 @@ def changed_by_training(run: Run) -> dict[str, FlatShard]:
 def check(run: Run, folder: Path) -> tuple[str, int] | None:
     """The refusal and its status, None if the copies are the same."""
     try:
-        check_replicas(changed_by_training(run), run.engine, checkpoints(run.world, folder), 2)
+        made = checkpoints(run.world, folder)
+        check_replicas(changed_by_training(run), run.engine, 2, made.newest_first)
     except ReplicasDiffer as error:
         return str(error), error.status
     return None
@@ -82,7 +83,7 @@ def collectives(world: World, folder: Path, **case: Any) -> Counter[str]:
     run.step(0)
     shards, made = changed_by_training(run), checkpoints(world, folder)
     with counted() as calls:
-        check_replicas(shards, run.engine, made, 2)
+        check_replicas(shards, run.engine, 2, made.newest_first)
     return calls
 
 

@@ -115,7 +115,7 @@ def save(world: World, folder: Path, cut: str | None) -> None:
         made.add(my_factors(world, moment, cut), weights(moment))
     parts = {name: FlatPart.share_of(shard, world) for name, shard in made.shards().items()}
     files = checkpoints(world, folder)
-    files.save(1, parts, {})
+    files.save(1, parts, {}, {})
     assert files.outcome(wait=True) is None
 
 
