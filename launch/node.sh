@@ -17,6 +17,9 @@
 # again) after a signal.
 set -euo pipefail
 
+# The launcher on the first node serves the store, to which each rank keeps four connections.
+ulimit -Sn "$(ulimit -Hn)"
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 # The indices of the GPUs that this job may use; on CPUs, those of the ranks.

@@ -16,7 +16,7 @@ from scalora_dist.data.files import TABLES, kind_of
 from scalora_dist.data.generated import PREFIX
 from scalora_dist.data.identity import checksum, count_repeated, row_hashes
 from scalora_dist.data.sources import load_examples
-from scalora_dist.data.tokenize import Tokenized, tokenize_examples
+from scalora_dist.data.tokenize import read_tokens, write_tokens
 from scalora_dist.errors import UserError
 
 
@@ -54,22 +54,48 @@ class Prepared:
     checksum: str
 
 
+@dataclass(frozen=True)
+class TokenFiles:
+    """Where a tokenized data set is.
+
+    Attributes:
+        name: the data set's name in messages.
+        files: paths of its files in the `datasets` cache.
+        tables: whether it was read from CSV or TSV files.
+    """
+
+    name: str
+    files: list[str]
+    tables: bool
+
+
 def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
     """Load, tokenize and split the data. The result depends on the arguments alone.
 
-    The first call fills the `datasets` cache and later ones read it, so rank 0 should call this
-    before the others.
+    Raises:
+        UserError: a mistake in the arguments or in the data.
+    """
+    return split_data(args, tokenize_data(args, tokenizer, seed), seed)
+
+
+def tokenize_data(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[TokenFiles]:
+    """Load and tokenize the data, unless it is in the `datasets` cache.
+
+    One rank of each node calls it, since it may download data from the hub and takes all cores.
+
+    Returns:
+        the files of `dataset`, and of `eval_dataset` if there is one.
 
     Raises:
         UserError: a mistake in the arguments or in the data.
     """
     name, options = check_data(args)
 
-    files: set[str] = set()
-
     def tokens(
         name: str, subset: str | None, split: str, size: int, task_options: dict[str, Any]
-    ) -> Tokenized:
+    ) -> TokenFiles:
         examples = load_examples(
             name,
             split=split,
@@ -79,31 +105,48 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
             size=size,
             task_options=task_options,
         )
-        files.update(examples.unique("file") if "raw_json" in examples.column_names else ())
+        files = examples.unique("file") if "raw_json" in examples.column_names else []
         where = f"{name} ({split})" if "[" in split else name
-        return tokenize_examples(examples, tokenizer, args, where)
+        return TokenFiles(
+            where,
+            write_tokens(examples, tokenizer, args, where),
+            tables=any(kind_of(Path(file)) in TABLES for file in files),
+        )
 
     size = args.dataset_size + (0 if args.eval_dataset else args.eval_size)
-    data = tokens(name, args.dataset_config_name, args.dataset_split, size, options)
-    parts = [data]
-    if args.eval_dataset is None:
-        train, evaluation = _hold_out(data.dataset, args.eval_size, seed)
-    else:
+    parts = [tokens(name, args.dataset_config_name, args.dataset_split, size, options)]
+    if args.eval_dataset is not None:
         subset = args.eval_dataset_config_name
         if subset is None and args.eval_dataset == name:
             subset = args.dataset_config_name
-        other = tokens(args.eval_dataset, subset, args.eval_dataset_split, args.eval_size, {})
-        train, evaluation = data.dataset, other.dataset
+        parts.append(tokens(args.eval_dataset, subset, args.eval_dataset_split, args.eval_size, {}))
+    return parts
+
+
+def split_data(args: DataArguments, written: list[TokenFiles], seed: int) -> Prepared:
+    """Read what `tokenize_data` wrote, and split it into training and evaluation examples.
+
+    Raises:
+        UserError: no example has a target, or none is left to train or to evaluate on.
+    """
+    parts = [read_tokens(part.files, args, part.name) for part in written]
+    if args.eval_dataset is None:
+        train, evaluation = _hold_out(parts[0].dataset, args.eval_size, seed)
+    else:
+        train, evaluation = (part.dataset for part in parts)
         if args.eval_size:
             evaluation = _of_rows(evaluation, np.unique(evaluation["row"][:])[: args.eval_size])
-        parts.append(other)
 
     turns = sum((Counter(part.turns) for part in parts), Counter())
     ignored = set().union(*(part.ignored for part in parts))
     rows = row_hashes(train)
     held_out = row_hashes(evaluation) if evaluation is not None else rows[:0]
     repeated = count_repeated(rows, held_out)
-    if args.eval_dataset and repeated == len(held_out) and _overlap(name, args.eval_dataset):
+    if (
+        args.eval_dataset
+        and repeated == len(held_out)
+        and _overlap(str(args.dataset), args.eval_dataset)
+    ):
         raise UserError(
             f"{args.eval_dataset} would evaluate on the training examples: leave --eval_dataset "
             "out and let --eval_size hold some out."
@@ -117,22 +160,20 @@ def prepare_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         turns=dict(turns),
         endless=sum(part.endless for part in parts),
         ignored=sorted(ignored),
-        without_effect=_without_effect(args, files, has_chats=bool(turns)),
+        without_effect=_without_effect(
+            args, has_chats=bool(turns), has_tables=any(part.tables for part in written)
+        ),
         repeated=repeated,
         checksum=checksum(rows, held_out),
     )
 
 
-def _without_effect(args: DataArguments, files: set[str], *, has_chats: bool) -> list[str]:
-    """Names of the options that are set, but that nothing of this data reads.
-
-    Args:
-        files: names of the files of the data.
-    """
+def _without_effect(args: DataArguments, *, has_chats: bool, has_tables: bool) -> list[str]:
+    """Names of the options that are set, but that nothing of this data reads."""
     unread = set()
     if not has_chats:
         unread |= {"chat_turns", "chat_template_kwargs"}
-    if not any(kind_of(Path(file)) in TABLES for file in files):
+    if not has_tables:
         unread.add("column_names")
     if args.eval_dataset is None:
         unread |= {"eval_dataset_split", "eval_dataset_config_name"}

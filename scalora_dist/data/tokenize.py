@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from scalora_dist.data.examples import Examples
 from scalora_dist.data.own_code import own_code
 from scalora_dist.data.prompts import IGNORE, Example, Texts, Tokens
 from scalora_dist.data.rows import place
+from scalora_dist.data.shards import Shards
 from scalora_dist.errors import UserError
 
 FEATURES = Features(
@@ -78,12 +79,24 @@ def tokenize_examples(
     says where that is for messages; ``name`` is the data set's name in them.
     `target_tokens` counts the targets that remain after the causal shift (``labels[1:] != -100``).
     `ids_hash` and `labels_hash` are for `identity`.
-    The result is in the `datasets` cache, under a name that depends on the data, the tokenizer, the
-    options and this code. A second process with the same arguments only reads it.
+
+    Raises:
+        UserError: as `write_tokens` and `read_tokens`.
+    """
+    return read_tokens(write_tokens(dataset, tokenizer, args, name), args, name)
+
+
+def write_tokens(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, name: str
+) -> list[str]:
+    """Tokenize examples into files of the `datasets` cache, and return their paths.
+
+    Their names depend on the data, the tokenizer, the options and this code. A second process with
+    the same arguments writes nothing. Large data takes all cores.
 
     Raises:
         UserError: columns of no known layout, a bad row (with its file and number), chat data whose
-            template is missing or unusable, or no example with a target.
+            template is missing or unusable.
     """
     examples = Examples(dataset, name, args)
     # Own fingerprint and file name, for two reasons: `datasets` would not notice a change of this
@@ -93,28 +106,27 @@ def tokenize_examples(
     fingerprint = Hasher.hash([dataset._fingerprint, tokenizer, options, own_code()])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "scalora_dist"
     cache.mkdir(parents=True, exist_ok=True)
+    variables = args.object_of("chat_template_kwargs")
+    convert = partial(
+        _tokenize_rows,
+        examples=examples,
+        encoder=Encoder(tokenizer, args.train_on_prompt),
+        template=ChatTemplate(tokenizer, args.chat_turns, variables),
+        max_length=args.max_length,
+    )
     try:
-        tokenized = dataset.map(
-            _tokenize_rows,
-            with_indices=True,
-            batched=True,
-            fn_kwargs={
-                "examples": examples,
-                "encoder": Encoder(tokenizer, args.train_on_prompt),
-                "template": ChatTemplate(
-                    tokenizer, args.chat_turns, args.object_of("chat_template_kwargs")
-                ),
-                "max_length": args.max_length,
-            },
-            remove_columns=dataset.column_names,
-            features=FEATURES,
-            cache_file_name=str(cache / f"tokens-{fingerprint}.arrow"),
-            load_from_cache_file=True,
-            new_fingerprint=fingerprint,
-            desc="Tokenizing",
-        )
+        return Shards(dataset, convert, FEATURES, cache, fingerprint).write_all()
     except UnicodeDecodeError as error:  # pyarrow reads such files without an error
         raise UserError(f"The data set holds text that is not UTF-8 ({error}).") from error
+
+
+def read_tokens(files: list[str], args: DataArguments, name: str) -> Tokenized:
+    """Read what `write_tokens` wrote.
+
+    Raises:
+        UserError: no example has a target.
+    """
+    tokenized = concatenate_datasets([Dataset.from_file(file) for file in files])
     truncated = int(np.sum(tokenized["truncated"][:]))
     has_targets = np.asarray(tokenized["target_tokens"][:]) > 0
     kept, gone = np.flatnonzero(has_targets), np.flatnonzero(~has_targets)
@@ -136,6 +148,7 @@ def tokenize_examples(
 def _tokenize_rows(
     batch: dict[str, list[Any]],
     indices: list[int],
+    offset: int,
     *,
     examples: Examples,
     encoder: Encoder,
@@ -143,7 +156,8 @@ def _tokenize_rows(
     max_length: int,
 ) -> dict[str, list[Any]]:
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for number, index in enumerate(indices):
+    for number, in_shard in enumerate(indices):
+        index = offset + in_shard
         row = {name: column[number] for name, column in batch.items()}
         columns, example = examples.read(row, index)
         try:

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from scalora_dist.distributed.worker_signals import SIGNALS
 from scalora_dist.errors import Preempted, is_rank_0
 
 if TYPE_CHECKING:
     from scalora_dist.distributed.stop_together import OtherRanks
     from scalora_dist.distributed.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Name of the file in output_dir that marks a run stopped by a signal. torchrun does not pass on
 # the exit status of its ranks.
 PREEMPTED = "preempted"

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
+CONNECTIONS = 4  # of each rank to the store: its own, the watchdog's, and two for stop signals
+OTHERS = 1024  # open files for all else, the usual limit
 logger = logging.getLogger(__name__)
 
 
@@ -56,6 +59,9 @@ class World:
             local_rank: rank on this node, from the launcher's command line; None or negative:
                 LOCAL_RANK.
             timeout: time-out of every collective.
+
+        Raises:
+            UserError: rank 0 may not open as many files as there will be connections to its store.
         """
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, value in defaults.items():
@@ -69,6 +75,10 @@ class World:
         if cuda:
             torch.cuda.set_device(device)
         _set_threads(on_cpu=not cuda)
+        # Else a gloo group connects all pairs of ranks when it is made: a million at 1,024 ranks.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            allow_open_files(int(os.environ["WORLD_SIZE"]))
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface()):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -195,6 +205,9 @@ class World:
         If each node has its own disk, ``work`` fills a cache once per node. If the nodes share a
         disk, rank 0 fills the cache alone, and no two nodes write to it at the same time.
 
+        So ``work`` may download from a hub. ``scalora train`` lets only the first rank of each node
+        ask one (``cli.train``); the rest find the files in the cache.
+
         Raises:
             UserError: on the waiting ranks, where ``work`` raised any exception on a node's first
                 rank. That rank raises the exception.
@@ -205,6 +218,24 @@ class World:
             led = self._while_others_wait(work, leads, workers=self.nodes - 1)
             result = led if leads else result
         return cast(T, result) if leads or self.is_main else work()
+
+    def from_node_first(self, make: Callable[[], str], read: Callable[[str], T]) -> T:
+        """As ``node_first``, but ``make`` runs on the first rank of each node alone.
+
+        The other ranks of the node get its result over the store. All ranks return what ``read``
+        makes of it.
+        """
+        name, first = f"from/{next(self._calls)}", self.rank - self.local_rank
+
+        def work() -> T:
+            if self.rank != first:
+                return read(self.store.get(f"{name}/{first}").decode())
+            text = make()
+            result = read(text)
+            self.store.set(f"{name}/{first}", text)
+            return result
+
+        return self.node_first(work)
 
     def _while_others_wait(self, work: Callable[[], T], works: bool, workers: int) -> T | None:
         """Run ``work`` on the ranks where ``works`` is true; all ranks return when it is done."""
@@ -230,6 +261,24 @@ class World:
         if message:
             raise UserError(message)
         return result
+
+
+def allow_open_files(ranks: int) -> None:
+    """Raise the soft limit of open files to what serving the store to ``ranks`` ranks takes.
+
+    Raises:
+        UserError: the hard limit is lower.
+    """
+    needed = CONNECTIONS * ranks + OTHERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"rank 0 needs {needed} open files to serve {ranks} ranks, and its hard limit is "
+            f"{hard}: raise it (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of Docker)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _set_threads(*, on_cpu: bool) -> None:

@@ -52,16 +52,18 @@ class SavedAdapter:
         trained: rank and s with which A and B were trained, where the file says so; else None.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, commit: str | None = None) -> None:
         """
         Args:
             options: the options after ``resolve``.
+            commit: commit of an adapter of the hub; None: its main branch.
 
         Raises:
             UserError: there is no LoRA adapter, or its ranks do not agree with the options.
         """
         self.args = args = options.method
         self.name = str(options.model.adapter_name_or_path)
+        self._given = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
         if self.name.startswith(("/", ".", "~")) and not Path(self.name).is_dir():
             raise self._refuse("there is no such folder")
         self.scaling = self._read_scaling()
@@ -199,7 +201,7 @@ class SavedAdapter:
 
     def _find(self, file: str, hint: str) -> str:
         try:
-            path = cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(self.name, file, **self._given)
         except (OSError, ValueError) as error:
             raise self._refuse(str(error).strip().splitlines()[0]) from error
         if path is None:

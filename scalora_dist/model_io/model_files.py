@@ -15,7 +15,7 @@ from transformers.utils import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
-from scalora_dist.modeling.base_files import BaseFiles
+from scalora_dist.modeling.base_files import BaseFiles, base_file
 
 PROCESSORS = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 logger = logging.getLogger(__name__)
@@ -44,7 +44,9 @@ class ModelFiles:
         wanted = [GENERATION_CONFIG_NAME]
         if model.config.get_text_config() is not model.config:
             wanted += [*PROCESSORS, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE]
-        found = {name: path.read_bytes() for name in wanted if (path := files.cached(name))}
+        found = {
+            name: path.read_bytes() for name in wanted if (path := base_file(files.args, name))
+        }
         if len(wanted) > 1 and not any(name in found for name in PROCESSORS):
             logger.warning(
                 "%s has no processor files (%s), which servers need for a multimodal model: copy "

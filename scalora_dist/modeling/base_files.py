@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
+from transformers.utils.hub import cached_files
 
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.modeling.index_files import weight_map
@@ -42,10 +43,9 @@ class BaseFiles:
             OSError: a file cannot be read.
         """
         self.args = args
-        self.names = (weights,) if weights else NAMES
         self.outlines: dict[str, Tensor] = {}
         self._readers: dict[str, Any] = {}  # {key: an open file, or a dict of tensors}
-        for path in self._paths():
+        for path in weight_files(args, weights):
             try:
                 self._open(path)
             except SafetensorError as error:
@@ -59,28 +59,6 @@ class BaseFiles:
         if rows == slice(None):
             return reader.get_tensor(key)
         return reader.get_slice(key)[rows]
-
-    def cached(self, name: str) -> Path | None:
-        """A file of the base model on this machine. None: the model has no such file."""
-        path = cached_file(
-            str(self.args.model_name_or_path),
-            name,
-            revision=self.args.model_revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return path and Path(path)
-
-    def _paths(self) -> list[Path]:
-        for name in self.names:
-            if not (found := self.cached(name)):
-                continue
-            if not name.endswith(".json"):
-                return [found]
-            files = {file: self.cached(file) for file in sorted(set(weight_map(found).values()))}
-            if missing := [file for file, path in files.items() if path is None]:
-                raise ValueError(f"{missing[0]} is missing")
-            return [path for path in files.values() if path]
-        raise ValueError(f"it has none of {', '.join(self.names)}")
 
     def _open(self, path: Path) -> None:
         if path.suffix == ".safetensors":
@@ -96,6 +74,45 @@ class BaseFiles:
         for key, tensor in tensors.items():
             self.outlines[key] = torch.empty_like(tensor, device="meta")
             self._readers[key] = tensors
+
+
+def weight_files(args: ModelArguments, weights: str | None = None) -> list[Path]:
+    """The files of the weights on this machine. Those of the hub are downloaded first.
+
+    Args:
+        args: the model's options.
+        weights: name of the file, or of the index, that the model's config names.
+
+    Raises:
+        ValueError: there are no weights, or a file is missing.
+        OSError: a file cannot be read.
+    """
+    names = (weights,) if weights else NAMES
+    for name in names:
+        if not (found := base_file(args, name)):
+            continue
+        if not name.endswith(".json"):
+            return [found]
+        needed = sorted(set(weight_map(found).values()))
+        cached_files(str(args.model_name_or_path), needed, **_given(args))  # downloads in parallel
+        files = {file: base_file(args, file) for file in needed}
+        if missing := [file for file, path in files.items() if path is None]:
+            raise ValueError(f"{missing[0]} is missing")
+        return [path for path in files.values() if path]
+    raise ValueError(f"it has none of {', '.join(names)}")
+
+
+def base_file(args: ModelArguments, name: str) -> Path | None:
+    """A file of the base model on this machine. None: the model has no such file."""
+    path = cached_file(str(args.model_name_or_path), name, **_given(args))
+    return path and Path(path)
+
+
+def _given(args: ModelArguments) -> dict[str, Any]:
+    return {
+        "revision": args.model_revision,
+        "_raise_exceptions_for_missing_entries": False,
+    }
 
 
 def _dtype(part: Any) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -71,7 +71,7 @@ def read_base_model(
         UserError: the base is quantized in a way that cannot be trained here, 4-bit settings would
             corrupt it, bitsandbytes is missing, or the model's files are not in its folder.
     """
-    with _known_model(args) as name:
+    with known_model(args) as name:
         check_index_files(Path(name))
         if find_adapter_config_file(name, revision=args.model_revision):
             raise UserError(
@@ -86,7 +86,7 @@ def read_base_model(
             and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)),
             device=device,
             dtype=dtype,
-            supported=lambda: _builds_with(FLASH, config, dtype, args),
+            supported=lambda: has_flash(config, args),
         )
     width = config.get_text_config().hidden_size
     saved = _saved_quantization(config)
@@ -137,7 +137,7 @@ def pick_attention(
         installed: whether FlashAttention 2 can be imported.
         device: this rank's device.
         dtype: dtype of the training.
-        supported: tells whether the model supports it. Called last, as it builds the model.
+        supported: tells whether the model supports it. Called last, as it imports the model's code.
     """
     if asked is not None:
         return asked
@@ -145,22 +145,39 @@ def pick_attention(
     return FLASH if installed and fits and supported() else None
 
 
-def _builds_with(
-    attention: str, config: PreTrainedConfig, dtype: torch.dtype, args: ModelArguments
-) -> bool:
-    """Whether transformers can build this model with ``attention``. Tried on the meta device."""
-    try:
-        with init_empty_weights():
-            AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),
-                dtype=dtype,
-                attn_implementation=attention,
-                **_code(args, config),
-            )
-    except (ValueError, ImportError) as error:
-        logger.info("no %s for this model: %s", attention, str(error).strip().splitlines()[0])
-        return False
+def has_flash(config: PreTrainedConfig, args: ModelArguments) -> bool:
+    """Whether the classes of a model and of its parts support FlashAttention 2. Builds none.
+
+    Args:
+        config: the model's config. A multimodal model has one for each part.
+        args: the model's options.
+    """
+    parts = [type(getattr(config, name, None)) for name in config.sub_configs]
+    known = [_model_class(config, args), *(MODEL_MAPPING.get(part, None) for part in parts)]
+    for model in known:
+        for each in model if isinstance(model, tuple) else (model,):
+            # Such a model takes other implementations, which `kernels` downloads.
+            others = getattr(each, "_compatible_flash_implementations", None)
+            if each and (not each._supports_flash_attn or (others and FLASH not in others)):
+                logger.info("no %s for this model: %s does not support it", FLASH, each.__name__)
+                return False
     return True
+
+
+def _model_class(config: PreTrainedConfig, args: ModelArguments) -> Any:
+    """The class, or a tuple of classes, that ``AutoModelForCausalLM`` builds of ``config``."""
+    source = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if source and args.trust_remote_code and not _is_registered(config):
+        code = _code(args, config)
+        code.pop("trust_remote_code")
+        return get_class_from_dynamic_module(source, str(args.model_name_or_path), **code)
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _is_registered(config: PreTrainedConfig) -> bool:
+    """Whether transformers already has the class that a model's own code holds."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return isinstance(known, type) and not known.__module__.startswith("transformers.")
 
 
 def _code(args: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
@@ -171,9 +188,7 @@ def _code(args: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
     """
     given: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     source = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    registered = known is not None and not known.__module__.startswith("transformers.")
-    if args.trust_remote_code and source and not registered:
+    if args.trust_remote_code and source and not _is_registered(config):
         repository, _, name = source.rpartition("--")
         if name and repository in ("", args.model_name_or_path):
             given["code_revision"] = args.source["revision"]
@@ -191,7 +206,7 @@ def _check_unread(args: ModelArguments, *names: str) -> None:
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    with _known_model(args) as name:
+    with known_model(args) as name:
         return AutoTokenizer.from_pretrained(name, **args.source)
 
 
@@ -226,7 +241,7 @@ def load_model(
     quantization = None
     if base.fourbit and not base.quantized:
         given["quantization_config"] = quantization = _as_bnb_config(base.fourbit)
-    with _known_model(args) as name:
+    with known_model(args) as name:
         if weights:
             if device is not None and base.fourbit is None:
                 given["device_map"] = {"": device}
@@ -254,7 +269,7 @@ def load_model(
 
 def outline(args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
     """The full model on "meta", dense and with eager attention: its names, shapes, operations."""
-    with _known_model(args) as name:
+    with known_model(args) as name:
         config = AutoConfig.from_pretrained(name, **args.source)
         _forget_quantization(config)
         with init_empty_weights(include_buffers=True):
@@ -322,7 +337,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _known_model(args: ModelArguments) -> Iterator[str]:
+def known_model(args: ModelArguments) -> Iterator[str]:
     """Yield the model's name. Turns transformers' loading errors into a one-sentence UserError."""
     name = args.model_name_or_path
     if not name:

@@ -16,6 +16,7 @@ from scalora_dist.layers.target_modules import decoder_blocks
 from scalora_dist.methods.method import AddContext, Method
 from scalora_dist.model_io.import_adapter import SavedAdapter
 from scalora_dist.modeling.compiled_blocks import check_compiler, compile_blocks
+from scalora_dist.modeling.hub_files import fetch_weights
 from scalora_dist.modeling.load import BaseModelSpec, load_model
 from scalora_dist.modeling.offloaded_activations import offload_activations
 from scalora_dist.training.optimizer import make_optimizer
@@ -57,6 +58,8 @@ def build_model(
     def load() -> PreTrainedModel:
         return load_model(options.model, base, engine.dtype, weights=reads_weights, device=device)
 
+    if not engine.loads_on_rank_0:
+        world.node_first(lambda: fetch_weights(options.model))
     with engine.loading():
         model = world.node_first(load) if engine.loads_on_rank_0 else load()
         context = AddContext(options.method, options.train.seed, engine.dtype, engine.shape_of)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.options import Options
 from scalora_dist.methods.registry import writes_adapter
 from scalora_dist.methods.runner import MethodRunner
@@ -28,10 +29,12 @@ class Exports:
         gathered: the parameters that rank 0 gathers for the model, the same on every rank.
     """
 
-    def __init__(self, runner: MethodRunner, options: Options) -> None:
+    def __init__(self, runner: MethodRunner, options: Options, model: ModelArguments) -> None:
         """
         Args:
             runner: the runner of the method. Its engine must hold the weights as loaded.
+            options: the run's options, as exports record them.
+            model: the options to read the base model by.
 
         Raises:
             UserError: on every rank, where the base model's files cannot be read again.
@@ -42,7 +45,7 @@ class Exports:
         base: BaseWeights | None = None
 
         def read() -> BaseWeights:
-            return BaseWeights(options.model, engine.dtype).opened()
+            return BaseWeights(model, engine.dtype).opened()
 
         def plan() -> tuple[ModelExport, list[str]]:
             export = ModelExport(base or read(), engine.dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -20,9 +20,15 @@ from scalora_dist.config.options import Options
 from scalora_dist.data.batches import GlobalBatches, RankBatches
 from scalora_dist.data.collate import Collator
 from scalora_dist.data.micro_batch import MicroBatch
-from scalora_dist.data.prepare import Prepared, prepare_data
+from scalora_dist.data.prepare import (
+    Prepared,
+    TokenFiles,
+    prepare_data,
+    split_data,
+    tokenize_data,
+)
 from scalora_dist.data.show import show_examples
-from scalora_dist.distributed.stop_signals import SIGNALS
+from scalora_dist.distributed.worker_signals import outlive_signals
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.methods.init.samples import SamplePass
@@ -33,7 +39,6 @@ from scalora_dist.modeling.tables import Tables, check_fits, read_tables
 from scalora_dist.training.summary import CHAT_TURNS
 
 logger = logging.getLogger(__name__)
-_ENDINGS = {*SIGNALS, signal.SIGINT}  # signals that would end a worker
 
 
 class DataFeed:
@@ -55,15 +60,28 @@ class DataFeed:
     def __init__(self, options: Options, world: World) -> None:
         """Prepare the data, once per node.
 
+        Args:
+            options: all options of the run. Those of the model say what to read.
+
         Raises:
             UserError: on every rank, for every mistake in the data or its options.
         """
         self.options = options
         self.world = world
         train = options.train
-        self.tokenizer = load_tokenizer(options.model)
-        self.tables = read_tables(options.model)
-        self.data = world.node_first(lambda: prepare_data(options.data, self.tokenizer, train.seed))
+        self.tokenizer, self.tables = world.node_first(
+            lambda: (load_tokenizer(options.model), read_tables(options.model))
+        )
+
+        def tokenize() -> str:
+            written = tokenize_data(options.data, self.tokenizer, train.seed)
+            return json.dumps([asdict(part) for part in written])
+
+        def split(text: str) -> Prepared:
+            written = [TokenFiles(**part) for part in json.loads(text)]
+            return split_data(options.data, written, train.seed)
+
+        self.data = world.from_node_first(tokenize, split)
         self._check()
         if options.data.show_examples and world.is_main:
             print(show_examples(self.data.train, self.tokenizer, options.data.show_examples))
@@ -94,7 +112,7 @@ class DataFeed:
             world=self.world.size,
             start_step=first_step,
         )
-        workers = self.options.train.dataloader_num_workers
+        run, workers = os.getpid(), self.options.train.dataloader_num_workers
         if multiprocessing.current_process().daemon:  # it may start no processes
             workers = 0
         loader = DataLoader(
@@ -103,7 +121,7 @@ class DataFeed:
             batch_sampler=sampler,
             collate_fn=self.collate,
             num_workers=workers,
-            worker_init_fn=partial(_outlive_signals, os.getpid()),
+            worker_init_fn=lambda _: outlive_signals(run),
             # Forks of this process share its data, and start at once.
             multiprocessing_context="fork" if workers else None,
         )
@@ -176,24 +194,6 @@ class MicroBatches(Iterator[MicroBatch]):
         """There are no more. Ends the workers: one that died later would end the run with it."""
         self._batches = iter(())
         self._next = None
-
-
-def _outlive_signals(run: int, worker: int) -> None:
-    """Let no stop signal end a worker, unless it comes from the run, whose process id ``run`` is.
-
-    A batch system signals all processes of a job, and the run goes on until its state is saved.
-    When the run is gone, its workers end by themselves within seconds.
-    """
-    if os.getppid() != run:  # it is gone already, and torch would not see that later
-        os._exit(0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)  # threads started after this inherit it
-    threading.Thread(target=_end_with_run, daemon=True).start()
-
-
-def _end_with_run() -> None:
-    while (received := signal.sigwaitinfo(_ENDINGS)) and received.si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def show_data(options: Options) -> None:

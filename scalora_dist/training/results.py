@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalora_dist.checkpoint.manifest import LIBRARIES, prune, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
+from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.options import Options
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.model_card import model_card, names_on_hub, without_paths
@@ -41,12 +42,16 @@ class Results:
         self,
         runner: MethodRunner,
         options: Options,
+        model: ModelArguments,
         checkpoints: Checkpoints,
         repository: str | None = None,
     ) -> None:
         """
         Args:
             runner: the runner of the method. Its engine must hold the weights as loaded.
+            options: the run's options, as results record them.
+            model: the options to read the base model by.
+            checkpoints: the run's checkpoints.
             repository: as the attribute.
 
         Raises:
@@ -56,10 +61,12 @@ class Results:
         self.options = options
         self.folder = checkpoints.output_dir
         self.repository = repository
-        self.exports = Exports(runner, options)
+        self.exports = Exports(runner, options, model)
         # What is a path is known now; its folder may be gone at the end.
         self.public = without_paths(options, names_on_hub(options))
-        self.update_rank = UpdateRank(runner, options) if options.train.update_rank_layers else None
+        self.update_rank = (
+            UpdateRank(runner, options, model) if options.train.update_rank_layers else None
+        )
         names = ("save_model", "adapter_rank", "update_rank_layers")
         wanted = {name: getattr(options.train, name) for name in names}
         self.phases = Phases(checkpoints.output_dir, checkpoints.world, wanted)

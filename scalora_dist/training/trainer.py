@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from scalora_dist.methods.registry import METHODS
 from scalora_dist.methods.runner import MethodRunner
 from scalora_dist.model_io.export_adapter import check_adapter_rank
 from scalora_dist.model_io.import_adapter import SavedAdapter
+from scalora_dist.modeling.hub_files import at_commit, commit_of
 from scalora_dist.modeling.load import read_base_model
 from scalora_dist.modeling.loss import TargetLoss
 from scalora_dist.modeling.padding import whole_rows
@@ -82,8 +84,10 @@ class Trainer:
         Raises:
             UserError: on every rank, for every mistake in the options or the data.
         """
-        base = read_base_model(options.model, options.train.dtype, world.device)
+        model, dtype = at_commit(options.model, world), options.train.dtype
+        base = world.node_first(lambda: read_base_model(model, dtype, world.device))
         self.options = options = resolve(options, world.size, base)
+        reads = replace(options, model=model)
         self.world = world
         train, method = options.train, METHODS[options.method.name]
         make_engine = engine_factory(options, world, base)
@@ -100,15 +104,16 @@ class Trainer:
         repository = prepare_upload(options, self.checkpoints)
         self.saved_adapter = None
         if options.model.adapter_name_or_path and self.resumes_from is None:
-            self.saved_adapter = world.node_first(lambda: SavedAdapter(options))
-        self.feed = DataFeed(options, world)
+            commit = commit_of(options.model.adapter_name_or_path, None, world)
+            self.saved_adapter = world.node_first(lambda: SavedAdapter(options, commit))
+        self.feed = DataFeed(reads, world)
         data = self.feed.data.checksum
         if self.resumes_from is not None:
             world.main_only(partial(check_same_data, self.resumes_from, options, data))
             check_not_beyond(self.resumes_from, self.feed.steps)
         check_same_attention(base, world)
         self.engine = make_engine()
-        self.model = build_model(options, base, method, self.engine, self.saved_adapter)
+        self.model = build_model(reads, base, method, self.engine, self.saved_adapter)
         self.feed.fit(self.model)
         self.loss = TargetLoss(self.model)
         self.runner = MethodRunner(method, self.engine, options)
@@ -118,10 +123,10 @@ class Trainer:
             len(self.engine.adapted),
             self.runner.parameters,
         )
-        self.results = Results(self.runner, options, self.checkpoints, repository)
+        self.results = Results(self.runner, options, model, self.checkpoints, repository)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
         self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
-        self.profile = self.runner.clock = make_profile(options, self.runner, self.feed.steps)
+        self.profile = self.runner.clock = make_profile(reads, self.runner, self.feed.steps)
         self.saves = SavePolicy(self.checkpoints, train, self.signals)
         self.watchdog = Watchdog(world, train.hang_timeout)
         self.progress = Progress()

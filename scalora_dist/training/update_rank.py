@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.options import Options
 from scalora_dist.core.rank_sketch import numerical_rank
 from scalora_dist.engines.broadcast import broadcast_from_rank_0
@@ -36,10 +37,11 @@ class UpdateRank:
         base: reads initial weights; on rank 0 only, and None where no W changes.
     """
 
-    def __init__(self, runner: MethodRunner, options: Options) -> None:
+    def __init__(self, runner: MethodRunner, options: Options, model: ModelArguments) -> None:
         """
         Args:
             runner: the runner of the method. Its engine must hold the weights as loaded.
+            model: the options to read the base model by.
         """
         self.engine = engine = runner.engine
         chosen = spread_out(list(engine.adapted), options.train.update_rank_layers)
@@ -49,7 +51,7 @@ class UpdateRank:
         shards = {p.name: p.shard for p in engine.base_shards() if p.name in self.weights}
 
         def opened() -> BaseWeights:
-            base = BaseWeights(options.model, engine.dtype).opened()
+            base = BaseWeights(model, engine.dtype).opened()
             base.check_here(shards)
             return base
 

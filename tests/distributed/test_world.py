@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.ranks import Ranks
 from tests.support.workers import world as world_work
 
 
@@ -71,3 +72,16 @@ def test_tensors_are_summed_without_being_read(ranks: Any) -> None:
     for found, reads, waits in ranks(3).run(world_work.mixed_reduction):
         assert found == [3.0, 1.5, 1.0, 3.0, 0.75]
         assert reads == [] and waits == 1
+
+
+def test_a_rank_connects_to_few_others() -> None:
+    """A collective takes a ring or a tree, not all pairs. The store is one more connection."""
+    size = 8
+    group = Ranks(size)
+    try:
+        counted = group.run(world_work.connections)
+    finally:
+        group.close()
+    for rank, (before, after) in enumerate(counted):
+        served = size * (rank == 0)
+        assert before <= after <= size - 2 + 1 + served

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,27 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import BloomConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    Gemma3Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+    dynamic_module_utils,
+)
 
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.distributed.world import World
-from scalora_dist.modeling import load as models
-from scalora_dist.modeling.load import FLASH, load_model, pick_attention, read_base_model
+from scalora_dist.modeling.load import (
+    FLASH,
+    has_flash,
+    load_model,
+    pick_attention,
+    read_base_model,
+)
 from tests.support import runs, tiny_models, tiny_runs
 from tests.support.ranks import Ranks
 
@@ -91,19 +107,54 @@ def test_flash_attention_is_taken_where_it_can_be(
 
 
 @pytest.mark.parametrize(
-    ("config", "attention", "fits"),
+    ("config", "has"),
     [
-        (LlamaConfig(**tiny_models.ODD_SIZES), "sdpa", True),
-        (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), "eager", True),
-        (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), "sdpa", False),
-        (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), FLASH, False),
+        (LlamaConfig(**tiny_models.ODD_SIZES), True),
+        (BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), False),
+        (Gemma3Config(), True),  # with a part that sees
+        (GptOssConfig(), False),  # it would take a kernel of the hub
     ],
 )
-def test_a_model_is_asked_what_it_can_do(config: Any, attention: str, fits: bool) -> None:
-    """By transformers' own check; the config is left as it was."""
+def test_a_model_is_asked_what_it_can_do(
+    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, has: bool
+) -> None:
+    """Its class says so: no model is built, and the config is left as it was."""
+
+    def build(*_: Any) -> None:
+        raise AssertionError("a model is built")
+
     before = config.to_dict()
-    assert models._builds_with(attention, config, torch.bfloat16, ModelArguments()) is fits
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "__init__", build)
+        assert has_flash(config, ModelArguments()) is has
     assert config.to_dict() == before and config._attn_implementation is None
+
+
+def test_one_part_of_a_model_without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SiglipVisionModel, "_supports_flash_attn", False)
+    assert not has_flash(Gemma3Config(), ModelArguments())
+
+
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-without-flash"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    _supports_flash_attn = False
+"""
+
+
+def test_a_models_own_code_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before transformers knows its class."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", tmp_path / "modules")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "own.py").write_text(OWN_CODE)
+    config = LlamaConfig(**tiny_models.ODD_SIZES).to_dict() | {"model_type": "own-without-flash"}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    args = ModelArguments(model_name_or_path=str(tmp_path / "own"), trust_remote_code=True)
+    read = AutoConfig.from_pretrained(args.model_name_or_path, **args.source)
+    assert not has_flash(read, args)
 
 
 def attention_and_run(world: World, case: dict[str, Any]) -> str:

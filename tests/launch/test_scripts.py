@@ -106,3 +106,19 @@ def test_a_preempted_job_goes_back_into_the_queue(
     for srun, status in ((f'touch "{mark}"; exit 1', 1), ("exit 75", 75)):
         ended, calls = slurm(path, srun)
         assert ended == status and calls[2:] == ["scontrol requeue 12345"]
+
+
+def test_the_launcher_may_serve_many_ranks(tmp_path: Path) -> None:
+    """It inherits the script's limit of open files."""
+    python, script = tmp_path / "python", REPOSITORY / "launch" / "node.sh"
+    python.write_text("#!/bin/bash\nulimit -Sn\nulimit -Hn\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -Sn 256; exec {script}"],
+        env=os.environ | {"PYTHON": str(python), "NPROC_PER_NODE": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    soft, hard = done.stdout.split()
+    assert soft == hard != "256"

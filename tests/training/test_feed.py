@@ -9,10 +9,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from scalora_dist.config.parser import parse_options
+from scalora_dist.data import prepare, sources
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
 from scalora_dist.training.feed import DataFeed, MicroBatches
@@ -36,7 +38,8 @@ def write(path: Path, *texts: str) -> Path:
 
 
 def prepared(world: World, cases: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """Each rank prepares its own case. Returns (checksum or the refusal, warnings)."""
+    """Each rank is a node, and prepares its own case. Returns (checksum or refusal, warnings)."""
+    world = replace(world, local_rank=0, nodes=world.size)
     options = parse_options(runs.words(cases[world.rank]))
     options = replace(options, train=resolve_batch(options.train, world.size))
     with tiny_runs.warnings_of() as heard:
@@ -62,6 +65,26 @@ def test_nodes_with_other_data_are_refused(ranks: GetRanks, task: Path, tmp_path
         files = {"dataset": task / "texts.jsonl", name: train}
         for answer in answers(files, {**files, name: other}):
             assert "different data" in answer
+
+
+def reading(world: World, case: dict[str, Any], nodes: int) -> tuple[int, str]:
+    """Prepare the data. Returns (how many data sets this rank has read, checksum)."""
+    local_rank = world.rank % (world.size // nodes)
+    options = parse_options(runs.words(case))
+    options = replace(options, train=resolve_batch(options.train, world.size))
+    with patch.object(prepare, "load_examples", wraps=sources.load_examples) as load:
+        feed = DataFeed(options, replace(world, local_rank=local_rank, nodes=nodes))
+    return load.call_count, feed.data.checksum
+
+
+def test_one_rank_of_each_node_reads_the_data(ranks: GetRanks, task: Path, tmp_path: Path) -> None:
+    """The others read the tokens alone, and neither the data's files nor a hub."""
+    case = tiny_runs.options(task, tmp_path / "run", "fsdp", train_batch_size=None, eval_size=0)
+    case["eval_dataset"] = write(tmp_path / "evaluation.jsonl", "abc", "abcd")
+    for nodes, counts in ((1, [2, 0, 0, 0]), (2, [2, 0, 2, 0])):
+        answers = ranks(4).run(reading, case, nodes)
+        assert [count for count, _ in answers] == counts
+        assert len({checksum for _, checksum in answers}) == 1
 
 
 def test_evaluation_examples_that_are_trained_on_are_said(

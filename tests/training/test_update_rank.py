@@ -29,7 +29,7 @@ def measured(world: World, case: dict[str, Any]) -> tuple[list[int], list[str], 
     """Train. Returns the ranks, the names of the weights, and the bytes that were kept for them."""
     trainer = runs.make(world, case)
     before = held()
-    again = UpdateRank(trainer.runner, trainer.options)
+    again = UpdateRank(trainer.runner, trainer.options, trainer.options.model)
     kept = held() - before
     return trainer.run()["update_rank"], again.weights, kept
 
@@ -74,7 +74,9 @@ def without_base(world: World, case: dict[str, Any]) -> tuple[list[int], list[st
         trainer = runs.make(world, case)
         files, away = weights_of(case), weights_of(case).with_suffix(".away")
         world.main_only(lambda: files.rename(away))
-        trainer.results.update_rank = UpdateRank(trainer.runner, trainer.options)
+        trainer.results.update_rank = UpdateRank(
+            trainer.runner, trainer.options, trainer.options.model
+        )
         try:
             summary = trainer.run()
         finally:

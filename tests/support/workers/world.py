@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -97,3 +98,21 @@ def mixed_reduction(world: World) -> tuple[list[float], list[str], int]:
         patch.setattr(host, "on_host", counted)
         found = world.sum(rank.double(), 0.5, rank > 1, True, rank.float() / 4)
     return found, reads.found, len(waits)
+
+
+def connections(world: World) -> tuple[int, int]:
+    """Number of this process's TCP connections before and after more collectives."""
+
+    def count() -> int:
+        found = psutil.Process().net_connections("tcp")
+        return sum(each.status == psutil.CONN_ESTABLISHED for each in found)
+
+    before = count()
+    for _ in range(3):
+        world.sum(1.0)
+        world.gather_rows(torch.ones(2, 2))
+        world.from_rank_0(torch.ones(3))
+    world.exchange("")  # nobody leaves before all have counted
+    after = count()
+    world.exchange("")
+    return before, after
