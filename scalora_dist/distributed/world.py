@@ -77,6 +77,10 @@ class World:
         world = cls(rank, size, local_rank, device, dist.PrefixStore("scalora_dist", store))
         return replace(world, nodes=round(world.sum(local_rank == 0)[0]))
 
+    def new_name(self) -> str:
+        """A name for keys of the store: the same on all ranks, and new with every call."""
+        return str(next(self._calls))
+
     def leave(self) -> None:
         """Leave the group. Without this call, NCCL warns of leaked resources."""
         dist.destroy_process_group()
@@ -147,7 +151,7 @@ class World:
         Raises:
             TimeoutError: some ranks did not call it in that time.
         """
-        name = name or str(next(self._calls))
+        name = name or self.new_name()
         keys = [f"text/{name}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], text)
         try:
@@ -186,7 +190,7 @@ class World:
 
     def _while_others_wait(self, work: Callable[[], T], works: bool, workers: int) -> T | None:
         """Run ``work`` on the ranks where ``works`` is true; all ranks return when it is done."""
-        name, result = f"work/{next(self._calls)}", None
+        name, result = f"work/{self.new_name()}", None
         if works:
             try:
                 result = work()

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scalora_dist.distributed.watchdog import Watchdog, _name
+from scalora_dist.distributed.board import names
+from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.distributed.world import World
 from tests.support.ranks import forkserver, free_port
 from tests.support.workers import watched_loop
@@ -123,5 +124,5 @@ def test_a_single_rank_is_not_watched() -> None:
 
 
 def test_names() -> None:
-    assert _name([3]) == "rank 3"
-    assert _name([0, 1, 2, 5]) == "ranks 0-2, 5"
+    assert names([3]) == "rank 3"
+    assert names([0, 1, 2, 5]) == "ranks 0-2, 5"

@@ -1,0 +1,54 @@
+"""Tells a slow store from one whose process or network is gone."""
+
+from __future__ import annotations
+
+import select
+import socket
+from contextlib import suppress
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+CONNECT = 2.0  # seconds for a connection
+# Linux asks an idle peer after 3 s, then every 3 s. Without 4 answers, after 15 s, it is cut off.
+KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
+
+
+class StoreLine:
+    """An idle connection to the store's process.
+
+    Nothing is sent on it. The kernels of both machines keep it, however busy the processes are. It
+    breaks if the store's process ends, or if the network does not carry packets any more.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Connect. This takes at most some seconds.
+
+        Args:
+            store: a store in a process of another rank or of the launcher. A store that is no
+                TCPStore counts as cut.
+        """
+        self._socket: socket.socket | None = None
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        if not isinstance(store, TCPStore):
+            return
+        with suppress(OSError):
+            line = socket.create_connection((store.host, store.port), CONNECT)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEPALIVE.items():
+                if hasattr(socket, name):
+                    line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            self._socket = line
+
+    @property
+    def cut(self) -> bool:
+        """Whether the connection is broken. Returns at once."""
+        if self._socket is None:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)  # nothing is sent: readable means ended
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
