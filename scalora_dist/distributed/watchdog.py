@@ -100,8 +100,11 @@ class Watchdog:
         self._ending.acquire()  # never released: the main thread and a watcher may both call end()
         who = ""
         if self._lower_answers():
-            time.sleep(PATIENCE)  # launchers kill all ranks as soon as one exits
-            self._look()
+            deadline = time.monotonic() + PATIENCE  # launchers kill all ranks as soon as one exits
+            while not self._has_said() and time.monotonic() < deadline:
+                time.sleep(BEAT / 2)
+                self._look()
+                self._due.set()
             who = f"rank {self.world.rank}: "  # still running, so no other rank saw this
         if not self._has_said():
             # Not by sys.stderr or sys.stdout: a hung main thread may hold their locks.
@@ -111,12 +114,14 @@ class Watchdog:
             if self._threads:
                 self._write()
             self._ends.set()
+            self._due.set()
             time.sleep(3 * BEAT)  # the store may end with this process: let the others read _said
         os._exit(1)
 
     def close(self) -> None:
         """Stop watching this rank, which has ended without an error. Not for use after an error."""
         self._ends.set()
+        self._due.set()
         if self._threads and not self._stop.is_set():
             self._mine = self._mine._replace(closed=True)
             self._write()
