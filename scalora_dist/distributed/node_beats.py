@@ -172,11 +172,12 @@ class Node:
     @property
     def leader(self) -> int:
         """The lowest rank that beats and is not closed; the looking one if there is none."""
-        living = (r for r, row in self.rows.items() if self._beats(r) and not row.closed)
+        living = (r for r, row in self.rows.items() if self.beats(r) and not row.closed)
         return min(living, default=self.rank)
 
-    def _beats(self, rank: int) -> bool:
-        return rank == self.rank or self.missed(rank) < LEADERLESS
+    def beats(self, rank: int) -> bool:
+        """Whether a rank is on this node, and beats."""
+        return rank == self.rank or (rank in self.rows and self.missed(rank) < LEADERLESS)
 
 
 def join_node(store: Store, rank: int, local_rank: int, size: int, patience: float) -> Node:

@@ -253,7 +253,7 @@ class Watchdog:
         if not self._threads:
             return False
         away = self._closed() | {r for r, s in self._silent().items() if s.missed >= FEW}
-        if self._store_gone(FEW):
+        if self._store_gone(FEW) and not self._node.beats(0):
             away.add(0)
         return any(rank not in away for rank in range(self.world.rank))
 
@@ -265,11 +265,12 @@ class Watchdog:
             for rank, silence in self._silent().items()
             if silence.missed >= (beats_paused if silence.paused else beats)
         }
-        if 0 not in self._closed() and self._store_gone(beats_paused if mine.paused else beats):
-            gone[0] = Silence.of(mine, self._beat - self._board_beat)
+        name = names(gone)
+        if not gone and self._store_gone(beats_paused if mine.paused else beats):
+            gone = {0: Silence.of(mine, self._beat - self._board_beat)}
+            name = "the launcher's store" if self._node.beats(0) else "rank 0"
         if not gone:
             return None
-        name = names(gone) if self.world.rank not in gone else "the launcher's store"
         # Their last rows are some heartbeats old, but this rank could not pass a step without them.
         latest = [Silence.of(mine, 0), *gone.values()]
         where = max(latest, key=lambda silence: silence.phases).where
@@ -282,6 +283,8 @@ class Watchdog:
         The store is on rank 0's node. A main thread that goes on to the next phase has heard of all
         ranks. A store that is only slow keeps its connection. It may be so for the time-out.
         """
+        if 0 in self._closed():  # it may have taken the store along
+            return False
         silence = self._beat - max(self._board_beat, self._progress)
         leader = self._node.rows.get(self._node.leader, Row())
         return silence >= (beats if leader.cut else max(beats, self.timeout / BEAT))

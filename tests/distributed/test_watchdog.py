@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scalora_dist.distributed.board import names
 from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.distributed.world import World
 from tests.support.ranks import forkserver, free_port
@@ -160,8 +159,3 @@ def test_a_single_rank_is_not_watched() -> None:
     watch.pause()
     assert watch.blame() is None
     watch.close()
-
-
-def test_names() -> None:
-    assert names([3]) == "rank 3"
-    assert names([0, 1, 2, 5]) == "ranks 0-2, 5"
