@@ -14,8 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from scalora_dist.distributed.board import Board, Silence, names
-from scalora_dist.distributed.leader import LEADERLESS, Leader, register
-from scalora_dist.distributed.node_beats import Memory, Node, Row, join_node
+from scalora_dist.distributed.leader import Leader, register
+from scalora_dist.distributed.node_beats import LEADERLESS, Memory, Node, Row, join_node
 from scalora_dist.distributed.store_line import StoreLine
 from tests.support.ranks import forkserver, free_port
 from tests.support.workers import watched_loop
