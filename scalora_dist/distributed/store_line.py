@@ -13,6 +13,16 @@ CONNECT = 2.0  # seconds for a connection
 KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
 
+def addresses(store: Store) -> list[tuple[str, int]]:
+    """Numeric addresses and port of a store's process; none if the store is no TCPStore."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        return []
+    found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_STREAM)
+    return [(str(address[0]), int(address[1])) for *_, address in found]
+
+
 class StoreLine:
     """An idle connection to the store's process.
 
@@ -20,25 +30,22 @@ class StoreLine:
     breaks if the store's process ends, or if the network does not carry packets any more.
     """
 
-    def __init__(self, store: Store) -> None:
-        """Connect. This takes at most some seconds.
+    def __init__(self, addresses: list[tuple[str, int]]) -> None:
+        """Connect, to the first address that answers. This takes at most some seconds.
 
         Args:
-            store: a store in a process of another rank or of the launcher. A store that is no
-                TCPStore counts as cut.
+            addresses: the store's. Without one, the line counts as cut.
         """
         self._socket: socket.socket | None = None
-        while isinstance(store, PrefixStore):
-            store = store.underlying_store
-        if not isinstance(store, TCPStore):
-            return
-        with suppress(OSError):
-            line = socket.create_connection((store.host, store.port), CONNECT)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for address in addresses:
+            with suppress(OSError):
+                self._socket = socket.create_connection(address, CONNECT)
+                break
+        if self._socket is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in KEEPALIVE.items():
                 if hasattr(socket, name):
-                    line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-            self._socket = line
+                    self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     @property
     def cut(self) -> bool:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from scalora_dist.distributed.board import Board, Silence, names
 from scalora_dist.distributed.leader import Leader, register
 from scalora_dist.distributed.node_beats import Row, join_node
-from scalora_dist.distributed.places import place_of
-from scalora_dist.distributed.store_line import StoreLine
+from scalora_dist.distributed.places import LONGEST, place_of
+from scalora_dist.distributed.store_line import StoreLine, addresses
 from scalora_dist.distributed.world import World
 
 BEAT = 1.0  # seconds between two heartbeats
@@ -65,6 +65,9 @@ class Watchdog:
         self._node = join_node(self._store, world.rank, world.local_rank, world.size, SILENCE)
         if self._node.number == world.rank:
             register(self._store, self._node.number)
+        # All that may ask a slow name server is done here, on ranks that do not lead yet too.
+        self._addresses = addresses(world.store)
+        self._leader: Leader | None = self._new_leader()
         for work in (self._exchange, self._watch):
             self._threads.append(threading.Thread(target=work, daemon=True))
             self._threads[-1].start()
@@ -73,7 +76,8 @@ class Watchdog:
     def at(self, phase: str) -> None:
         """Begin ``phase`` of the main thread. The next call of at() or pause() ends it."""
         self._progress = self._beat
-        self._mine = Row(since=self._beat, phase=phase, phases=self._mine.phases + 1, paused=False)
+        phases = self._mine.phases + 1
+        self._mine = Row(since=self._beat, phase=phase[:LONGEST], phases=phases, paused=False)
 
     def pause(self) -> None:
         """Set no time limit for the main thread until the next at()."""
@@ -187,39 +191,39 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """Run the thread that uses the store, if this rank leads. The store may block it."""
-        leader: Leader | None = None
         beat = 0
         while not self._stop.is_set():
-            if not self._leads():
-                leader = None
-                self._connect(None)
-            else:
+            if self._leads():
                 beats, beat = min(1, self._beat - beat), self._beat
                 try:
-                    leader = self._lead(leader, beats)
+                    self._lead(beats)
                 except (RuntimeError, OSError):  # the other thread counts how long this lasts
-                    leader = None
+                    self._leader = None
+                if self._line is None or self._line.cut:
+                    self._connect(StoreLine(self._addresses))
+            else:
+                self._connect(None)
             self._due.wait(SHORT if self._ends.is_set() else 2 * BEAT)
             self._due.clear()
 
-    def _lead(self, leader: Leader | None, beats: int) -> Leader:
-        """Exchange the node's rows for the board. A new leader connects to the store first."""
-        if leader is None or self._line is None or self._line.cut:
-            self._connect(StoreLine(self.world.store))
-        if leader is None:
-            if self._line and self._line.cut:
+    def _lead(self, beats: int) -> None:
+        """Exchange the node's rows for the board."""
+        if self._leader is None:
+            if self._line is not None and self._line.cut:
                 raise ConnectionError("the store does not answer")
-            # A separate connection: the main thread blocks the other one while it waits. torch's
-            # type of a store leaves `clone` out.
-            store = self._store.clone()  # type: ignore[attr-defined]
-            limit = self.timeout / BEAT
-            leader = Leader(store, self._node.number, self.world.rank, self.world.size, limit)
+            self._leader = self._new_leader()
         self._look()
         rows = self._node.rows
-        board = leader.exchange({r: (self._node.missed(r), rows[r]) for r in rows}, beats)
+        board = self._leader.exchange({r: (self._node.missed(r), rows[r]) for r in rows}, beats)
         self._node.memory.write_board(board.encode())
         self._published = rows[self.world.rank].closed
-        return leader
+
+    def _new_leader(self) -> Leader:
+        # A separate connection: the main thread blocks the other one while it waits. torch's type
+        # of a store leaves `clone` out.
+        store = self._store.clone()  # type: ignore[attr-defined]
+        limit = self.timeout / BEAT
+        return Leader(store, self._node.number, self.world.rank, self.world.size, limit)
 
     def _connect(self, line: StoreLine | None) -> None:
         with self._lock:

@@ -139,7 +139,12 @@ def stopped_store(world: World) -> None:
 
 def send_to_store(world: World, number: signal.Signals) -> None:
     if world.is_main:
-        os.kill(int(os.environ["STORE_PROCESS"]), number)
+        process = os.environ["STORE_PROCESS"]
+        os.kill(int(process), number)
+        states = {""}
+        while number == signal.SIGSTOP and states != {"T"}:  # its threads stop one by one
+            threads = Path(f"/proc/{process}/task").glob("*/stat")
+            states = {thread.read_text().rpartition(")")[2].split()[0] for thread in threads}
 
 
 RUNS: dict[str, Callable[[World], None]] = {
