@@ -160,7 +160,7 @@ class SimulatedRanks:
         return {f"random.{rank}.{x}": FlatPart(torch.zeros(16), 0, 16) for x in GENERATORS}
 
     def _play(self, folder: Path, number: int) -> None:
-        store = dist.PrefixStore("keys/0", self._server.clone())  # type: ignore[attr-defined]
+        store = dist.PrefixStore("save/0", self._server.clone())  # type: ignore[attr-defined]
         store.wait([f"{number}/begun"], timedelta(seconds=600))
         partial = folder.with_name(f"{folder.name}.partial")
         record = {"failure": "", "bytes": 0, "sha256": "0" * 64}

@@ -71,7 +71,9 @@ class Writer:
         self.world = world
         self.keep = keep
         self.timeout = timeout
-        self._store = world.new_keys()
+        # The main thread's connection: each costs the store's process a look into the DNS. So this
+        # thread must not wait for a key, which would block the connection.
+        self._store = dist.PrefixStore(f"save/{world.new_name()}", world.store)
         self._records = [f"record/{rank}" for rank in range(world.size)]
         self._saves = 0
         self._sent = ""  # this rank's cuts, as rank 0 knows them

@@ -3,82 +3,33 @@
 from __future__ import annotations
 
 import atexit
-import faulthandler
-import itertools
-import json
 import os
-import re
 import sys
-import sysconfig
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Collection
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryFile
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
 
+from scalora_dist.distributed.board import Board, Silence, names
+from scalora_dist.distributed.leader import Leader, register
+from scalora_dist.distributed.node_beats import Row, join_node
+from scalora_dist.distributed.places import LONGEST, place_of
+from scalora_dist.distributed.store_line import StoreLine, addresses
 from scalora_dist.distributed.world import World
 
 BEAT = 1.0  # seconds between two heartbeats
 SILENCE = 30.0  # seconds without a heartbeat that are possible for a busy, living rank
 FEW = 4  # missed heartbeats of a dead rank, once a collective has failed
 PATIENCE = 5.0  # seconds that other ranks wait for the one that prints the message
-
-PACKAGE = Path(__file__).parents[1]
-LIBRARIES = ("<frozen", sysconfig.get_paths()["stdlib"])
-# Paths of code that waits for other ranks: in any frame of a stack (COLLECTIVES), or only in the
-# innermost one (WAITS).
-COLLECTIVES = (
-    "-packages/deepspeed/comm/",
-    "-packages/torch/distributed/distributed_c10d.py",
-    "-packages/torch/distributed/_functional_collectives.py",
-)
-WAITS = (
-    "-packages/deepspeed/",
-    "-packages/torch/cuda/",  # for a GPU that waits
-    "-packages/torch/distributed/",
-    str(PACKAGE / "distributed" / "world.py"),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """State that a rank publishes. Time is counted in the rank's own heartbeats.
-
-    Attributes:
-        beat: number of heartbeats so far.
-        since: heartbeat at which the phase began.
-        phase: name of the main thread's phase.
-        count: number of phases and pauses so far; they are the same on all ranks.
-        paused: whether the main thread has no time limit until the next phase.
-        place: the main thread's line of code, once a phase has taken half of its time.
-        waits: whether the main thread waits for other ranks there.
-        closed: whether the rank has ended without an error.
-        said: whether the rank has printed why the job ends.
-    """
-
-    beat: int = 0
-    since: int = 0
-    phase: str = "the start"
-    count: int = 0
-    paused: bool = True
-    place: str = "an unknown place"
-    waits: bool = False
-    closed: bool = False
-    said: bool = False
-
-    @property
-    def where(self) -> str:
-        return f"{'after' if self.paused else 'in'} {self.phase}"
+SHORT = 0.02  # seconds between two exchanges while the rank ends
 
 
 class Watchdog:
-    """Exchanges every rank's heartbeats and phases over the store, by a thread of each rank.
+    """Exchanges every rank's heartbeats and phases, by two threads of each rank.
+
+    The ranks of a node share memory. One of them, the leader, exchanges the node's rows over the
+    store for the board, on which one judge tells all ranks which are silent or hang.
 
     Time is counted in heartbeats of this process. So clocks of machines are never compared, and a
     job that was suspended and resumed is not taken for a hung one.
@@ -93,46 +44,56 @@ class Watchdog:
         """
         self.world = world
         self.timeout = timeout
-        self._beat = self._heard = 0  # heartbeats so far; and at the last exchange
+        self._beat = 0  # heartbeats so far
+        self._progress = 0  # heartbeat at which the main thread last began a phase or a pause
         self._mine = Row()
         self._said = False
-        self._rows = [Row()] * world.size
-        self._moved = [0] * world.size  # this rank's beat when each row's beat changed
+        self._board = Board()
+        self._board_beat = 0  # heartbeat at which a new board last came
+        self._published = False  # whether the judge can know that this rank has closed
         self._main = threading.get_ident()
-        self._closing = threading.Event()
+        self._lock = threading.Lock()  # of the node's rows and the line; no one waits in it
+        self._line: StoreLine | None = None
+        self._due = threading.Event()
+        self._ends = threading.Event()
         self._stop = threading.Event()
         self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
         if world.size == 1:
             return
-        # A separate connection: the main thread blocks the other one while it waits. torch's type
-        # of a store leaves `clone` out, here and below.
-        self._store = dist.PrefixStore("watch", world.store.clone())  # type: ignore[attr-defined]
-        self._keys = [str(rank) for rank in range(world.size)]
-        for key in self._keys:  # no reader must wait for a rank that never wrote
-            self._store.compare_set(key, "", json.dumps(asdict(Row())))
-        for work in (self._exchange, self._judge):
+        self._store = dist.PrefixStore(f"watch/{world.new_name()}", world.store)
+        self._node = join_node(self._store, world.rank, world.local_rank, world.size, SILENCE)
+        if self._node.number == world.rank:
+            register(self._store, self._node.number)
+        # All that may ask a slow name server is done here, on ranks that do not lead yet too.
+        self._addresses = addresses(world.store)
+        self._leader: Leader | None = self._new_leader()
+        for work in (self._exchange, self._watch):
             self._threads.append(threading.Thread(target=work, daemon=True))
             self._threads[-1].start()
         atexit.register(self._halt)  # no thread may use the store when the interpreter exits
 
     def at(self, phase: str) -> None:
         """Begin ``phase`` of the main thread. The next call of at() or pause() ends it."""
-        self._mine = Row(since=self._beat, phase=phase, count=self._mine.count + 1, paused=False)
+        self._progress = self._beat
+        phases = self._mine.phases + 1
+        self._mine = Row(since=self._beat, phase=phase[:LONGEST], phases=phases, paused=False)
 
     def pause(self) -> None:
         """Set no time limit for the main thread until the next at()."""
-        self._mine = replace(self._mine, count=self._mine.count + 1, paused=True)
+        self._progress = self._beat
+        self._mine = self._mine._replace(phases=self._mine.phases + 1, paused=True)
 
     def blame(self) -> str | None:
         """After a failed collective: says which rank has died and where it last was.
 
         None if all ranks are alive; it takes a few heartbeats to know this.
         """
-        for _ in range(2 * FEW if self._threads else 0):
+        for _ in range(2 * FEW * 4 if self._threads else 0):
             if gone := self._gone(FEW, FEW):
                 return gone
-            time.sleep(BEAT)
+            time.sleep(BEAT / 4)
+            self._look()
         return None
 
     def end(self, sentence: str) -> NoReturn:
@@ -141,181 +102,193 @@ class Watchdog:
         The other ranks print only if no rank has printed in the meantime.
         """
         self._ending.acquire()  # never released: the main thread and a watcher may both call end()
-        who, missed = "", self._silence()
-        answers = [n < FEW and not row.closed for n, row in zip(missed, self._rows, strict=True)]
-        if any(answers[: self.world.rank]):
-            time.sleep(PATIENCE)  # launchers kill all ranks as soon as one exits
+        who = ""
+        if self._lower_answers():
+            deadline = time.monotonic() + PATIENCE  # launchers kill all ranks as soon as one exits
+            while not self._has_said() and time.monotonic() < deadline:
+                time.sleep(BEAT / 2)
+                self._look()
+                self._due.set()
             who = f"rank {self.world.rank}: "  # still running, so no other rank saw this
-        if not any(row.said for row in self._rows):
+        if not self._has_said():
             # Not by sys.stderr or sys.stdout: a hung main thread may hold their locks.
             os.write(2, f"error: {who}{sentence}: ending the job\n".encode())
             threading.Thread(target=sys.stdout.flush, daemon=True).start()
             self._said = True
+            if self._threads:
+                self._write()
+            self._ends.set()
+            self._due.set()
             time.sleep(3 * BEAT)  # the store may end with this process: let the others read _said
         os._exit(1)
 
     def close(self) -> None:
         """Stop watching this rank, which has ended without an error. Not for use after an error."""
-        self._closing.set()
-        deadline = time.monotonic() + 3 * BEAT
-        # The store may end with rank 0, so rank 0 waits until all ranks have closed.
-        ranks = range(self.world.size) if self.world.is_main else [self.world.rank]
-        while self._threads and time.monotonic() < deadline:
-            if all(self._rows[rank].closed for rank in ranks):
-                break
-            time.sleep(0.02)
+        self._ends.set()
+        self._due.set()
+        if self._threads and not self._stop.is_set():
+            self._mine = self._mine._replace(closed=True)
+            self._write()
+            deadline = time.monotonic() + 3 * BEAT
+            while not self._may_leave() and time.monotonic() < deadline:
+                time.sleep(SHORT)
+                self._look()
         self._halt()
+
+    def _may_leave(self) -> bool:
+        """Whether the other ranks know, or will know without this one, that it has closed."""
+        if len(self._closed()) == self.world.size:
+            return True
+        # The store may end with rank 0, so rank 0 waits until all ranks have closed.
+        return not self.world.is_main and (self._published or not self._leads())
 
     def _halt(self) -> None:
         self._stop.set()
-        self._closing.set()
+        self._due.set()
         for thread in self._threads:
             thread.join(BEAT)
+        if self._threads and not any(thread.is_alive() for thread in self._threads):
+            self._threads = []
+            self._node.memory.close()
+            self._connect(None)
+            atexit.unregister(self._halt)
 
-    def _exchange(self) -> None:
-        """Run the thread that uses the store. The store may block it for ever."""
-        while not self._stop.is_set():
-            try:
-                self._exchange_once()
-            except RuntimeError:  # the other thread counts how long this lasts
-                with suppress(RuntimeError):
-                    self._store = self._store.clone()  # type: ignore[attr-defined]
-            if self._closing.wait(BEAT):
-                self._stop.wait(0.02)
+    def _watch(self) -> None:
+        """Run the thread that beats and that ends the process. Nothing in it could block it."""
+        while not self._stop.wait(BEAT):
+            self._beat += 1
+            self._write()
+            self._due.set()
+            if self._has_said():
+                self.end("")
+            patience = self.timeout / BEAT
+            verdict = self._gone(min(patience, SILENCE / BEAT), patience) or self._board.hang
+            if verdict:
+                self.end(f"{verdict} (--hang_timeout {self.timeout:g})")
 
-    def _exchange_once(self) -> None:
+    def _write(self) -> None:
+        """Write this rank's row to the node's memory, and read the others'."""
         mine = self._mine
         # Only when a hang is likely: CPython 3.11 crashes if a thread starts while stacks are read,
         # as torch's threads do.
         if not mine.paused and self._beat - mine.since > self.timeout / BEAT / 2:
-            place, waits = _place(self._main)
-            mine = replace(mine, place=place, waits=waits)
-        mine = replace(
-            mine,
-            beat=self._beat,
-            closed=self._closing.is_set(),
-            said=self._said,
-        )
-        self._store.set(self._keys[self.world.rank], json.dumps(asdict(mine)))
-        rows = [Row(**json.loads(text)) for text in self._store.multi_get(self._keys)]
-        self._heard = now = self._beat
-        pairs = zip(rows, self._rows, self._moved, strict=True)
-        self._moved = [now if new.beat != old.beat else last for new, old, last in pairs]
-        self._rows = rows
+            place, waits = place_of(self._main)
+            mine = mine._replace(place=place, waits=waits)
+        with self._lock:
+            cut = self._line is not None and self._line.cut
+            self._node.write(mine._replace(beat=self._beat, said=self._said, cut=cut))
+        self._look()
 
-    def _silence(self) -> list[int]:
-        """Missed heartbeats of each rank. Rank 0's include a silent store, which is on its node."""
-        return [self._beat - self._moved[0], *(self._heard - last for last in self._moved[1:])]
+    def _look(self) -> None:
+        """Read the node's memory."""
+        with self._lock:
+            self._node.look(self._beat)
+            if (text := self._node.memory.read_board()) is None:
+                return
+        board = Board.decode(text)
+        if board.age > self._board.age:
+            self._board, self._board_beat = board, self._beat
 
-    def _judge(self) -> None:
-        """Run the thread that ends the process. It does nothing that could block it."""
-        while not self._stop.wait(BEAT):
-            self._beat += 1
-            if any(row.said for row in self._rows):
-                self.end("")
-            patience = self.timeout / BEAT
-            verdict = self._gone(min(patience, SILENCE / BEAT), patience) or self._hung()
-            if verdict:
-                self.end(f"{verdict} (--hang_timeout {self.timeout:g})")
+    def _exchange(self) -> None:
+        """Run the thread that uses the store, if this rank leads. The store may block it."""
+        beat = 0
+        while not self._stop.is_set():
+            if self._leads():
+                beats, beat = min(1, self._beat - beat), self._beat
+                try:
+                    self._lead(beats)
+                except (RuntimeError, OSError):  # the other thread counts how long this lasts
+                    self._leader = None
+                if self._line is None or self._line.cut:
+                    self._connect(StoreLine(self._addresses))
+            else:
+                self._connect(None)
+            self._due.wait(SHORT if self._ends.is_set() else 2 * BEAT)
+            self._due.clear()
+
+    def _lead(self, beats: int) -> None:
+        """Exchange the node's rows for the board."""
+        if self._leader is None:
+            if self._line is not None and self._line.cut:
+                raise ConnectionError("the store does not answer")
+            self._leader = self._new_leader()
+        self._look()
+        rows = self._node.rows
+        board = self._leader.exchange({r: (self._node.missed(r), rows[r]) for r in rows}, beats)
+        self._node.memory.write_board(board.encode())
+        self._published = rows[self.world.rank].closed
+
+    def _new_leader(self) -> Leader:
+        # A separate connection: the main thread blocks the other one while it waits. torch's type
+        # of a store leaves `clone` out.
+        store = self._store.clone()  # type: ignore[attr-defined]
+        limit = self.timeout / BEAT
+        return Leader(store, self._node.number, self.world.rank, self.world.size, limit)
+
+    def _connect(self, line: StoreLine | None) -> None:
+        with self._lock:
+            if self._line is not None:
+                self._line.close()
+            self._line = line
+
+    def _leads(self) -> bool:
+        return self._node.leader == self.world.rank
+
+    def _closed(self) -> set[int]:
+        here = {rank for rank, row in self._node.rows.items() if row.closed}
+        return here | self._board.closed
+
+    def _has_said(self) -> bool:
+        rows = self._node.rows.values() if self._threads else []
+        return self._board.said or any(row.said for row in rows)
+
+    def _silent(self) -> dict[int, Silence]:
+        """{rank: its silence}: this node's ranks by their rows, the others by the board."""
+        here = self._node.rows
+        silent = {rank: s for rank, s in self._board.silent.items() if rank not in here}
+        for rank, row in here.items():
+            if rank != self.world.rank:
+                silent[rank] = Silence.of(row, self._node.missed(rank))
+        closed = self._closed()
+        return {rank: silence for rank, silence in silent.items() if rank not in closed}
+
+    def _lower_answers(self) -> bool:
+        """Whether a lower rank lives, which prints the message then."""
+        if not self._threads:
+            return False
+        away = self._closed() | {r for r, s in self._silent().items() if s.missed >= FEW}
+        if self._store_gone(FEW) and not self._node.beats(0):
+            away.add(0)
+        return any(rank not in away for rank in range(self.world.rank))
 
     def _gone(self, beats: float, beats_paused: float) -> str | None:
         """Says which ranks missed ``beats`` heartbeats (``beats_paused`` in a pause), or None."""
-        rows, missed = self._rows, self._silence()
-        allowed = [beats_paused if row.paused else beats for row in rows]
-        gone = [r for r, row in enumerate(rows) if missed[r] >= allowed[r] and not row.closed]
+        mine = self._mine
+        gone = {
+            rank: silence
+            for rank, silence in self._silent().items()
+            if silence.missed >= (beats_paused if silence.paused else beats)
+        }
+        name = names(gone)
+        if not gone and self._store_gone(beats_paused if mine.paused else beats):
+            gone = {0: Silence.of(mine, self._beat - self._board_beat)}
+            name = "the launcher's store" if self._node.beats(0) else "rank 0"
         if not gone:
             return None
-        name = _name(gone) if self.world.rank not in gone else "the launcher's store"
         # Their last rows are some heartbeats old, but this rank could not pass a step without them.
-        where = max((self._mine, *(rows[r] for r in gone)), key=lambda row: row.count).where
-        heard = max(missed[rank] for rank in gone) * BEAT
+        latest = [Silence.of(mine, 0), *gone.values()]
+        where = max(latest, key=lambda silence: silence.phases).where
+        heard = max(silence.missed for silence in gone.values()) * BEAT
         return f"{name} stopped answering {where}; last heard {heard:.0f} s ago"
 
-    def _hung(self) -> str | None:
-        """Says which ranks make the others wait, or None: those last in phase that do not wait."""
-        rows = {rank: row for rank, row in enumerate(self._rows) if not row.closed}
-        last = min((row.count for row in rows.values()), default=0)
-        late = {rank: row for rank, row in rows.items() if row.count == last}
-        limit = self.timeout / BEAT
-        if not late or any(r.paused or r.beat - r.since <= limit for r in late.values()):
-            return None
-        guilty = {rank: row for rank, row in late.items() if not row.waits} or late
-        others = {rank: row for rank, row in rows.items() if rank not in guilty}
-        phase = next(row.phase for row in guilty.values())
-        sentence = f"{_verb(guilty, 'hang')} in {phase}{_places(guilty)}"
-        return f"{sentence} while {_verb(others, 'wait')}{_places(others)}" if others else sentence
+    def _store_gone(self, beats: float) -> bool:
+        """Whether no board came for ``beats`` heartbeats, and not only because the store is slow.
 
-
-def _name(ranks: Collection[int]) -> str:
-    """Ranks as text: ``rank 3`` or ``ranks 0-2, 5``."""
-    runs = itertools.groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    spans = [[rank for _, rank in run] for _, run in runs]
-    names = [f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans]
-    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(names)
-
-
-def _verb(ranks: Collection[int], verb: str) -> str:
-    return f"{_name(ranks)} {verb}{'s' * (len(ranks) == 1)}"
-
-
-def _places(rows: dict[int, Row]) -> str:
-    """Places of these ranks as text; ranks at the same place are grouped."""
-    at = defaultdict(list)
-    for rank, row in rows.items():
-        at[row.place].append(rank)
-    if len(at) == 1:
-        return f" at {next(iter(at))}"
-    return "".join(f", {_name(ranks)} at {place}" for place, ranks in at.items())
-
-
-def _place(thread: int) -> tuple[str, bool]:
-    """A thread's innermost line outside the libraries, and whether it waits for other ranks."""
-    threads = _stacks()
-    stack = threads.get(thread)
-    if not stack:
-        return "an unknown place", False
-    stacks = [stack]
-    if stack[0].function == "_engine_run_backward":  # on a GPU, hooks run in other threads
-        stacks = list(threads.values())
-    here = next((call for call in stack if not _in_library(call)), stack[0])
-    name = f"{Path(here.file).name}:{here.line} in {here.function}"
-    return name, any(map(_waits, stacks))
-
-
-class _Call(NamedTuple):
-    file: str
-    line: str  # "??" where the interpreter does not know it
-    function: str
-
-
-def _stacks() -> dict[int, list[_Call]]:
-    """{thread: its calls, innermost first}.
-
-    Uses faulthandler, which makes no frame objects. Walking the frames of another, running thread
-    (``sys._current_frames``) has crashed CPython 3.11.
-    """
-    in_memory = hasattr(os, "memfd_create")  # Linux; elsewhere a file, maybe on a full disk
-    with open(os.memfd_create("stacks"), "w+b") if in_memory else TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        text = file.read().decode(errors="replace")
-    stacks: dict[int, list[_Call]] = {}
-    calls: list[_Call] = []
-    for line in text.splitlines():
-        if head := re.match(r"(?:Current thread|Thread) 0x([0-9a-f]+)", line):
-            calls = stacks[int(head[1], 16)] = []
-        elif call := re.match(r'  File "(.*)", line (\S+) in (.*)', line):
-            calls.append(_Call(*call.groups()))
-    return {thread: calls for thread, calls in stacks.items() if calls}
-
-
-def _in_library(call: _Call) -> bool:
-    library = "-packages/" in call.file or call.file.startswith(LIBRARIES)
-    return library and not call.file.startswith(str(PACKAGE))
-
-
-def _waits(stack: list[_Call]) -> bool:
-    files = [call.file for call in stack]
-    return any(part in files[0] for part in WAITS) or any(
-        part in file for part in COLLECTIVES for file in files
-    )
+        The store is on rank 0's node. A main thread that goes on to the next phase has heard of all
+        ranks. A store that is only slow keeps its connection. It may be so for the time-out.
+        """
+        if 0 in self._closed():  # it may have taken the store along
+            return False
+        silence = self._beat - max(self._board_beat, self._progress)
+        leader = self._node.rows.get(self._node.leader, Row())
+        return silence >= (beats if leader.cut else max(beats, self.timeout / BEAT))

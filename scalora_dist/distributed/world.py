@@ -88,6 +88,10 @@ class World:
         world = cls(rank, size, local_rank, device, dist.PrefixStore("scalora_dist", store))
         return replace(world, nodes=round(world.sum(local_rank == 0)[0]))
 
+    def new_name(self) -> str:
+        """A name for keys of the store: the same on all ranks, and new with every call."""
+        return str(next(self._calls))
+
     def leave(self) -> None:
         """Leave the group. Without this call, NCCL warns of leaked resources."""
         dist.destroy_process_group()
@@ -158,7 +162,7 @@ class World:
         Raises:
             TimeoutError: some ranks did not call it in that time.
         """
-        name = name or str(next(self._calls))
+        name = name or self.new_name()
         keys = [f"text/{name}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], text)
         try:
@@ -178,14 +182,6 @@ class World:
         """
         return self._while_others_wait(work, self.is_main, workers=1)
 
-    def new_keys(self) -> dist.Store:
-        """The store, with keys that no other call of this method shares. Called on every rank.
-
-        It has no connection of its own, since each costs the store's process a look into the DNS. A
-        thread must not wait for a key: that would block the connection for the main thread.
-        """
-        return dist.PrefixStore(f"keys/{next(self._calls)}", self.store)
-
     def told(self, read: Callable[[], T]) -> T:
         """What ``read`` returns on rank 0, on every rank, which waits for it as in ``main_only``.
 
@@ -195,7 +191,7 @@ class World:
         Raises:
             UserError: on the waiting ranks, where ``read`` raised on rank 0.
         """
-        name = f"told/{next(self._calls)}"
+        name = f"told/{self.new_name()}"
         self.main_only(lambda: self.store.set(name, json.dumps(read())))
         return cast(T, json.loads(self.store.get(name)))
 
@@ -225,7 +221,7 @@ class World:
         The other ranks of the node get its result over the store. All ranks return what ``read``
         makes of it.
         """
-        name, first = f"from/{next(self._calls)}", self.rank - self.local_rank
+        name, first = f"from/{self.new_name()}", self.rank - self.local_rank
 
         def work() -> T:
             if self.rank != first:
@@ -239,7 +235,7 @@ class World:
 
     def _while_others_wait(self, work: Callable[[], T], works: bool, workers: int) -> T | None:
         """Run ``work`` on the ranks where ``works`` is true; all ranks return when it is done."""
-        name, result = f"work/{next(self._calls)}", None
+        name, result = f"work/{self.new_name()}", None
         if works:
             try:
                 result = work()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from scalora_dist.distributed.watchdog import Watchdog, _name
+from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.distributed.world import World
 from tests.support.ranks import forkserver, free_port
 from tests.support.workers import watched_loop
@@ -20,13 +20,26 @@ from tests.support.workers import watched_loop
 class Run:
     """The processes of one run, which do what ``watched_loop`` knows by this name."""
 
-    def __init__(self, folder: Path, what: str, size: int, timeout: float) -> None:
+    def __init__(self, folder: Path, what: str, size: int, node: int, store: bool) -> None:
+        """
+        Args:
+            size: number of ranks.
+            node: number of ranks of each node.
+            store: whether a process of its own serves the store, as under torchrun.
+        """
         context = forkserver()
         port = free_port()
-        self.files = [folder / f"{what} {rank}" for rank in range(size)]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.files = [folder / f"{what} {size} {rank}" for rank in range(size)]
+        self.store = context.Process(target=watched_loop.store, args=(port,))
+        if store:
+            self.store.start()
+            environment["STORE_PROCESS"] = str(self.store.pid)
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            environment["TORCHELASTIC_RESTART_COUNT"] = "0"
         self.ranks = []
         for rank, file in enumerate(self.files):
-            args = (rank, size, port, file, what, timeout)
+            args = (rank, size, node, environment, file, what)
             file.touch()
             self.ranks.append(context.Process(target=watched_loop.rank, args=args))
             self.ranks[-1].start()
@@ -39,55 +52,70 @@ class Run:
         return re.findall("^error: (.*)", text, re.MULTILINE)
 
     def kill(self) -> None:
-        for process in self.ranks:
-            process.kill()
-            process.join()
+        for process in [*self.ranks, self.store]:
+            if process.pid:
+                process.kill()
+                process.join()
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """``start(what, size, timeout)``: a Run that doesn't outlive the test."""
-    runs: list[Run] = []
+# (what it does, ranks, ranks of each node, whether the store is a process of its own)
+RUNS = {
+    "stop 0": ("stop 0", 2, 2, False),
+    "stop 1": ("stop 1", 2, 2, False),
+    "stop 1 of two nodes": ("stop 1", 4, 1, False),
+    "kill 0": ("kill 0", 3, 3, False),
+    "kill 1": ("kill 1", 3, 3, False),
+    "kill the first node": ("kill 0", 2, 1, False),
+    "kill the judge": ("kill 0", 4, 2, True),
+    "read": ("read", 3, 2, False),
+    "deadlock": ("deadlock", 2, 1, False),
+    "fail": ("fail", 2, 2, False),
+    "slow": ("slow", 2, 2, False),
+    "slow store": ("slow store", 2, 1, True),
+    "stopped store": ("stopped store", 2, 2, True),
+}
 
-    def start(what: str, size: int, timeout: float) -> Run:
-        runs.append(Run(tmp_path, what, size, timeout))
-        return runs[-1]
 
-    yield start
-    for run in runs:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """All runs, started together: they mostly wait."""
+    folder = tmp_path_factory.mktemp("runs")
+    started = {name: Run(folder, *args) for name, args in RUNS.items()}
+    yield started
+    for run in started.values():
         run.kill()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A healthy run of 16 s, most of them pauses: it goes on while the other tests wait."""
-    run = Run(tmp_path_factory.mktemp("slow"), "slow", 2, timeout=4)
-    yield run
-    run.kill()
+STOPPED = r"rank {} stopped answering in step 3; last heard \d+ s ago"
 
 
-def test_a_stopped_rank(start: Callable[..., Run]) -> None:
+@pytest.mark.parametrize(
+    ("run", "unlucky", "witness"),
+    [("stop 0", 0, 1), ("stop 1", 1, 0), ("stop 1 of two nodes", 1, 0)],
+)
+def test_a_stopped_rank(runs: dict[str, Run], run: str, unlucky: int, witness: int) -> None:
     """Rank 0 takes the store with it: the other one waits for an answer, and that for ever."""
-    for unlucky, run in [(rank, start(f"stop {rank}", 2, timeout=60)) for rank in (0, 1)]:
-        (message,) = run.errors(1 - unlucky, 1)
-        pattern = rf"rank {unlucky} stopped answering in step 3; last heard \d+ s ago "
-        assert re.fullmatch(pattern + r"\(--hang_timeout 60\): ending the job", message)
+    (message,) = runs[run].errors(witness, 1)
+    pattern = STOPPED.format(unlucky) + r" \(--hang_timeout 60\): ending the job"
+    assert re.fullmatch(pattern, message)
 
 
-def test_a_killed_rank(start: Callable[..., Run]) -> None:
+@pytest.mark.parametrize(
+    ("run", "unlucky"),
+    [("kill 0", 0), ("kill 1", 1), ("kill the first node", 0), ("kill the judge", 0)],
+)
+def test_a_killed_rank(runs: dict[str, Run], run: str, unlucky: int) -> None:
     """A collective fails, and the trainer asks who is to blame."""
-    for unlucky, run in [(rank, start(f"kill {rank}", 3, timeout=60)) for rank in (0, 1)]:
-        pattern = rf"rank {unlucky} stopped answering in step 3; last heard \d+ s ago"
-        (message,) = run.errors(1 if unlucky == 0 else 0, 1)
-        assert re.fullmatch(pattern + ": ending the job", message)
-        assert run.errors(unlucky, -signal.SIGKILL) == []
-        for repeated in run.errors(2, 1):  # without the store it can't know that rank 1 spoke
-            assert unlucky == 0
-            assert re.fullmatch("rank 2: " + pattern + ": ending the job", repeated)
+    dead, *others = sorted(range(len(runs[run].ranks)), key=lambda rank: rank != unlucky)
+    (message,) = runs[run].errors(others[0], 1)
+    assert re.fullmatch(STOPPED.format(unlucky) + ": ending the job", message)
+    assert runs[run].errors(dead, -signal.SIGKILL) == []
+    for other in others[1:]:
+        assert runs[run].errors(other, 1) == []
 
 
-def test_a_hung_rank(start: Callable[..., Run]) -> None:
-    run = start("read", 3, timeout=4)
+def test_a_hung_rank(runs: dict[str, Run]) -> None:
+    run = runs["read"]
     (message,) = run.errors(0, 1)
     assert re.fullmatch(
         r"rank 1 hangs in step 3 at watched_loop\.py:\d+ in read"
@@ -98,20 +126,31 @@ def test_a_hung_rank(start: Callable[..., Run]) -> None:
     assert run.errors(1, 1) == run.errors(2, 1) == []
 
 
-def test_ranks_that_wait_for_each_other(start: Callable[..., Run]) -> None:
-    run = start("deadlock", 2, timeout=4)
+def test_ranks_that_wait_for_each_other(runs: dict[str, Run]) -> None:
+    run = runs["deadlock"]
     (message,) = run.errors(0, 1)
     places = r"rank 0 at world\.py:\d+ in _reduce, rank 1 at world\.py:\d+ in _while_others_wait "
     assert re.match("ranks 0-1 hang in step 3, " + places, message)
     assert run.errors(1, 1) == []
 
 
-def test_a_slow_run_and_a_failure_are_nobodys_death(start: Callable[..., Run], slow: Run) -> None:
-    failing = start("fail", 2, timeout=60)
+def test_a_failure_is_nobodys_death(runs: dict[str, Run]) -> None:
     for rank in range(2):
-        assert failing.errors(rank, 1) == []
-        assert "RuntimeError: out of luck" in failing.files[rank].read_text()
-        assert slow.errors(rank, 0) == []
+        assert runs["fail"].errors(rank, 1) == []
+        assert "RuntimeError: out of luck" in runs["fail"].files[rank].read_text()
+
+
+@pytest.mark.parametrize("run", ["slow", "slow store"])
+def test_a_slow_run_and_a_slow_store_are_nobodys_death(runs: dict[str, Run], run: str) -> None:
+    for rank in range(2):
+        assert runs[run].errors(rank, 0) == []
+
+
+def test_a_store_that_holds_up_the_ranks_for_the_time_out(runs: dict[str, Run]) -> None:
+    (message,) = runs["stopped store"].errors(0, 1)
+    pattern = r"the launcher's store stopped answering after step 1; last heard 4 s ago .*"
+    assert re.fullmatch(pattern, message)
+    assert runs["stopped store"].errors(1, 1) == []
 
 
 def test_a_single_rank_is_not_watched() -> None:
@@ -120,8 +159,3 @@ def test_a_single_rank_is_not_watched() -> None:
     watch.pause()
     assert watch.blame() is None
     watch.close()
-
-
-def test_names() -> None:
-    assert _name([3]) == "rank 3"
-    assert _name([0, 1, 2, 5]) == "ranks 0-2, 5"

@@ -74,9 +74,8 @@ def without_base(world: World, case: dict[str, Any]) -> tuple[list[int], list[st
         trainer = runs.make(world, case)
         files, away = weights_of(case), weights_of(case).with_suffix(".away")
         world.main_only(lambda: files.rename(away))
-        trainer.results.update_rank = UpdateRank(
-            trainer.runner, trainer.options, trainer.options.model
-        )
+        options = trainer.options
+        trainer.results.update_rank = UpdateRank(trainer.runner, options, options.model)
         try:
             summary = trainer.run()
         finally:
