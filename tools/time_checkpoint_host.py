@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.checkpoint.tensors import fill
 from scalora_dist.checkpoint.writer import Save, Writer
 from scalora_dist.distributed.world import World
+from scalora_dist.planning.ranges import SHARDINGS, Sharding, ranges_of
 from tools.gpu.gemma import projection_shapes, text_config
 
-Sharding = Literal["fsdp", "zero3", "zero1"]
 SMALLER, R = 16, 8
 GENERATORS = ("cpu", "cuda", "numpy", "python")
 
@@ -62,19 +62,20 @@ def run_tensors(blocks: int | None = None) -> dict[str, tuple[torch.dtype, int, 
     return dict(sorted(found.items()))
 
 
-def cut(tensors: Any, sharding: Sharding, rank: int, size: int) -> NDArray[np.int64]:
-    """(first element, number of elements) of what a rank saves of each tensor: (tensors, 2)."""
-    rows, cols = np.array([(m, n) for _, m, n in tensors.values()], dtype=np.int64).T
-    numel = rows * cols
-    share = -(-rows // size) * cols if sharding == "fsdp" else -(-numel // size)
-    first, end = np.minimum(rank * share, numel), np.minimum((rank + 1) * share, numel)
-    if sharding == "zero1":  # the trained ones are cut as one buffer
-        trained = np.array([dtype == torch.float32 for dtype, *_ in tensors.values()])
-        ends = np.cumsum(np.where(trained, numel, 0))
-        share, begins = -(-ends[-1] // size), ends - numel
-        first = np.where(trained, np.clip(rank * share - begins, 0, numel), first)
-        end = np.where(trained, np.clip((rank + 1) * share - begins, 0, numel), end)
-    return np.stack([first, end - first], axis=1)
+def cuts_of(
+    tensors: dict[str, tuple[torch.dtype, int, int]], sharding: Sharding, size: int
+) -> NDArray[np.int64]:
+    """(ranks, tensors, 2): the first element and the number of elements that a rank saves."""
+    trained = [dtype == torch.float32 for dtype, _, _ in tensors.values()]
+    shapes = [(rows, cols) for _, rows, cols in tensors.values()]
+    found = np.zeros((size, len(tensors), 2), dtype=np.int64)
+    for kind in (True, False):
+        which = [i for i, each in enumerate(trained) if each == kind]
+        # Under ZeRO-1 all ranks hold W, and each saves a slice: as under ZeRO-3.
+        rule: Sharding = "zero3" if sharding == "zero1" and not kind else sharding
+        low, high = ranges_of(rule, [shapes[i] for i in which], size).unbind(-1)
+        found[:, which] = torch.stack([low, high - low], dim=-1).numpy()
+    return found
 
 
 class Counted:
@@ -111,15 +112,15 @@ class SimulatedRanks:
         self.store = Counted(self.writer._store)
         self.writer._store = self.store  # type: ignore[assignment]
         tensors = run_tensors(blocks)
-        held = zip(tensors.items(), cut(tensors, sharding, 0, size).tolist(), strict=True)
+        cuts = cuts_of(tensors, sharding, size)
+        held = zip(tensors.items(), cuts[0].tolist(), strict=True)
         self.parts = {
             name: FlatPart(torch.zeros(count, dtype=dtype), first, m * n)
             for (name, (dtype, m, n)), (first, count) in held
         }
         known = checksum(facts(self.parts))
         self.cuts = [
-            Cuts(known, cut(tensors, sharding, rank, size), facts(self._own(rank))).encode()
-            for rank in range(size)
+            Cuts(known, cuts[rank], facts(self._own(rank))).encode() for rank in range(size)
         ]
 
     def save(self, folder: Path, number: int) -> dict[str, float]:
@@ -191,7 +192,7 @@ if __name__ == "__main__":
     args = arguments.parse_args()
     print("seconds of rank 0's CPU (Python functions called, messages, kB on the store)")
     for size in args.ranks:
-        for sharding in get_args(Sharding):
+        for sharding in SHARDINGS[1:]:
             found = measure(size, sharding)
             saves = (
                 f"{name} save {x['seconds']:.2f} s ({x['python']:,}, {x['messages']}, "
