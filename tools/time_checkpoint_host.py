@@ -123,24 +123,27 @@ class SimulatedRanks:
             Cuts(known, cuts[rank], facts(self._own(rank))).encode() for rank in range(size)
         ]
 
-    def save(self, folder: Path, number: int) -> dict[str, float]:
-        """Write the ``number``-th checkpoint. Returns the seconds of rank 0's thread, and counts.
+    def save(self, folder: Path, number: int, *, count: bool = False) -> dict[str, float]:
+        """Write the ``number``-th checkpoint.
 
-        ``python`` is the number of Python functions that rank 0 calls.
+        Args:
+            count: whether to count the Python functions that rank 0 calls, which takes time.
+
+        Returns:
+            the CPU seconds of rank 0's thread, its Python calls, and its messages and bytes.
         """
         others = threading.Thread(target=self._play, args=(folder, number))
         others.start()
         self.store.calls.clear()
-        self.store.bytes = 0
-        calls = 0
+        self.store.bytes = calls = 0
 
-        def count(frame: object, event: str, argument: object) -> None:
+        def note(frame: object, event: str, argument: object) -> None:
             nonlocal calls
             calls += event == "call"
 
         save = Save(folder, self.parts, self._own(0), {})
         started = time.thread_time()
-        sys.setprofile(count)
+        sys.setprofile(note if count else None)
         try:
             failure = self.writer.write(save)
         finally:
@@ -190,13 +193,12 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--ranks", type=int, nargs="+", default=[256, 1024])
     args = arguments.parse_args()
-    print("seconds of rank 0's CPU (Python functions called, messages, kB on the store)")
+    print("seconds of rank 0's CPU (its messages, their kB)")
     for size in args.ranks:
         for sharding in SHARDINGS[1:]:
             found = measure(size, sharding)
             saves = (
-                f"{name} save {x['seconds']:.2f} s ({x['python']:,}, {x['messages']}, "
-                f"{x['bytes'] / 1e3:,.0f} kB)"
+                f"{name} save {x['seconds']:.2f} s ({x['messages']}, {x['bytes'] / 1e3:,.0f} kB)"
                 for name, x in found.items()
                 if name in ("first", "later")
             )

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalora_dist.checkpoint.index import DTYPES, Index
+from scalora_dist.checkpoint.index import Index
 from scalora_dist.checkpoint.manifest import FORMAT, LIBRARIES, RANDOM, STATE, read_state
 from scalora_dist.config.data import DataArguments
 from scalora_dist.config.method import MethodArguments
 from scalora_dist.config.model import ModelArguments
 from scalora_dist.config.option import Group, declaration_of, declarations, default_of
 from scalora_dist.config.training import TrainArguments
+from scalora_dist.model_io.safetensors_writer import DTYPES
 from scalora_dist.profiling.versions import installed_versions
 
 GROUPS: dict[str, type[Group]] = {

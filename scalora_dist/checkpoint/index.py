@@ -7,11 +7,12 @@ are cut alike, so the index of a large model has few cuts: about one for each sh
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +22,14 @@ from huggingface_hub.errors import SafetensorsParsingError
 from numpy.typing import NDArray
 
 from scalora_dist.checkpoint.manifest import INDEX
-from scalora_dist.model_io.safetensors_writer import DTYPE_NAMES
+from scalora_dist.errors import UserError
+from scalora_dist.model_io.safetensors_writer import DTYPES
 
 # torch.distributed.checkpoint's names of the offsets in the header of a safetensors file.
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Facts = dict[str, tuple[str, int]]  # {tensor: (dtype as safetensors names it, elements)}
-Row = tuple[int, int, int]  # a piece: its first element, its number of elements, its rank
+FILE = re.compile(r"rank-(\d{5,})\.safetensors")
 
 
 class Entry(NamedTuple):
@@ -52,9 +53,9 @@ class Cut(NamedTuple):
 class Piece(NamedTuple):
     """Elements ``[start, end)`` of a flat tensor, which are all that ``rank``'s file has of it."""
 
-    rank: int
     start: int
     end: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,22 @@ class Index:
         Raises:
             ValueError: a tensor is not saved once, in full.
         """
-        made = _Collected()
+        builder = _Builder()
         # (tensors, ranks, 2). Tensors that are cut alike have the same bytes.
         everyone = np.stack(list(ranges), axis=1)
         for (name, (dtype, numel)), held in zip(shared.items(), everyone, strict=True):
-            made.add(name, dtype, numel, held.tobytes(), partial(_pieces_of, held))
+            key = held.tobytes(), numel
+            if key not in builder.places:
+                builder.add_cut(key, name, numel, _pieces_of(held))
+            builder.add(name, dtype, numel, key)
         for rank, tensors in enumerate(own):
             for name, (dtype, numel) in tensors.items():
-                whole = [(0, numel, rank)]
-                made.add(name, dtype, numel, rank, whole.copy)
-        return cls(made.tensors, made.cuts)
+                whole = rank, numel
+                if whole not in builder.places:
+                    pieces = [Piece(0, numel, rank)] if numel else []
+                    builder.add_cut(whole, name, numel, pieces)
+                builder.add(name, dtype, numel, whole)
+        return cls(builder.tensors, builder.cuts)
 
     @classmethod
     def of_headers(cls, folder: Path) -> Index:
@@ -103,7 +110,7 @@ class Index:
             ValueError: a header cannot be read, or a tensor is not there in full.
         """
         dtypes: dict[str, str] = {}
-        rows: dict[str, list[Row]] = defaultdict(list)
+        found: dict[str, list[Piece]] = defaultdict(list)
         for rank in ranks_with_files(folder):
             file = rank_file(folder, rank)
             try:
@@ -112,14 +119,22 @@ class Index:
                 for name, tensor in header.tensors.items():
                     (start,), (size,) = offsets[name][OFFSETS], tensor.shape
                     dtypes[name] = tensor.dtype
-                    rows[name].append((start, size, rank))
-            except (OSError, SafetensorsParsingError, ValueError, KeyError, TypeError) as error:
+                    if size:
+                        found[name].append(Piece(int(start), int(start) + int(size), rank))
+                if not DTYPES.keys() >= {tensor.dtype for tensor in header.tensors.values()}:
+                    raise ValueError("unknown dtypes")
+            except (
+                *(OSError, SafetensorsParsingError, ValueError),
+                *(KeyError, TypeError, AttributeError),
+            ) as error:
                 raise ValueError(f"{file.name} has no readable header") from error
-        made = _Collected()
-        for name, pieces in rows.items():
-            numel = sum(size for _, size, _ in pieces)
-            made.add(name, dtypes[name], numel, tuple(pieces), pieces.copy)
-        return cls(made.tensors, made.cuts)
+        builder = _Builder()
+        for name, dtype in dtypes.items():
+            key = tuple(sorted(found[name]))
+            numel = key[-1].end if key else 0
+            builder.add_cut(key, name, numel, key)
+            builder.add(name, dtype, numel, key)
+        return cls(builder.tensors, builder.cuts)
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -132,9 +147,11 @@ class Index:
             text = (folder / INDEX).read_bytes()
         except FileNotFoundError:
             return cls.of_headers(folder)
+        except OSError as error:
+            raise ValueError(f"{INDEX} cannot be read ({error.strerror})") from error
         try:
             return cls.decode(text)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"{INDEX} cannot be read") from error
 
     def encode(self) -> bytes:
@@ -147,14 +164,16 @@ class Index:
         """The index of the contents of index.json.
 
         Raises:
-            ValueError, TypeError, KeyError or AttributeError: they are none.
+            ValueError, TypeError, AttributeError or LookupError: they are none.
         """
         contents = json.loads(text)
         tensors = {name: Entry(*entry) for name, entry in contents["tensors"].items()}
         cuts = [Cut(tuple(ranks), tuple(starts)) for ranks, starts in contents["cuts"]]
-        known = (x.dtype in DTYPES and 0 <= x.cut < len(cuts) for x in tensors.values())
-        if not all(known):
-            raise ValueError("it has unknown dtypes or cuts")
+        for cut, numel in {(entry.cut, entry.numel) for entry in tensors.values()}:
+            if cut < 0 or not _covers(cuts[cut], numel):
+                raise ValueError("the pieces of a tensor do not cover it")
+        if not DTYPES.keys() >= {entry.dtype for entry in tensors.values()}:
+            raise ValueError("a tensor has an unknown dtype")
         return cls(tensors, cuts)
 
     def pieces(self, name: str, start: int, end: int) -> Iterator[Piece]:
@@ -164,50 +183,77 @@ class Index:
         place = max(bisect_right(starts, start) - 1, 0)
         while start < end and place < len(starts) and starts[place] < end:
             last = starts[place + 1] if place + 1 < len(starts) else numel
-            yield Piece(ranks[place], starts[place], last)
+            yield Piece(starts[place], last, ranks[place])
             place += 1
 
 
-class _Collected:
-    """The entries and cuts of an index that is being made."""
+def _covers(cut: Cut, numel: int) -> bool:
+    """Whether a cut's pieces are those of a tensor with ``numel`` elements."""
+    edges = [*cut.starts, numel]
+    whole = all(type(number) is int and number >= 0 for number in (*cut.ranks, *edges))
+    rising = all(start < end for start, end in pairwise(edges))
+    return whole and rising and edges[0] == 0 and len(cut.ranks) == len(cut.starts)
+
+
+class _Builder:
+    """The entries and cuts of an index that is being made.
+
+    Attributes:
+        places: {key of a cut: its place in ``cuts``}. Tensors that are cut alike have one key.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Entry] = {}
         self.cuts: list[Cut] = []
-        self._known: dict[Hashable, int] = {}
+        self.places: dict[Hashable, int] = {}
 
-    def add(
-        self, name: str, dtype: str, numel: int, key: Hashable, pieces: Callable[[], list[Row]]
-    ) -> None:
-        """Add a tensor.
+    def add_cut(self, key: Hashable, name: str, numel: int, pieces: Iterable[Piece]) -> None:
+        """Add the cut of the tensor ``name``.
 
         Args:
-            key: the same for all tensors of that size that are cut alike.
-            pieces: returns the pieces in any order. Called for the first tensor of a key.
+            pieces: those that are not empty, in any order.
 
         Raises:
-            ValueError: the pieces do not cover the tensor, or do so twice.
+            ValueError: they do not cover the tensor, or do so twice.
         """
-        place = self._known.setdefault((numel, key), len(self.cuts))
-        if place == len(self.cuts):
-            rows, end = sorted(pieces()), 0
-            for start, size, _ in rows:
-                if start != end:
-                    raise ValueError(f"the ranks' parts of {name} do not follow one another")
-                end += size
-            if end != numel:
-                raise ValueError(f"the ranks' parts of {name} have {end} of its {numel} elements")
-            self.cuts.append(Cut(tuple(row[2] for row in rows), tuple(row[0] for row in rows)))
-        self.tensors[name] = Entry(dtype, numel, place)
+        ordered, end = sorted(pieces), 0
+        for piece in ordered:
+            if piece.start != end:
+                raise ValueError(f"the ranks' parts of {name} do not follow one another")
+            end = piece.end
+        if end != numel:
+            raise ValueError(f"the ranks' parts of {name} have {end} of its {numel} elements")
+        self.places[key] = len(self.cuts)
+        self.cuts.append(Cut(tuple(p.rank for p in ordered), tuple(p.start for p in ordered)))
+
+    def add(self, name: str, dtype: str, numel: int, key: Hashable) -> None:
+        """Add a tensor, whose cut has been added.
+
+        Raises:
+            ValueError: there is one of that name.
+        """
+        if name in self.tensors:
+            raise ValueError(f"{name} is saved twice")
+        self.tensors[name] = Entry(dtype, numel, self.places[key])
 
 
-def _pieces_of(ranges: NDArray[np.int64]) -> list[Row]:
+def _pieces_of(ranges: NDArray[np.int64]) -> list[Piece]:
     """The pieces that are not empty, of all ranks' (start, size) of a tensor."""
     holding = ranges[:, 1].nonzero()[0]
-    return [
-        (start, size, rank)
-        for (start, size), rank in zip(ranges[holding].tolist(), holding.tolist(), strict=True)
-    ]
+    found = zip(ranges[holding].tolist(), holding.tolist(), strict=True)
+    return [Piece(start, start + size, rank) for (start, size), rank in found]
+
+
+def open_index(folder: Path) -> Index:
+    """The index of a sound checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Index.read(folder)
+    except ValueError as error:
+        raise UserError(f"{folder} cannot be used: {error}") from error
 
 
 def rank_file(folder: Path, rank: int) -> Path:
@@ -217,6 +263,5 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 def ranks_with_files(folder: Path) -> list[int]:
     """The ranks that have written a file into a checkpoint."""
-    return sorted(
-        int(path.stem.removeprefix("rank-")) for path in folder.glob("rank-*.safetensors")
-    )
+    found = (FILE.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from scalora_dist.checkpoint.index import Index
+from scalora_dist.checkpoint.index import Index, open_index
 from scalora_dist.checkpoint.manifest import (
     checkpoint_folder,
     checkpoints,
@@ -95,9 +95,9 @@ class Checkpoints:
             among the parts.
 
         Raises:
-            UserError: a tensor has another size in the checkpoint.
+            UserError: on every rank, if its index cannot be read or a tensor has another size.
         """
-        index = Index.decode(self.world.told(lambda: Index.read(folder).encode().decode()))
+        index = Index.decode(self.world.told(lambda: open_index(folder).encode().decode()))
         fill(folder, index, {name: part for name, part in parts.items() if name in index.tensors})
         return (
             [name for name in parts if name not in index.tensors],

@@ -11,10 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from scalora_dist.checkpoint.index import DTYPES, Index, Piece, rank_file
+from scalora_dist.checkpoint.index import Index, Piece, open_index, rank_file
+from scalora_dist.checkpoint.manifest import INDEX
 from scalora_dist.checkpoint.parts import FlatPart
 from scalora_dist.core.split_precision import join_halves
 from scalora_dist.errors import UserError
+from scalora_dist.model_io.safetensors_writer import DTYPES
 
 LOW = ".low"  # ends the name of the low halves of a tensor
 
@@ -36,15 +38,24 @@ def fill(folder: Path, index: Index, parts: Mapping[str, FlatPart]) -> None:
     for rank, pieces in sorted(wanted.items()):
         with safe_open(rank_file(folder, rank), framework="pt") as file:
             for name, piece in pieces:
-                _copy_piece(file.get_slice(name), piece, parts[name])
+                _copy_piece(_opened(file, name, piece), piece, parts[name])
+
+
+def _opened(file: Any, name: str, piece: Piece) -> Any:
+    """A tensor of an open file, of which slices can be read.
+
+    Raises:
+        UserError: it is not the piece that the index names.
+    """
+    if name in file.keys():  # noqa: SIM118 - it is no dictionary
+        saved = file.get_slice(name)
+        if saved.get_shape() == [piece.end - piece.start]:
+            return saved
+    raise UserError(f"{INDEX} of a checkpoint does not fit its files: {name} of rank {piece.rank}")
 
 
 def _copy_piece(saved: Any, piece: Piece, part: FlatPart) -> None:
-    """Copy what a piece and a part have in common.
-
-    Args:
-        saved: the piece's elements, of which slices can be read.
-    """
+    """Copy what a piece, ``saved``, and a part have in common."""
     first = max(part.offset, piece.start)
     end = min(part.offset + part.local.numel(), piece.end)
     values = saved[first - piece.start : end - piece.start]
@@ -71,8 +82,12 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: its index cannot be read.
+        """
         self.folder = folder
-        self.index = Index.read(folder)
+        self.index = open_index(folder)
         self._files: dict[int, Any] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -97,10 +112,10 @@ class CheckpointTensors:
         check_size(self.folder, self.index, name, numel)
         pieces = list(self.index.pieces(name, 0, numel))
         if len(pieces) == 1:
-            return self._file(pieces[0].rank).get_tensor(name)
+            return _opened(self._file(pieces[0].rank), name, pieces[0])[:]
         whole = torch.empty(numel, dtype=self.dtype(name))
         for piece in pieces:
-            whole[piece.start : piece.end] = self._file(piece.rank).get_tensor(name)
+            whole[piece.start : piece.end] = _opened(self._file(piece.rank), name, piece)[:]
         return whole
 
     def _file(self, rank: int) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from scalora_dist.distributed.world import World
 from scalora_dist.model_io.safetensors_writer import SafetensorsWriter
 
 NAMED = 8  # number of ranks whose failures a message names
-MOST_PAUSE = 0.5  # seconds between two questions to the store
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.5  # seconds between two questions to the store
+AT_EXIT = 60.0  # seconds that a process which ends waits for the other ranks' parts
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Save:
 
     @property
     def partial(self) -> Path:
+        """The folder that the ranks write into, until all is there."""
         return self.folder.with_name(f"{self.folder.name}.partial")
 
 
@@ -71,8 +74,9 @@ class Writer:
         self.world = world
         self.keep = keep
         self.timeout = timeout
-        # The main thread's connection: each costs the store's process a look into the DNS. So this
-        # thread must not wait for a key, which would block the connection.
+        # Over the main thread's connection: each costs the store's process a look into the DNS. So
+        # this thread never waits for a key, which would block it. Nor should the main thread while
+        # a save runs, as in ``World.main_only`` with long work: it would block the save.
         self._store = dist.PrefixStore(f"save/{world.new_name()}", world.store)
         self._records = [f"record/{rank}" for rank in range(world.size)]
         self._saves = 0
@@ -94,9 +98,11 @@ class Writer:
         if not failure:
             self._report(save)
             failure = self._on_rank_0("done", lambda: self._publish(save))
-            if failure and self.world.is_main:
+        if failure:
+            self._sent, self._index = "", b""  # rank 0 may not have taken what was sent
+            if self.world.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
-            self._forget()
+        self._forget()
         return failure or None
 
     def _on_rank_0(self, moment: str, work: Callable[[], object]) -> str:
@@ -104,10 +110,10 @@ class Writer:
         key = f"{self._saves}/{moment}"
         if self.world.is_main:
             failure = _failure(work, "rank 0")
-            self._store.set(key, failure)
+            self._store.set(key, json.dumps(failure))
             return failure
         self._wait_for(key)
-        return self._store.get(key).decode()
+        return str(json.loads(self._store.get(key)))
 
     def _wait_for(self, key: str) -> None:
         """Wait for a key by asking for it, more and more seldom: the main thread may go on.
@@ -115,21 +121,29 @@ class Writer:
         Raises:
             DistStoreError: it does not come within ``timeout``.
         """
-        deadline, pause = time.monotonic() + self.timeout.total_seconds(), 0.001
+        patience, pause = self.timeout.total_seconds(), FIRST_PAUSE
+        begun = time.monotonic()
         while not self._store.check([key]):
-            if time.monotonic() > deadline:
-                raise dist.DistStoreError(f"a rank has not written its part within {self.timeout}")
+            waited = time.monotonic() - begun
+            if not threading.main_thread().is_alive():  # the process ends, and waits for this
+                patience = min(patience, waited + AT_EXIT)
+            if waited > patience:
+                raise dist.DistStoreError(f"other ranks did not do their part in {waited:.0f} s")
             time.sleep(pause)
-            pause = min(1.5 * pause, MOST_PAUSE)
+            pause = min(1.5 * pause, LONGEST_PAUSE)
 
     def _report(self, save: Save) -> None:
         """Write this rank's file, and tell rank 0 its size and checksum, or why it failed."""
-        record: dict[str, Any] = {}
         rank = self.world.rank
-        record["failure"] = _failure(lambda: record.update(_write_file(save, rank)), f"rank {rank}")
-        cuts = Cuts.of(save.shared, save.own).encode()
-        if cuts != self._sent:
-            record["cuts"] = self._sent = cuts
+        record: dict[str, Any] = {}
+
+        def work() -> None:
+            cuts = Cuts.of(save.shared, save.own).encode()
+            if cuts != self._sent:
+                record["cuts"] = self._sent = cuts
+            record.update(_write_file(save, rank))
+
+        record["failure"] = _failure(work, f"rank {rank}")
         self._store.set(self._records[rank], json.dumps(record))
         if self._store.add(f"{self._saves}/written", 1) == self.world.size:
             self._store.set(f"{self._saves}/all", "")

@@ -36,12 +36,12 @@ def test_tensors_that_are_cut_alike_share_an_entry() -> None:
     assert [index.tensors[x].cut for x in "abcde"] == [0, 0, 0, 1, 2]
     assert index.tensors["c"][:2] == ("BF16", 12)
     assert len(index.cuts) == 5  # with each rank's own
-    assert list(index.pieces("a", 0, 12)) == [(0, 0, 7), (1, 7, 12)]
-    assert list(index.pieces("a", 7, 12)) == [(1, 7, 12)]
-    assert list(index.pieces("a", 6, 8)) == [(0, 0, 7), (1, 7, 12)]
+    assert list(index.pieces("a", 0, 12)) == [(0, 7, 0), (7, 12, 1)]
+    assert list(index.pieces("a", 7, 12)) == [(7, 12, 1)]
+    assert list(index.pieces("a", 6, 8)) == [(0, 7, 0), (7, 12, 1)]
     assert list(index.pieces("a", 7, 7)) == []
-    assert list(index.pieces("d", 0, 5)) == [(1, 0, 5)]
-    assert list(index.pieces("own.1", 0, 3)) == [(1, 0, 3)]
+    assert list(index.pieces("d", 0, 5)) == [(0, 5, 1)]
+    assert list(index.pieces("own.1", 0, 3)) == [(0, 3, 1)]
     assert Index.decode(index.encode()) == index
 
 
@@ -58,7 +58,7 @@ def test_each_element_is_found_in_the_file_that_has_it(seed: int) -> None:
         starts, ends = np.array([0, *borders]), np.array([*borders, numel])
         for rank, start, end in zip(draw.permutation(size), starts, ends, strict=True):
             held[rank, i] = start, end - start
-            owner |= {(name, x): (rank, start, end) for x in range(start, end)}
+            owner |= {(name, x): (start, end, rank) for x in range(start, end)}
     index = Index.of(shared, list(held), [])
     for name, (_, numel) in shared.items():
         for start in range(numel):
@@ -94,8 +94,29 @@ def test_what_is_not_saved_once_and_in_full_is_refused(ranks: list[Cuts], told: 
         index_of(SHARED, ranks)
 
 
+def one_tensor(cut: object = ((0, 1), (0, 5)), **changed: object) -> str:
+    """The text of an index of one tensor with 10 elements."""
+    entry = {"dtype": "F32", "numel": 10, "cut": 0} | changed
+    return json.dumps({"tensors": {"a": list(entry.values())}, "cuts": [cut]})
+
+
+def test_a_sound_index_is_read(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(one_tensor())
+    assert list(Index.read(tmp_path).pieces("a", 0, 10)) == [(0, 5, 0), (5, 10, 1)]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"tensors": {}, "cuts": [1]}', '{"tensors": {"a": [1]}, "cuts": []}']
+    "text",
+    [
+        *("", "[]", "{}", '{"tensors": {}, "cuts": [1]}', '{"tensors": {"a": [1]}, "cuts": []}'),
+        *(one_tensor(dtype="F9"), one_tensor(dtype=["F32"])),
+        *(one_tensor(numel=5), one_tensor(numel="10"), one_tensor(numel=10.5), one_tensor(numel=0)),
+        *(one_tensor(cut=1), one_tensor(cut=-1), one_tensor(cut=0.0), one_tensor(cut="0")),
+        *(one_tensor(((), ())), one_tensor(((0,), (3,))), one_tensor(((0, 1), (0,)))),
+        *(one_tensor(((0,), (0, 5))), one_tensor(((0, 1), (0, 0))), one_tensor(((0, 1), (5, 0)))),
+        *(one_tensor(((0, -1), (0, 5))), one_tensor(((0, 1), (-5, 5)))),
+        *(one_tensor(((0, "1"), (0, 5))), one_tensor(((0, True), (0, 5)))),
+    ],
 )
 def test_an_index_that_is_none_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
@@ -103,10 +124,25 @@ def test_an_index_that_is_none_is_told(tmp_path: Path, text: str) -> None:
         Index.read(tmp_path)
 
 
+def test_a_folder_is_no_index(tmp_path: Path) -> None:
+    (tmp_path / "index.json").mkdir()
+    with pytest.raises(ValueError, match=r"index\.json cannot be read \(Is a directory\)"):
+        Index.read(tmp_path)
+
+
+def test_a_tensor_that_two_ranks_call_their_own_is_refused() -> None:
+    mine: dict[str, tuple[str, int]] = {"mine": ("U8", 3)}
+    ranks = [Cuts(cuts.shared, cuts.ranges, mine) for cuts in TWO]
+    with pytest.raises(ValueError, match="mine is saved twice"):
+        index_of(SHARED, ranks)
+    with pytest.raises(ValueError, match="a is saved twice"):
+        index_of(SHARED, [TWO[0], Cuts(TWO[1].shared, TWO[1].ranges, {"a": ("F32", 12)})])
+
+
 def test_a_save_costs_rank_0_little_at_256_ranks(tmp_path: Path) -> None:
     """Gemma-3-12B's 336 projections. Names and cuts are sent once."""
     ranks = SimulatedRanks(256, "fsdp")
-    first, later = (ranks.save(tmp_path / f"checkpoint-{i}", i) for i in (1, 2))
+    first, later = (ranks.save(tmp_path / f"checkpoint-{i}", i, count=True) for i in (1, 2))
     assert first["python"] < 60_000
     assert later["python"] < 40_000
     assert first["messages"] <= 12 and later["messages"] <= 12

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from scalora_dist.checkpoint import manifest
+from scalora_dist.checkpoint.index import Index
 from scalora_dist.checkpoint.manifest import (
     FileRecord,
     checkpoints,
@@ -25,6 +26,8 @@ from scalora_dist.checkpoint.manifest import (
     step_of,
     write_synced,
 )
+from scalora_dist.checkpoint.tensors import CheckpointTensors
+from scalora_dist.errors import UserError
 from tests.support.ranks import Ranks
 from tests.support.workers import checkpoint as work
 
@@ -227,6 +230,51 @@ def test_a_rank_opens_only_the_files_that_it_needs(ranks: GetRanks, tmp_path: Pa
     ranks(4).run(work.save, tmp_path, [2])
     assert ranks(4).run(work.opened, tmp_path, 2) == [[0], [1], [2], [3]]
     assert ranks(2).run(work.opened, tmp_path, 2) == [[0, 1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("harm", ["dtype", "offset", "list"])
+def test_a_damaged_header_without_an_index_is_told(
+    ranks: GetRanks, tmp_path: Path, harm: str
+) -> None:
+    ranks(2).run(work.save, tmp_path, [2])
+    folder = tmp_path / "checkpoint-2"
+    without_index(folder)
+    data = (folder / RANK_FILE).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if harm == "dtype":
+        header["wide"]["dtype"] = "G32"
+    elif harm == "offset":
+        offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+        offsets["wide"]["saved_offsets"] = ["0x"]
+        header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(offsets)
+    text = json.dumps([] if harm == "list" else header).encode()
+    (folder / RANK_FILE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(ValueError, match=f"{RANK_FILE} has no readable header"):
+        Index.read(folder)
+
+
+def test_an_index_of_other_files_is_told(ranks: GetRanks, tmp_path: Path) -> None:
+    ranks(2).run(work.save, tmp_path, [2])
+    index = tmp_path / "checkpoint-2" / "index.json"
+    index.write_text(index.read_text().replace("[[0,1],[0,501]]", "[[0,1],[0,502]]"))
+    with pytest.raises(UserError, match="does not fit its files: wide of rank 0"):
+        CheckpointTensors(tmp_path / "checkpoint-2").read("wide", torch.Size([work.NUMEL]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_after_a_failed_save_the_cuts_are_sent_again(
+    ranks: GetRanks, tmp_path: Path, first: bool
+) -> None:
+    """Rank 0 fails while it reads what the ranks have sent."""
+    assert ranks(2).run(work.save_after_lost_cuts, tmp_path, first) == [True, True]
+
+
+def test_what_a_rank_cannot_describe_is_told(ranks: GetRanks, tmp_path: Path) -> None:
+    """A dtype without a name: the other ranks do not wait for this one."""
+    for outcome in ranks(2).run(work.save_a_strange_dtype, tmp_path):
+        assert outcome is not None and "rank 1: KeyError: torch.complex64" in outcome
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(

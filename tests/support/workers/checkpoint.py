@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import os
 from datetime import timedelta
@@ -106,6 +107,38 @@ def _raise(error: Exception) -> None:
 def save_other_tensors(world: World, folder: Path) -> str | None:
     made = checkpoints(world, folder)
     made.save(2, parts(world, 2) | (own(world) if world.rank else {}), {}, {})
+    return made.outcome(wait=True)
+
+
+def save_after_lost_cuts(world: World, folder: Path, first: bool) -> bool:
+    """Save what is cut otherwise than before, again after a failure. Whether it comes back right.
+
+    Args:
+        first: whether nothing was saved before the failure.
+    """
+    made = checkpoints(world, folder)
+    if not first:
+        made.save(2, {"x": FlatPart(torch.ones(4), 4 * world.rank, 8)}, {}, {})
+        assert made.outcome(wait=True) is None
+    swapped = {"x": FlatPart(torch.full((4,), float(world.rank)), 4 - 4 * world.rank, 8)}
+    with pytest.MonkeyPatch.context() as patch:
+        if world.is_main:
+            patch.setattr(json, "loads", lambda _: _raise(MemoryError()))
+        made.save(4, swapped, {}, {})
+        assert made.outcome(wait=True) == (
+            "checkpoint-4 could not be written (rank 0: MemoryError: )"
+        )
+    made.save(6, swapped, {}, {})
+    assert made.outcome(wait=True) is None
+    found = tensors.CheckpointTensors(folder / "checkpoint-6").read("x", torch.Size([8]))
+    return found.tolist() == [1.0] * 4 + [0.0] * 4
+
+
+def save_a_strange_dtype(world: World, folder: Path) -> str | None:
+    made = checkpoints(world, folder)
+    dtype = torch.complex64 if world.rank == 1 else torch.float32
+    mine = {f"mine.{world.rank}": FlatPart(torch.zeros(2, dtype=dtype), 0, 2)}
+    made.save(2, parts(world, 2), mine, {})
     return made.outcome(wait=True)
 
 
