@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scalora_dist.checkpoint.index import Index, Piece, open_index, rank_file
@@ -47,7 +48,7 @@ def _opened(file: Any, name: str, piece: Piece) -> Any:
     Raises:
         UserError: it is not the piece that the index names.
     """
-    if name in file.keys():  # noqa: SIM118 - it is no dictionary
+    with suppress(SafetensorError):  # it has no such tensor
         saved = file.get_slice(name)
         if saved.get_shape() == [piece.end - piece.start]:
             return saved

@@ -80,6 +80,7 @@ class Writer:
         self._store = dist.PrefixStore(f"save/{world.new_name()}", world.store)
         self._records = [f"record/{rank}" for rank in range(world.size)]
         self._saves = 0
+        self._oldest = 1  # the first save whose keys are still in the store
         self._sent = ""  # this rank's cuts, as rank 0 knows them
         self._known = [""] * world.size  # on rank 0, all ranks' cuts
         self._index = b""  # on rank 0, the index.json that follows from them
@@ -98,11 +99,11 @@ class Writer:
         if not failure:
             self._report(save)
             failure = self._on_rank_0("done", lambda: self._publish(save))
+            self._forget()
         if failure:
             self._sent, self._index = "", b""  # rank 0 may not have taken what was sent
             if self.world.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
-        self._forget()
         return failure or None
 
     def _on_rank_0(self, moment: str, work: Callable[[], object]) -> str:
@@ -171,10 +172,11 @@ class Writer:
         prune(save.folder.parent, self.keep, newest=save.folder)
 
     def _forget(self) -> None:
-        """Delete the store's keys of the last save but one, which all ranks have ended. Rank 0."""
-        if self.world.is_main:
+        """Delete the keys of earlier saves, which all ranks have ended: they wrote in this one."""
+        while self.world.is_main and self._oldest < self._saves:
             for key in ("begun", "written", "all", "done"):
-                self._store.delete_key(f"{self._saves - 1}/{key}")
+                self._store.delete_key(f"{self._oldest}/{key}")
+            self._oldest += 1
 
 
 class _Failed(Exception):

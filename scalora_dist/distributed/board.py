@@ -20,20 +20,27 @@ class Silence(NamedTuple):
         phases: number of phases and pauses in its last row.
         phase: its main thread's phase there.
         paused: whether it was after that phase.
+        idle: whether it only waited there.
     """
 
     missed: int
     phases: int
     phase: str
     paused: bool
+    idle: bool
 
     @classmethod
     def of(cls, row: Row, missed: int) -> Silence:
-        return cls(missed, row.phases, row.phase, row.paused)
+        return cls(missed, row.phases, row.phase, row.paused, row.idle)
 
     @property
     def where(self) -> str:
         return f"{'after' if self.paused else 'in'} {self.phase}"
+
+    @property
+    def busy(self) -> bool:
+        """Whether the rank may have missed heartbeats because of what it does between phases."""
+        return self.paused and not self.idle
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Row(NamedTuple):
         phase: name of the main thread's phase.
         phases: number of phases and pauses so far; it is the same on all ranks.
         paused: whether the main thread has no time limit until the next phase.
+        idle: whether it only waits meanwhile, so that nothing keeps the rank from its heartbeats.
         place: the main thread's line of code, once a phase has taken half of its time.
         waits: whether the main thread waits for other ranks there.
         closed: whether the rank has ended without an error.
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     phase: str = "the start"
     phases: int = 0
     paused: bool = True
+    idle: bool = False
     place: str = "an unknown place"
     waits: bool = False
     closed: bool = False

@@ -79,10 +79,18 @@ class Watchdog:
         phases = self._mine.phases + 1
         self._mine = Row(since=self._beat, phase=phase[:LONGEST], phases=phases, paused=False)
 
-    def pause(self) -> None:
-        """Set no time limit for the main thread until the next at()."""
+    def pause(self, *, idle: bool = False) -> None:
+        """Set no time limit for the main thread until the next at().
+
+        Args:
+            idle: whether it only waits until then, as for a save. Then a dead rank is named as soon
+                as in a phase. Else a rank may be so busy that it misses heartbeats.
+        """
         self._progress = self._beat
-        self._mine = self._mine._replace(phases=self._mine.phases + 1, paused=True)
+        phases = self._mine.phases + 1
+        self._mine = self._mine._replace(phases=phases, paused=True, idle=idle)
+        if idle and self._threads:
+            self._write()  # the rank may die before its next heartbeat
 
     def blame(self) -> str | None:
         """After a failed collective: says which rank has died and where it last was.
@@ -262,15 +270,15 @@ class Watchdog:
         return any(rank not in away for rank in range(self.world.rank))
 
     def _gone(self, beats: float, beats_paused: float) -> str | None:
-        """Says which ranks missed ``beats`` heartbeats (``beats_paused`` in a pause), or None."""
+        """Says which ranks missed ``beats`` heartbeats (``beats_paused`` if busy), or None."""
         mine = self._mine
         gone = {
             rank: silence
             for rank, silence in self._silent().items()
-            if silence.missed >= (beats_paused if silence.paused else beats)
+            if silence.missed >= (beats_paused if silence.busy else beats)
         }
         name = names(gone)
-        if not gone and self._store_gone(beats_paused if mine.paused else beats):
+        if not gone and self._store_gone(beats_paused if Silence.of(mine, 0).busy else beats):
             gone = {0: Silence.of(mine, self._beat - self._board_beat)}
             name = "the launcher's store" if self._node.beats(0) else "rank 0"
         if not gone:

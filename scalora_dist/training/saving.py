@@ -9,6 +9,7 @@ from scalora_dist.checkpoint.manifest import checkpoint_folder, step_of
 from scalora_dist.checkpoint.storage import Checkpoints
 from scalora_dist.config.training import TrainArguments
 from scalora_dist.distributed.stop_signals import StopSignals, mark_preempted
+from scalora_dist.distributed.watchdog import Watchdog
 from scalora_dist.errors import Preempted, UserError
 
 Save = Callable[[int], None]
@@ -46,12 +47,17 @@ class SavePolicy:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, train: TrainArguments, signals: StopSignals
+        self,
+        checkpoints: Checkpoints,
+        train: TrainArguments,
+        signals: StopSignals,
+        watchdog: Watchdog,
     ) -> None:
         self.checkpoints = checkpoints
         self.train = train
         self.world = checkpoints.world
         self.signals = signals
+        self.watchdog = watchdog
         self.saved = 0
         self._failure: str | None = None
         self._due = False
@@ -146,7 +152,11 @@ class SavePolicy:
 
     def _take_outcome(self, *, wait: bool) -> None:
         """Note why the last save failed, if it did."""
+        if wait:
+            self.watchdog.pause(idle=True)
         failure = self.checkpoints.outcome(wait=wait)
+        if wait:
+            self.watchdog.pause()
         if failure:
             self._failure = failure
             logger.warning("%s; earlier checkpoints are intact", failure)

@@ -127,8 +127,8 @@ class Trainer:
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
         self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
         self.profile = self.runner.clock = make_profile(reads, self.runner, self.feed.steps)
-        self.saves = SavePolicy(self.checkpoints, train, self.signals)
         self.watchdog = Watchdog(world, train.hang_timeout)
+        self.saves = SavePolicy(self.checkpoints, train, self.signals, self.watchdog)
         self.progress = Progress()
 
     def run(self) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_the_board_says_who_closed_spoke_and_hangs() -> None:
 
 
 def test_a_board_as_text() -> None:
-    dead = Silence(4, 9, "step 5", False)
+    dead = Silence(4, 9, "step 5", False, False)
     board = Board(
         term=2,
         judge=8,

@@ -70,6 +70,7 @@ RUNS = {
     "read": ("read", 3, 2, False),
     "deadlock": ("deadlock", 2, 1, False),
     "fail": ("fail", 2, 2, False),
+    "save": ("save", 3, 2, False),
     "slow": ("slow", 2, 2, False),
     "slow store": ("slow store", 2, 1, True),
     "stopped store": ("stopped store", 2, 2, True),
@@ -112,6 +113,18 @@ def test_a_killed_rank(runs: dict[str, Run], run: str, unlucky: int) -> None:
     assert runs[run].errors(dead, -signal.SIGKILL) == []
     for other in others[1:]:
         assert runs[run].errors(other, 1) == []
+
+
+def test_a_rank_that_dies_while_the_others_wait_for_a_save(runs: dict[str, Run]) -> None:
+    """It is named as soon as in a step, and not after the time of a pause."""
+    (message,) = runs["save"].errors(0, 1)
+    died = re.fullmatch(
+        r"rank 1 stopped answering after step 1; last heard (\d+) s ago"
+        r" \(--hang_timeout 60\): ending the job",
+        message,
+    )
+    assert died and 4 <= int(died[1]) <= 20
+    assert runs["save"].errors(2, 1) == []
 
 
 def test_a_hung_rank(runs: dict[str, Run]) -> None:

@@ -141,6 +141,17 @@ def stopped_store(world: World) -> None:
     world.main_only(lambda: None)
 
 
+def save(world: World) -> None:
+    """All main threads wait for a save, in which rank 1 dies."""
+    guard = Watchdog(world, timeout=60)
+    guard.at("step 1")
+    world.sum(1.0)
+    guard.pause(idle=True)
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+
+
 def send_to_store(world: World, number: signal.Signals) -> None:
     if world.is_main:
         process = os.environ["STORE_PROCESS"]
@@ -159,6 +170,7 @@ RUNS: dict[str, Callable[[World], None]] = {
     "read": partial(steps, read, timeout=4),
     "deadlock": partial(steps, deadlock, timeout=4),
     "fail": partial(steps, fail),
+    "save": save,
     "slow": slow,
     "slow store": slow_store,
     "stopped store": stopped_store,
