@@ -136,10 +136,10 @@ def train(words: Sequence[str], signals: StopSignals) -> None:
         words: the options.
         signals: what handles requests to stop; already entered.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if "0" not in (os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")):
         # The first rank of each node asks the hub for all (`World.node_first`). The libraries read
         # this when they are imported.
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from scalora_dist.config.parser import parse_options
 
     options = parse_options(words)

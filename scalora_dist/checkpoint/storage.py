@@ -97,7 +97,8 @@ class Checkpoints:
         Raises:
             UserError: on every rank, if its index cannot be read or a tensor has another size.
         """
-        index = Index.decode(self.world.told(lambda: open_index(folder).encode().decode()))
+        read = self.world.json_from_rank_0(lambda: open_index(folder).encode().decode())
+        index = Index.decode(read)
         fill(folder, index, {name: part for name, part in parts.items() if name in index.tensors})
         return (
             [name for name in parts if name not in index.tensors],
@@ -109,7 +110,7 @@ class Checkpoints:
 
         A collective.
         """
-        files = self.world.told(lambda: read_manifest(folder))
+        files = self.world.json_from_rank_0(lambda: read_manifest(folder))
         if isinstance(files, str):
             return [files]
         mine = faults(folder, files, list(files)[self.world.rank :: self.world.size])
@@ -155,5 +156,7 @@ class Checkpoints:
 
     def newest_first(self) -> list[Path]:
         """The run's checkpoints as rank 0 sees them, on every rank."""
-        found = self.world.told(lambda: [path.name for path in checkpoints(self.output_dir)])
+        found = self.world.json_from_rank_0(
+            lambda: [path.name for path in checkpoints(self.output_dir)]
+        )
         return [self.output_dir / name for name in found]

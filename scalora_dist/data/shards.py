@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from datasets.utils import tqdm
 
 from scalora_dist.distributed.cores import cores
 from scalora_dist.distributed.worker_signals import ENDINGS, outlive_signals
-from scalora_dist.errors import UserError
+from scalora_dist.errors import RunExit, UserError
 
-SHARD = 4 << 20  # bytes of raw examples of a shard: a process needs seconds for it
-MOST = 256  # shards, each of which is an open file
+SHARD_BYTES = 4 << 20  # of raw examples of a shard: a process needs seconds for it
+MOST_SHARDS = 4096  # each is a file
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,15 @@ class Shards:
     folder: Path
     fingerprint: str
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of shards: 1 for small data, which would not be worth the start of a process."""
-        return max(1, min(self.dataset.data.nbytes // SHARD, MOST, len(self.dataset)))
+        shards = self.dataset.data.nbytes // SHARD_BYTES
+        return max(1, min(shards, MOST_SHARDS, len(self.dataset)))
 
     def file(self, number: int) -> Path:
         """Path of a shard's file. It exists only if it is whole."""
-        part = f"-{number:03d}-of-{self.count:03d}" if self.count > 1 else ""
+        part = f"-{number:04d}-of-{self.count:04d}" if self.count > 1 else ""
         return self.folder / f"tokens-{self.fingerprint}{part}.arrow"
 
     def write(self, number: int) -> int:
@@ -120,6 +123,10 @@ class Shards:
                 "A process that tokenizes the data was killed, perhaps for lack of memory: free "
                 "some, and start the run again."
             ) from error
+        except BaseException:
+            for process in list(executor._processes.values()):  # they may have long to go
+                process.terminate()
+            raise
         finally:
             executor.shutdown(cancel_futures=True)
 
@@ -148,4 +155,9 @@ def _begin(run: int, job: Callable[[int], int]) -> None:
 
 
 def _write(number: int) -> int:
-    return _job(number)
+    try:
+        return _job(number)
+    except (RunExit, UnicodeDecodeError, OSError):
+        raise
+    except Exception as error:  # of a tokenizer, for example; it may not survive pickling
+        raise RuntimeError("".join(traceback.format_exception(error))) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import resource
 import socket
@@ -25,8 +26,9 @@ from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
 
 T = TypeVar("T")
-CONNECTIONS = 4  # of each rank to the store: its own, the watchdog's, and two for stop signals
-OTHERS = 1024  # open files for all else, the usual limit
+# Of each rank to the store: its own, two for stop signals, and two of the watchdog, if it leads.
+CONNECTIONS = 5
+OTHERS, LEAST_OTHERS = 1024, 128  # open files for all else: the usual limit, and what suffices
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +39,7 @@ class World:
     Attributes:
         rank: this process's rank in the run.
         size: world size.
-        local_rank: this process's rank on its node.
+        local_rank: this process's rank on its node, by `places_on_nodes`.
         device: device of the model and of all communication buffers.
         store: key-value store that the group was created with.
         nodes: number of nodes; the ranks of each node are consecutive.
@@ -86,7 +88,8 @@ class World:
             "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
         world = cls(rank, size, local_rank, device, dist.PrefixStore("scalora_dist", store))
-        return replace(world, nodes=round(world.sum(local_rank == 0)[0]))
+        places = places_on_nodes(world.gather_rows(torch.tensor([local_rank])).tolist())
+        return replace(world, local_rank=places[rank], nodes=places.count(0))
 
     def new_name(self) -> str:
         """A name for keys of the store: the same on all ranks, and new with every call."""
@@ -182,7 +185,7 @@ class World:
         """
         return self._while_others_wait(work, self.is_main, workers=1)
 
-    def told(self, read: Callable[[], T]) -> T:
+    def json_from_rank_0(self, read: Callable[[], T]) -> T:
         """What ``read`` returns on rank 0, on every rank, which waits for it as in ``main_only``.
 
         Args:
@@ -259,22 +262,37 @@ class World:
         return result
 
 
+def places_on_nodes(local_ranks: list[int]) -> list[int]:
+    """Each rank's number on its node, 0 for the first one, given all launchers' LOCAL_RANK.
+
+    A rank whose LOCAL_RANK does not fit, because the ranks of its node are not consecutive or their
+    first one is missing, counts as the first rank of a node of its own.
+    """
+    firsts = [rank - place for rank, place in enumerate(local_ranks)]
+    fit = [first >= 0 and local_ranks[first] == 0 for first in firsts]
+    return [place if fits else 0 for place, fits in zip(local_ranks, fit, strict=True)]
+
+
 def allow_open_files(ranks: int) -> None:
     """Raise the soft limit of open files to what serving the store to ``ranks`` ranks takes.
 
     Raises:
-        UserError: the hard limit is lower.
+        UserError: the hard limit leaves no room for the connections.
     """
-    needed = CONNECTIONS * ranks + OTHERS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    connections = CONNECTIONS * ranks
+    soft, hard = (
+        math.inf if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if hard < connections + LEAST_OTHERS:
         raise UserError(
-            f"rank 0 needs {needed} open files to serve {ranks} ranks, and its hard limit is "
-            f"{hard}: raise it (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of Docker)"
+            f"rank 0 needs {connections + LEAST_OTHERS} open files to serve {ranks} ranks, and its "
+            f"hard limit is {hard}: raise it (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile "
+            "of Docker)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if soft < (wanted := min(connections + OTHERS, hard)):
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), limit))
 
 
 def _set_threads(*, on_cpu: bool) -> None:

@@ -42,9 +42,9 @@ def broadcast_from_rank_0(tensor: Tensor, world: World) -> Tensor:
     On other ranks, only the shape and dtype of ``tensor`` are used.
     """
     if world.is_main:
-        whole = tensor.to(world.device)
+        whole = tensor.to(world.device).contiguous()
     else:
-        whole = torch.empty_like(tensor, device=world.device)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
     dist.broadcast(whole, src=0)
     return whole
 

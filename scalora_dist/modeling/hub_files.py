@@ -46,7 +46,7 @@ def commit_of(name: str, revision: str | None, world: World) -> str | None:
                 return resolve_revision(name, revision=revision).resolved
         return None
 
-    return world.told(find)
+    return world.json_from_rank_0(find)
 
 
 def fetch_weights(args: ModelArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -357,7 +358,9 @@ def known_model(args: ModelArguments) -> Iterator[str]:
             reason = (
                 "it has Python code of its own: read it, and give --trust_remote_code to run it"
             )
-        at = f" --model_revision {args.model_revision}" if args.model_revision else ""
+        at = f" (revision {args.model_revision})" if args.model_revision else ""
+        if "HF_HUB_OFFLINE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            reason += " (the first rank of a node downloads for all: they must share HF_HOME)"
         raise UserError(f"--model_name_or_path {name}{at} cannot be loaded: {reason}") from error
     except AssertionError as error:
         if "Padding_idx" not in str(error):

@@ -93,7 +93,7 @@ class Phases:
         Args:
             step: number of steps of the whole run, all of which the checkpoint has.
         """
-        saved = self.world.told(lambda: _later_phases(self.folder))
+        saved = self.world.json_from_rank_0(lambda: _later_phases(self.folder))
         self.finished, self.step = "training", step
         if (saved.get("step"), saved.get("wanted")) == (step, self.wanted):
             self.finished, self.found = saved["finished"], saved["found"]

@@ -25,7 +25,8 @@ def checkpoint_to_resume(checkpoints: Checkpoints, options: Options) -> Path | N
     train, world = options.train, checkpoints.world
     output_dir, wanted = checkpoints.output_dir, train.resume_from_checkpoint
     check_shared(checkpoints, train)
-    if wanted == "latest" and checkpoints.world.told(lambda: interrupted_start(output_dir)):
+    world = checkpoints.world
+    if wanted == "latest" and world.json_from_rank_0(lambda: interrupted_start(output_dir)):
         wanted = None  # the checkpoints there are an earlier run's
     folder = find_checkpoint(checkpoints, wanted)
     elsewhere = None if goes_on_in(folder, output_dir) else folder

@@ -284,7 +284,7 @@ class Trainer:
     def _evaluated(self, step: int) -> bool:
         """Whether an earlier process has evaluated after ``step``. A collective."""
         lines = self.progress.history
-        return self.world.told(
+        return self.world.json_from_rank_0(
             lambda: any("eval_loss" in line and line["step"] == step for line in lines)
         )
 

@@ -50,17 +50,19 @@ class UpdateRank:
         self.changes = runner.edits_weights or not trained.isdisjoint(self.weights)
         shards = {p.name: p.shard for p in engine.base_shards() if p.name in self.weights}
 
-        def opened() -> BaseWeights:
-            base = BaseWeights(model, engine.dtype).opened()
-            base.check_here(shards)
-            return base
+        self.base: BaseWeights | None = None
 
-        self.base = None
-        if self.changes:
+        def open_base() -> str:
+            """Open the base. Returns why it cannot be read; empty if it can."""
             try:
-                self.base = engine.world.main_only(opened)
-            except UserError as error:  # on all ranks
-                self.weights = _unknown(error)
+                self.base = BaseWeights(model, engine.dtype).opened()
+                self.base.check_here(shards)
+            except UserError as error:
+                return str(error)
+            return ""
+
+        if self.changes and (reason := engine.world.json_from_rank_0(open_base)):
+            self.weights = _unknown(reason)
 
     @torch.no_grad()
     def measure(self, low_halves: Mapping[str, Tensor]) -> list[int]:
@@ -77,38 +79,34 @@ class UpdateRank:
         merged = MergedWeights(parameters)
         ranks = []
         for turn, name in enumerate(self.weights):
-            try:
-                before = self._initial(name, parameters)
-            except UserError as error:  # on all ranks
-                return _unknown(error)
+            before = self._initial(name, parameters)
+            if isinstance(before, str):
+                return _unknown(before)
             after = merged.full_tensor(name, on_rank=turn % world.size)
             ranks.append(0 if after is None else numerical_rank(after.sub_(before)))
         return [int(rank) for rank in world.sum(*ranks)]
 
-    def _initial(self, name: str, parameters: EngineParameters) -> Tensor:
-        """A full initial weight (m, n) on every rank. A collective.
-
-        Raises:
-            UserError: on every rank, where it cannot be read.
-        """
+    def _initial(self, name: str, parameters: EngineParameters) -> Tensor | str:
+        """A full initial weight (m, n) on every rank, or why it cannot be read. A collective."""
         if not self.changes:
             return parameters.dense(name, parameters.shard(name))
         world = self.engine.world
 
-        def read_again() -> Tensor:
+        read = torch.empty(parameters.shape(name), dtype=torch.float32, device="meta")
+
+        def read_again() -> str:
+            nonlocal read
             assert self.base is not None
             try:
-                return self.base.read(name).float()
-            except (OSError, SafetensorError) as error:  # the files have gone since
-                raise self.base.refuse(str(error)) from error
+                read = self.base.read(name).float()
+            except (UserError, OSError, SafetensorError) as error:  # the files have gone since
+                return str(error)
+            return ""
 
-        read = world.main_only(read_again)
-        if read is None:  # this is not rank 0
-            read = torch.empty(parameters.shape(name), dtype=torch.float32, device="meta")
-        return broadcast_from_rank_0(read, world)
+        return world.json_from_rank_0(read_again) or broadcast_from_rank_0(read, world)
 
 
-def _unknown(error: UserError) -> list[Any]:
+def _unknown(reason: str) -> list[Any]:
     """Warn that the rank will not be known. Returns what is known: nothing."""
-    logger.warning("the rank of the update is left out (--update_rank_layers): %s", error)
+    logger.warning("the rank of the update is left out (--update_rank_layers): %s", reason)
     return []

@@ -35,7 +35,7 @@ def prepare_upload(options: Options, checkpoints: Checkpoints) -> str | None:
     name = hub.repository(checkpoints.output_dir)
     private, adapter = hub.hub_private_repo, not options.train.save_model
     found = world.main_only(lambda: check_hub(name, private=private, adapter=adapter))
-    return world.told(lambda: found)
+    return world.json_from_rank_0(lambda: found)
 
 
 def upload(folder: Path, repository: str, options: Options, *, resumable: bool) -> None:

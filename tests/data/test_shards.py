@@ -35,7 +35,7 @@ def with_processes(
 ) -> Tokenize:
     """Tokenizes rows in shards of 8 KiB, by a number of processes that share a cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(shards, "SHARD", 8 << 10)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 8 << 10)
 
     def run(processes: int, rows: list[dict[str, Any]]) -> Tokenized:
         monkeypatch.setattr(shards, "cores", lambda: processes)

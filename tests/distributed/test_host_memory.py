@@ -36,3 +36,19 @@ def test_a_limit_counts(
     monkeypatch.setattr(cores, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert available_bytes() == expected
+
+
+def test_a_limit_of_cgroups_of_version_1_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = tmp_path / "memory" / "slurm" / "job"
+    group.mkdir(parents=True)
+    for folder, limit in ((group, 2**63 - 4096), (group.parent, 700)):  # no limit, and one
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text("300\n")
+        (folder / "memory.stat").write_text("cache 90\ntotal_inactive_file 40\n")
+    (tmp_path / "own").write_text("5:cpu,cpuacct:/slurm/job\n4:memory:/slurm/job\n")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert available_bytes() == 700 - 300 + 40

@@ -29,6 +29,18 @@ def test_the_soft_limit_is_raised_and_never_lowered(low_limit: int) -> None:
         assert resource.getrlimit(FILES) == (512 * CONNECTIONS + OTHERS, low_limit)
 
 
+def test_the_hard_limit_is_enough_where_it_has_room_for_the_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run on one rank, after `ulimit -n 1024`, which lowers both limits."""
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    for limits in ((1024, 1024), (200, 300)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, given=limits: given)
+        allow_open_files(1)
+    assert raised == [(300, 300)]
+
+
 def test_a_hard_limit_that_is_too_low(low_limit: int) -> None:
     if low_limit == resource.RLIM_INFINITY:
         pytest.skip("this machine has no hard limit")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from scalora_dist.distributed.world import places_on_nodes
 from tests.support.ranks import Ranks
 from tests.support.workers import world as world_work
 
@@ -85,3 +86,19 @@ def test_a_rank_connects_to_few_others() -> None:
     for rank, (before, after) in enumerate(counted):
         served = size * (rank == 0)
         assert before <= after <= size - 2 + 1 + served
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "places"),
+    [
+        ([0, 1, 2, 3], [0, 1, 2, 3]),
+        ([0, 1, 0, 1], [0, 1, 0, 1]),
+        ([0, 1, 2, 0], [0, 1, 2, 0]),  # nodes of unequal size
+        ([0, 0, 0], [0, 0, 0]),
+        ([1], [0]),  # a process that a launcher of something else has started
+        ([1, 1], [0, 0]),
+        ([0, 0, 1, 1], [0, 0, 1, 0]),  # in turns over two nodes: the last one counts for itself
+    ],
+)
+def test_places_on_nodes(local_ranks: list[int], places: list[int]) -> None:
+    assert places_on_nodes(local_ranks) == places
