@@ -17,7 +17,8 @@
 # again) after a signal.
 set -euo pipefail
 
-# The launcher on the first node serves the store, to which each rank keeps four connections.
+# The launcher on the first node serves the store, to which each rank keeps four or five
+# connections.
 ulimit -Sn "$(ulimit -Hn)"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
