@@ -64,6 +64,12 @@ class FakeWorld(World):
     ) -> list[str]:
         return [text] * self.size
 
+    def json_from_rank_0(self, read: Callable[[], Any]) -> Any:
+        return read()
+
+    def from_node_first(self, make: Callable[[], str], read: Callable[[str], Any]) -> Any:
+        return read(make())
+
     def _while_others_wait(
         self, work: Callable[[], Any], works: bool, workers: int
     ) -> Any:  # the result of `work`, None where this rank does not work
