@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from scalora_dist.config.method import MethodArguments
+from scalora_dist.core.arithmetic import ceil_div, mostly_padding
 from scalora_dist.core.grams import GramSums
 from scalora_dist.core.host_pieces import SLOT_BYTES, SLOTS
 from scalora_dist.core.layout import Batch, Layout
@@ -61,11 +62,8 @@ def rescale_of(
         messages += more
     scratch = float(SLOTS * SLOT_BYTES) if on_host else _scratch(weights, residency)
     moments["merge"] = _merge(factors, carry, scratch)
-    numel, ranks = sum(rows * cols for rows, cols in shapes), len(factors.ranges)
-    whole = Message("A and B whole", others(ranks) * F32 * numel, ranks)
-    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
-        whole = Message("A and B, summed", 2 * whole.received, ranks, summed=True)
-    return Rescale(moments, [message for message in [*messages, whole] if message.received])
+    messages += _whole(factors)
+    return Rescale(moments, [message for message in messages if message.received])
 
 
 def layout_of(sharding: Sharding, shapes: Sequence[tuple[int, int]], ranks: int) -> Layout:
@@ -76,6 +74,18 @@ def layout_of(sharding: Sharding, shapes: Sequence[tuple[int, int]], ranks: int)
     return Layout(list(shapes), ranges, None, torch.device("cpu"), ranks // 2)
 
 
+def _whole(factors: Layout) -> list[Message]:
+    """The gather of A and B (``Layout.gather_stacks``)."""
+    ranks, gathered, summed = len(factors.ranges), 0, 0
+    for (rows, cols), share in zip(factors.shapes, factors.shares, strict=True):
+        gathered += F32 * share * ranks  # with padding
+        summed += 0 if share else F32 * rows * cols
+    return [
+        Message("A and B whole", others(ranks) * gathered, ranks),
+        Message("A and B, summed", 2 * others(ranks) * summed, ranks, summed=True),
+    ]
+
+
 def _grams(
     factors: Layout, args: MethodArguments, world: int
 ) -> tuple[dict[str, float], list[Message]]:
@@ -84,7 +94,8 @@ def _grams(
     grams = _result(sums, 2, squares=adamw)
     made, kept = (DIRECTION * F32, 3 * F32) if adamw else (2 * F32, 2 * F32)
     columns = max((_summed(batch, 2, made, kept) for batch in factors.batches), default=0.0)
-    scales = F64 * (2 * args.rank + 1) * (len(factors.shapes) // 2)
+    shares = world * ceil_div(len(factors.shapes) // 2, world)  # rows of layers, with padding
+    scales = F64 * (2 * args.rank + 1) * shares
     return {"columns": columns, "grams": grams, SPLIT: _split(sums, 2)}, [
         Message("grams", 2 * others(ranks) * grams, ranks, summed=True),
         Message(SPLIT, _exchanged(sums, 2), ranks, summed=True),
@@ -137,7 +148,7 @@ def _compression(
     pairs = [(i, i + 1) for i in range(0, len(carry), 2)]
     halves = any(weight.low for weight in carry)
     found: list[dict[str, float]] = []
-    exchanged = 0.0
+    exchanged, gathered, added, world = 0.0, 0.0, 0.0, residency.world
     for bucket in layout.buckets(pairs):
         sums = GramSums(layout.only(bucket))
         grams = _result(sums, 1, squares=False)
@@ -145,18 +156,26 @@ def _compression(
         made = 2 * F32 if halves else F32
         summed = max((_summed(b, 1, made, F32) for b in sums.layout.batches), default=0.0)
         mixed = max((_mixed(b, halves=halves) for b in sums.layout.batches), default=0.0)
-        solved = 2 * grams  # the matrices that mix the columns, as received and as used
-        parts = {"carry's columns": mixed, "carry's grams": grams + solved}
-        if summed > mixed + solved:
-            parts = {"carry's columns": summed, "carry's grams": grams}
-        found.append(parts | {SPLIT: _split(sums, 1)})
+        layers, row = len(bucket) // 2, F64 * (2 * sums.cols**2 + 3)
+        if mostly_padding(layers, world):  # as in World.gather_table
+            table = row * layers
+            added += table
+        else:
+            table = row * world * ceil_div(layers, world)
+            gathered += table
+        # The matrices that mix the columns are as large as the grams. They are copied from the
+        # table, which is then freed.
+        moments = ((summed, grams), (0.0, 2 * grams + table), (mixed, 2 * grams))
+        columns, beside = max(moments, key=sum)
+        found.append({"carry's columns": columns, "carry's grams": beside, SPLIT: _split(sums, 1)})
         exchanged += _exchanged(sums, 1)
-    ranks, world = len(layout.ranges), residency.world
+    ranks = len(layout.ranges)
     grams = _result(GramSums(layout), 1, squares=False)
     return max(found, key=lambda parts: sum(parts.values())), [
         Message("grams of a carry", 2 * others(ranks) * grams, ranks, summed=True),
         Message("split rows of a carry", exchanged, ranks, summed=True),
-        Message("solutions of a carry", others(world) * grams, world),
+        Message("solutions of a carry", others(world) * gathered, world),
+        Message("solutions of a carry, summed", 2 * others(world) * added, world, summed=True),
     ]
 
 
