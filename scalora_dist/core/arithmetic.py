@@ -9,8 +9,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def mostly_padding(rows: int, ranks: int) -> bool:
-    """Whether as many rows from each rank are twice ``rows``, or more.
+    """Whether half of the ranks or more have none of ``rows`` rows, which they share.
 
-    Then an all-gather of them brings no less than an all-reduce of a table of ``rows``.
+    Then an all-gather, with as much from each rank, brings no less than an all-reduce of the rows.
     """
-    return ranks * ceil_div(rows, ranks) >= 2 * rows
+    return ranks >= 2 * rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 from unittest.mock import patch
 
 import pytest
@@ -18,6 +19,7 @@ from scalora_dist.config.parser import parse_options
 from scalora_dist.core.grams import Grams
 from scalora_dist.distributed.world import World
 from scalora_dist.engines.layer_shards import LayerShards, factor_shards
+from scalora_dist.layers.carry_linear import CarryLinear
 from scalora_dist.methods import scalora
 from scalora_dist.methods.carry import Carry
 from scalora_dist.methods.merger import IntoWeights, Merger
@@ -92,7 +94,8 @@ def of_a_compression(
 ) -> Counted:
     """What a compression of all carries fills."""
     with layers_of(sharding, shapes, size, rank, columns) as (world, layers):
-        carry = Carry(layers, ShardsEngine(world, layers).adapted, world, rank=R, limit=1.0)
+        modules = cast(dict[str, CarryLinear], ShardsEngine(world, layers).adapted)
+        carry = Carry(layers, modules, world, rank=R, limit=1.0)
         # The numbers of other ranks' layers do not come.
         with patch.object(Carry, "_note"), Traffic() as traffic:
             carry.compress(layers, range(len(layers)))
