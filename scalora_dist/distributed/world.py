@@ -163,7 +163,7 @@ class World:
             return self.gather_rows(rows)[:count]
         table = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype, device=self.device)
         mine = table[self.rank * len(rows) :][: len(rows)]
-        mine.copy_(rows[: len(mine)])
+        mine.copy_(host.to_device(rows, self.device)[: len(mine)])
         dist.all_reduce(table)
         return table
 
