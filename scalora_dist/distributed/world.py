@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalora_dist.core import host
+from scalora_dist.core.arithmetic import mostly_padding
 from scalora_dist.distributed.cores import cores
 from scalora_dist.distributed.stop_together import FOREVER
 from scalora_dist.errors import UserError
@@ -151,6 +152,23 @@ class World:
         everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         dist.all_gather_into_tensor(everyone, rows)
         return everyone
+
+    def gather_table(self, rows: Tensor, count: int) -> Tensor:
+        """A table of ``count`` rows on every rank, of which each rank has a share, in rank order.
+
+        One all-gather. One all-reduce instead where that would be mostly padding, as it is with
+        more ranks than rows: each row is on one rank, so the sums are exact.
+
+        Args:
+            rows: this rank's share, (ceil(count / size), …). Those past the table are not read.
+        """
+        if not mostly_padding(count, self.size):
+            return self.gather_rows(rows)[:count]
+        table = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        mine = table[self.rank * len(rows) :][: len(rows)]
+        mine.copy_(host.to_device(rows, self.device)[: len(mine)])
+        dist.all_reduce(table)
+        return table
 
     def exchange(
         self, text: str, name: str | None = None, patience: float | None = None

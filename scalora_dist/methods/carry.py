@@ -127,7 +127,7 @@ class Carry(MergeTarget):
     def compress(self, layers: Sequence[LayerShards], which: Sequence[int]) -> None:
         """Compress the carries of the layers ``which`` to rank R.
 
-        Per bucket of layers: one all-reduce of grams, one all-gather of the solutions and one host
+        Per bucket of layers: one all-reduce of grams, one message with the solutions and one host
         synchronisation.
         """
         carries, numbers = _shards(layers), []
@@ -141,11 +141,10 @@ class Carry(MergeTarget):
             sums = GramSums(self.layout.only(bucket))
             columns = partial(_packed, sums.layout, shards, lows)
             grams = sums(columns, 1)
-            solved, K = self._solve(grams.sums), grams.sums.shape[-1]
-            mixes = solved[:, : 2 * K * K].reshape(-1, K, K)
+            mixes, found = self._solve(grams.sums)
             for batch, mixed in sums.mixed(columns, grams, mixes):
                 _unpack(sums.layout, shards, lows, batch, mixed.float())
-            numbers.append(solved[:, 2 * K * K :])
+            numbers.append(found)
         if numbers:
             host.on_host(partial(self._note, [layers[i].name for i in which]), torch.cat(numbers))
         self._warn()
@@ -157,23 +156,25 @@ class Carry(MergeTarget):
             self.lost[name] += lost
             self.shares[name] = self.lost[name] / norm if norm else 0.0
 
-    def _solve(self, grams: Tensor) -> Tensor:
-        """Solve this rank's share of the layers, then exchange the solutions: one all-gather.
+    def _solve(self, grams: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve this rank's share of the layers, then exchange the solutions: one collective.
 
         Args:
             grams: CᵀC and DᵀD of each layer in turn, (2·layers, K, K) float64.
 
         Returns:
-            (layers, 2·K² + 3) float64 on the device: on_C, on_D, and the numbers of a
-            ``Compression``.
+            on_C and on_D of each layer in turn, (2·layers, K, K), and the numbers of each layer's
+            ``Compression``, (layers, 3); float64 on the device.
         """
-        layers = len(grams) // 2
+        layers, K = len(grams) // 2, grams.shape[-1]
         share = ceil_div(layers, self.world.size)
         rows = host.on_host(partial(self._solve_share, share), grams)
-        return self.world.gather_rows(host.to_device(rows, self.world.device))[:layers]
+        table = self.world.gather_table(rows, layers)
+        # Copies, so that no bucket's table is kept until the last bucket is done.
+        return table[:, : 2 * K * K].reshape(-1, K, K), table[:, 2 * K * K :].clone()
 
     def _solve_share(self, share: int, grams: Tensor) -> Tensor:
-        """This rank's rows of ``_solve``'s result: (share, 2·K² + 3)."""
+        """This rank's rows of the table of on_C, on_D and numbers: (share, 2·K² + 3)."""
         pairs, K = grams.unflatten(0, (-1, 2)), grams.shape[-1]
         mine = pairs[self.world.rank * share : (self.world.rank + 1) * share]
         rows = torch.zeros(share, 2 * K * K + 3, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Predicts the memory and the messages of a rescale on one rank, from the layouts that it works on.
 
 The sizes follow what the methods allocate, batch by batch: `core/grams.py`, `methods/merger.py` and
-`methods/carry.py`. A layout is that of an engine, for a rank in the middle.
+`methods/carry.py` (``compression.py``). A layout is that of an engine, for a rank in the middle.
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from scalora_dist.config.method import MethodArguments
+from scalora_dist.core.arithmetic import ceil_div
 from scalora_dist.core.grams import GramSums
 from scalora_dist.core.host_pieces import SLOT_BYTES, SLOTS
-from scalora_dist.core.layout import Batch, Layout
+from scalora_dist.core.layout import Layout
 from scalora_dist.core.split_precision import SCRATCH_ELEMENTS
-from scalora_dist.planning.ranges import Sharding, ranges_of
+from scalora_dist.planning.compression import compression_of
+from scalora_dist.planning.gram_sizes import (
+    F32,
+    F64,
+    SPLIT,
+    exchanged_bytes,
+    layout_of,
+    result_bytes,
+    split_bytes,
+    summed_bytes,
+)
 from scalora_dist.planning.residency import Message, Residency, Weight, others
 
-SPLIT = "split rows"
-F32, F64 = torch.float32.itemsize, torch.float64.itemsize
 # Columns in fp32 that the rule adamw holds for an element while it finds N: in the batch A, N and
 # the gradient, and beside them the scaled gradient, its square, m and v (``AdamWDirection``).
 DIRECTION = 3 + 4
@@ -57,23 +64,24 @@ def rescale_of(
         moments["grams"], messages = _grams(factors, args, residency.world)
     carry = [weight for weight in weights if weight.part == "carry"]
     if carry:
-        moments["compression"], more = _compression(carry, residency)
+        moments["compression"], more = compression_of(carry, residency)
         messages += more
     scratch = float(SLOTS * SLOT_BYTES) if on_host else _scratch(weights, residency)
     moments["merge"] = _merge(factors, carry, scratch)
-    numel, ranks = sum(rows * cols for rows, cols in shapes), len(factors.ranges)
-    whole = Message("A and B whole", others(ranks) * F32 * numel, ranks)
-    if residency.cuts_a_buffer:  # as in Layout.gather_stacks
-        whole = Message("A and B, summed", 2 * whole.received, ranks, summed=True)
-    return Rescale(moments, [message for message in [*messages, whole] if message.received])
+    messages += _whole(factors)
+    return Rescale(moments, [message for message in messages if message.received])
 
 
-def layout_of(sharding: Sharding, shapes: Sequence[tuple[int, int]], ranks: int) -> Layout:
-    """The layout of a rank in the middle, which shares rows with both neighbours."""
-    if sharding == "local":  # every rank has all, and they share nothing
-        ranks = 1
-    ranges = ranges_of(sharding, shapes, ranks).numpy()
-    return Layout(list(shapes), ranges, None, torch.device("cpu"), ranks // 2)
+def _whole(factors: Layout) -> list[Message]:
+    """The gather of A and B (``Layout.gather_stacks``)."""
+    ranks, gathered, summed = len(factors.ranges), 0, 0
+    for (rows, cols), share in zip(factors.shapes, factors.shares, strict=True):
+        gathered += F32 * share * ranks  # with padding
+        summed += 0 if share else F32 * rows * cols
+    return [
+        Message("A and B whole", others(ranks) * gathered, ranks),
+        Message("A and B, summed", 2 * others(ranks) * summed, ranks, summed=True),
+    ]
 
 
 def _grams(
@@ -81,13 +89,14 @@ def _grams(
 ) -> tuple[dict[str, float], list[Message]]:
     """Grams of the factors and of what moves them (``Rescaler``): parts of memory, and messages."""
     adamw, sums, ranks = args.scaling_rule == "adamw", GramSums(factors), len(factors.ranges)
-    grams = _result(sums, 2, squares=adamw)
+    grams = result_bytes(sums, 2, squares=adamw)
     made, kept = (DIRECTION * F32, 3 * F32) if adamw else (2 * F32, 2 * F32)
-    columns = max((_summed(batch, 2, made, kept) for batch in factors.batches), default=0.0)
-    scales = F64 * (2 * args.rank + 1) * (len(factors.shapes) // 2)
-    return {"columns": columns, "grams": grams, SPLIT: _split(sums, 2)}, [
+    columns = max((summed_bytes(batch, 2, made, kept) for batch in factors.batches), default=0.0)
+    shares = world * ceil_div(len(factors.shapes) // 2, world)  # rows of layers, with padding
+    scales = F64 * (2 * args.rank + 1) * shares
+    return {"columns": columns, "grams": grams, SPLIT: split_bytes(sums, 2)}, [
         Message("grams", 2 * others(ranks) * grams, ranks, summed=True),
-        Message(SPLIT, _exchanged(sums, 2), ranks, summed=True),
+        Message(SPLIT, exchanged_bytes(sums, 2), ranks, summed=True),
         Message("scales", others(world) * scales, world),
     ]
 
@@ -122,95 +131,3 @@ def _scratch(weights: Sequence[Weight], residency: Residency) -> float:
             # The increment; for low halves also W in fp32, then the bits of the sum.
             found = max(found, (2 if weight.low else 1) * F32 * piece)
     return found
-
-
-def _compression(
-    carry: Sequence[Weight], residency: Residency
-) -> tuple[dict[str, float], list[Message]]:
-    """Full carries (``Carry.compress``): parts of memory for a bucket at its peak, and messages.
-
-    A carry is full once in ``carry_room / rank`` merges.
-    """
-    # Frozen matrices are whole on each rank where only the buffer of trained ones is cut.
-    sharding = "local" if residency.cuts_a_buffer else residency.sharding
-    layout = layout_of(sharding, [weight.matrix for weight in carry], residency.ranks)
-    pairs = [(i, i + 1) for i in range(0, len(carry), 2)]
-    halves = any(weight.low for weight in carry)
-    found: list[dict[str, float]] = []
-    exchanged = 0.0
-    for bucket in layout.buckets(pairs):
-        sums = GramSums(layout.only(bucket))
-        grams = _result(sums, 1, squares=False)
-        # The pieces in 16 bits, beside W in fp32 that is made of them.
-        made = 2 * F32 if halves else F32
-        summed = max((_summed(b, 1, made, F32) for b in sums.layout.batches), default=0.0)
-        mixed = max((_mixed(b, halves=halves) for b in sums.layout.batches), default=0.0)
-        solved = 2 * grams  # the matrices that mix the columns, as received and as used
-        parts = {"carry's columns": mixed, "carry's grams": grams + solved}
-        if summed > mixed + solved:
-            parts = {"carry's columns": summed, "carry's grams": grams}
-        found.append(parts | {SPLIT: _split(sums, 1)})
-        exchanged += _exchanged(sums, 1)
-    ranks, world = len(layout.ranges), residency.world
-    grams = _result(GramSums(layout), 1, squares=False)
-    return max(found, key=lambda parts: sum(parts.values())), [
-        Message("grams of a carry", 2 * others(ranks) * grams, ranks, summed=True),
-        Message("split rows of a carry", exchanged, ranks, summed=True),
-        Message("solutions of a carry", others(world) * grams, world),
-    ]
-
-
-def _result(sums: GramSums, k: int, *, squares: bool) -> float:
-    """Bytes of the grams of all matrices, and of the squares of one more matrix's columns."""
-    return F64 * len(sums.layout.shapes) * ((k * sums.cols) ** 2 + sums.cols * squares)
-
-
-def _split(sums: GramSums, k: int) -> float:
-    """Bytes of the complete first and last rows (``Grams.ends``), and of their exchange."""
-    if not sums.any_shared:
-        return 0
-    ends = F64 * len(sums.layout.shapes) * 2 * k * sums.cols
-    return ends + max(2 * _exchanged(sums, k), ends)  # then they are counted on one rank each
-
-
-def _exchanged(sums: GramSums, k: int) -> float:
-    """Bytes of the parts of split rows that this rank receives."""
-    if not sums.any_shared:
-        return 0
-    places, _ = sums.shared
-    return F64 * len(places) * k * sums.cols
-
-
-def _rows(batch: Batch, k: int) -> list[tuple[float, float]]:
-    """For each group: bytes of its touched rows in fp32 (0: a view) and float64."""
-    found: list[tuple[float, float]] = []
-    for group in batch:
-        elements = k * len(group.which) * group.rows * group.cols
-        found.append((F32 * elements if group.head or group.tail else 0, F64 * elements))
-    return found
-
-
-def _summed(batch: Batch, k: int, made: int, kept: int) -> float:
-    """Peak of a batch of k columns in ``GramSums.__call__``.
-
-    Args:
-        made: bytes of an element while the columns are made.
-        kept: bytes of an element afterwards.
-    """
-    elements, before, most = batch[-1].flat.stop, 0.0, 0.0
-    for padded, rows in _rows(batch, k):  # the rows of a group are freed after the next are there
-        most, before = max(most, before + padded + rows), rows
-    return max(made * elements, kept * elements + most)
-
-
-def _mixed(batch: Batch, *, halves: bool) -> float:
-    """Peak of a batch in ``GramSums.mixed`` and ``Carry.compress``.
-
-    Args:
-        halves: whether the carries are in 16 bits with low halves.
-    """
-    elements, (padded, last) = batch[-1].flat.stop, _rows(batch, 1)[-1]
-    # All products and their copy in order, then in fp32 and in halves. Of the last group also the
-    # rows, and the padded product where the result is a part of it.
-    each = 2 * F64 + F32 + (3 * F32 if halves else 0)
-    return each * elements + (2 if padded else 1) * last

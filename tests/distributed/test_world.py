@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scalora_dist.distributed.world import places_on_nodes
 from tests.support.ranks import Ranks
@@ -67,6 +68,16 @@ def test_where_nothing_can_be_written(ranks: Any, tmp_path: Path) -> None:
 
 def test_reductions(ranks: Any) -> None:
     assert ranks(3).run(world_work.reductions) == [[3.0, 3.0, 2.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_table_that_the_ranks_share(ranks: Any, count: int) -> None:
+    """One collective, bit for bit alike; an all-gather if it is less than half padding."""
+    found = ranks(3).run(world_work.tables, count)
+    name = "allreduce" if count == 1 else "allgather_base"
+    for table, collectives in found:
+        assert table.shape == (count, 2) and torch.equal(table, found[0][0])
+        assert collectives == {name: 1}
 
 
 def test_tensors_are_summed_without_being_read(ranks: Any) -> None:

@@ -85,7 +85,9 @@ def test_one_rank_of_a_large_run(sharding: Sharding, rank: int) -> None:
 @pytest.mark.parametrize("method", WAITS)
 def test_neither_layers_nor_dtype_nor_moments_make_the_host_wait(method: str) -> None:
     few, many = (walk(method, "fsdp", 1, 8, blocks=blocks) for blocks in (1, 3))
-    assert few.collectives == many.collectives
+    assert few.collectives.total() == many.collectives.total()
+    if method != "carry, full":  # the solutions of few layers are summed, those of many gathered
+        assert few.collectives == many.collectives
     check(method, many, blocks=3)
     check(method, walk(method, "fsdp", 1, 8, blocks=1, dtype=torch.float32), blocks=1)
     if method != "relora":  # it prunes moments

@@ -80,11 +80,9 @@ def test_a_full_carry_is_compressed_beside_what_the_rank_keeps(model: Path) -> N
     for plan in plans.values():
         (full,) = [moment for moment in plan.phases if moment.phase == "compression"]
         assert full.total > sum(plan.held.device.values())
-        assert full.parts["carry's grams"] >= 3 * 8 * 28 * 12**2
+        assert full.parts["carry's grams"] >= 2 * 8 * 28 * 12**2
     assert received(plans["3"])["grams of a carry"] == 2 * 0.75 * 8 * 28 * 12**2
     assert "grams of a carry" not in received(plans["2"])
-    for plan in plans.values():
-        assert received(plan)["solutions of a carry"] == 0.75 * 8 * 28 * 12**2
     phases = [moment.phase for moment in plan_of(model, *ZERO3).phases]
     assert phases == ["forward", "backward", "grams", "merge", "optimizer"]
 
@@ -146,7 +144,6 @@ def test_gemma_3_12b_has_them_all() -> None:
     eight, many = plans_of(gemma, *words, "--rank", "8", gpus=[8, 24])
     assert received(many)["split rows"] > 0 == received(eight).get("split rows", 0)
     K = 56 + 32  # columns of the carry
-    assert received(eight)["solutions of a carry"] == 7 / 8 * 8 * 672 * K**2
     for plan in (eight, many):
         phases = {moment.phase: moment for moment in plan.phases}
         assert phases["compression"].parts["carry's columns"] > 2**25

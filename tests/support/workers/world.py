@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from scalora_dist.checkpoint import storage
 from scalora_dist.checkpoint.storage import Checkpoints
@@ -18,6 +19,7 @@ from scalora_dist.config.training import TrainArguments
 from scalora_dist.core import host
 from scalora_dist.distributed.world import World
 from scalora_dist.errors import UserError
+from scalora_dist.profiling.traffic import Traffic
 from scalora_dist.training.saving import check_shared
 from tests.support.host_reads import HostReads
 
@@ -82,6 +84,19 @@ def output_dirs(world: World, folders: list[Path], save_steps: int) -> str:
 
 def reductions(world: World) -> list[float]:
     return [*world.sum(world.rank, 1), *world.max(world.rank, -world.rank)]
+
+
+def tables(world: World, count: int) -> tuple[Tensor, dict[str, int]]:
+    """A table of ``count`` rows as this rank gets it, and the collectives that it took."""
+    whole = torch.arange(2.0 * count, dtype=torch.float64).view(count, 2) / 3
+    share = -(-count // world.size)
+    mine = whole[world.rank * share : (world.rank + 1) * share]
+    rows = torch.full((share, 2), torch.nan, dtype=torch.float64)  # padding, which nobody reads
+    rows[: len(mine)] = mine
+    with Traffic() as traffic:
+        found = world.gather_table(rows, count)
+    assert torch.equal(found, whole)
+    return found, dict(traffic.collectives)
 
 
 def mixed_reduction(world: World) -> tuple[list[float], list[str], int]:
