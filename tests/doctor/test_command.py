@@ -30,7 +30,7 @@ def test_two_nodes_are_found_ready(tmp_path: Path) -> None:
         assert title, pair[0].text()
         assert lines[-1].startswith("ready to train (")
         marks = [line[2:6].strip() for line in lines[1:-2] if line[2:6].strip()]
-        assert set(marks) <= {"ok", "warn"} and len(marks) == 15, pair[0].text()
+        assert set(marks) <= {"ok", "warn"} and len(marks) == 14, pair[0].text()
         assert re.search(r"interconnect +all-reduce: [\d.]+ GB/s between nodes", pair[0].text())
         assert "  ok  " not in pair[1].text(), "rank 0 alone prints"
         assert list(folder.iterdir()) == []
