@@ -17,6 +17,7 @@ from scalora_dist.distributed.board import Board, Silence, names
 from scalora_dist.distributed.leader import Leader, register
 from scalora_dist.distributed.node_beats import LEADERLESS, Memory, Node, Row, join_node
 from scalora_dist.distributed.store_line import StoreLine, addresses
+from scalora_dist.distributed.watchdog import FEW
 from tests.support.ranks import forkserver, free_port
 from tests.support.workers import watched_loop
 
@@ -60,11 +61,10 @@ class Job:
         self.leaders = {}
         store = cast(dist.Store, self.store)
         for node in range(0, nodes * each, each):
-            join_node(store, node, 0, nodes * each, 1).memory.close()
+            join_node(store, node, 0, nodes * each, 1, register).memory.close()
             for _ in range(each - 1):  # what they ask of the store
                 store.wait([f"memory/{node}"])
                 store.get(f"memory/{node}")
-            register(store, node)
             self.leaders[node] = Leader(store, node, node, nodes * each, LIMIT)
         self.boards: dict[int, Board] = {}
 
@@ -117,10 +117,10 @@ def test_dead_nodes_are_on_the_board_also_if_one_of_them_judged() -> None:
         for node in dead:
             del job.leaders[node]
         beats = 0
-        while not _missed(job.boards[56], 4):
+        while not _missed(job.boards[56], FEW):
             job.tick()
             beats += 1
-        assert beats <= 6
+        assert beats <= 7
         board = job.boards[56]
         assert set(board.silent) == {rank for node in dead for rank in range(node, node + 8)}
         assert {silence.where for silence in board.silent.values()} == {"in step 3"}
@@ -207,8 +207,8 @@ def test_ranks_of_a_node_see_each_other() -> None:
 def test_a_rank_that_does_not_see_the_memory_leads_itself() -> None:
     store = dist.HashStore()
     store.set("memory/0", f"/proc/{os.getpid()}/fd/0 scalora-elsewhere")
-    elsewhere = join_node(store, 1, 1, 4, 1)
-    alone = join_node(store, 3, 1, 4, 0.01)  # its first rank does not come
+    elsewhere = join_node(store, 1, 1, 4, 1, register)
+    alone = join_node(store, 3, 1, 4, 0.01, register)  # its first rank does not come
     assert (elsewhere.number, alone.number) == (1, 3)
     assert elsewhere.leader == 1 and alone.leader == 3
 
@@ -227,14 +227,14 @@ def test_a_stopped_store_is_slow_and_a_dead_one_is_cut(
     served: tuple[dist.Store, BaseProcess],
 ) -> None:
     store, process = served
-    line = StoreLine(addresses(dist.PrefixStore("x", store)))
+    line = StoreLine(addresses(dist.PrefixStore("x", store)) or [])
     os.kill(process.pid or 0, signal.SIGSTOP)
     assert not line.cut
-    stopped = StoreLine(addresses(store))
+    stopped = StoreLine(addresses(store) or [])
     assert not stopped.cut, "the kernel accepts for a busy process"
     process.kill()
     process.join()
-    assert line.cut and stopped.cut and StoreLine(addresses(store)).cut
+    assert line.cut and stopped.cut and StoreLine(addresses(store) or []).cut
     for each in (line, stopped):
         each.close()
 

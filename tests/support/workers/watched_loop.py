@@ -118,7 +118,7 @@ def slow_store(world: World) -> None:
         while there < world.size:
             guard.at("a step")
             time.sleep(watch.BEAT)
-            silence = guard._beat - guard._board_beat
+            silence = guard._beat - guard._view.board_beat
             there = world.sum(silence > 35 if silent else silence < 5)[0]
 
     time.sleep(watch.BEAT)
