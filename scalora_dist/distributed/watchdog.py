@@ -295,8 +295,8 @@ class Watchdog:
         """Says which ranks missed ``beats`` heartbeats (``beats_paused`` if busy), or None.
 
         Args:
-            most: as in ``View.silent``. A main thread that goes from phase to phase has heard of all
-                ranks, even if the board has not.
+            most: as in ``View.silent``. A main thread that goes from phase to phase has heard of
+                all ranks, even if the board has not.
         """
         mine = self._mine
         last = FEW if self._view.store_cut else beats  # no later board will come
