@@ -140,7 +140,7 @@ def test_living_ranks_of_a_dead_leader_are_not_named() -> None:
     heir = Leader(cast(dist.Store, job.store), 8, 9, 16, LIMIT)
     named: set[int] = set()
     for beat in range(1, 10):
-        if beat > LEADERLESS:
+        if beat > LEADERLESS + 2:
             heir.exchange({**rows, 8: (beat, rows[8][1])}, 1)
         board = judge.exchange({0: (0, Row(3 + beat))}, 1)
         named = {rank for rank, silence in board.silent.items() if silence.missed >= FEW} - set(
