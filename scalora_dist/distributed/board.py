@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from scalora_dist.distributed.node_beats import Row
 
+MOST_PLACES = 8  # that a message names
+
 
 class Silence(NamedTuple):
     """A rank whose heartbeats are missing.
@@ -54,6 +56,7 @@ class Board:
         silent: {rank: its silence}, of ranks that have not closed.
         closed: ranks that have ended without an error.
         said: whether a rank has printed why the job ends.
+        asks: lowest living rank in which a collective failed, or that ends the job.
         hang: says which ranks make the others wait, or "".
     """
 
@@ -63,6 +66,7 @@ class Board:
     silent: dict[int, Silence] = field(default_factory=dict)
     closed: frozenset[int] = frozenset()
     said: bool = False
+    asks: int | None = None
     hang: str = ""
 
     @property
@@ -78,11 +82,12 @@ class Board:
             for first, last in spans(ranks)
         ]
         closed = list(spans(self.closed))
-        return json.dumps([*self.age, self.judge, silent, closed, self.said, self.hang])
+        state = [*self.age, self.judge, silent, closed, self.said, self.asks, self.hang]
+        return json.dumps(state, ensure_ascii=False)
 
     @classmethod
     def decode(cls, text: str) -> Board:
-        term, beat, judge, silent, closed, said, hang = json.loads(text)
+        term, beat, judge, silent, closed, said, asks, hang = json.loads(text)
         return cls(
             term,
             judge,
@@ -90,6 +95,7 @@ class Board:
             {r: Silence(*rest) for first, last, *rest in silent for r in range(first, last + 1)},
             frozenset(r for first, last in closed for r in range(first, last + 1)),
             said,
+            asks,
             hang,
         )
 
@@ -132,10 +138,11 @@ def _verb(ranks: Collection[int], verb: str) -> str:
 
 
 def _places(rows: Mapping[int, Row]) -> str:
-    """Places of these ranks as text; ranks at the same place are grouped."""
+    """Places of these ranks as text, at most ``MOST_PLACES``; ranks at one place are grouped."""
     at = defaultdict(list)
     for rank, row in rows.items():
         at[row.place].append(rank)
     if len(at) == 1:
         return f" at {next(iter(at))}"
-    return "".join(f", {names(ranks)} at {place}" for place, ranks in at.items())
+    text = "".join(f", {names(at[place])} at {place}" for place in list(at)[:MOST_PLACES])
+    return text + (", others elsewhere" if len(at) > MOST_PLACES else "")

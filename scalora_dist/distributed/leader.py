@@ -38,8 +38,12 @@ class Leader:
             limit: number of heartbeats that a main thread may stay in one phase.
         """
         self.node = node
-        self._store, self._rank, self._size, self._limit = store, rank, size, limit
-        self._exchanges = self._stale = 0
+        self._store = store
+        self._rank = rank
+        self._size = size
+        self._limit = limit
+        self._exchanges = 0
+        self._stale = 0
         self._board = Board()
         self._judge: _Judge | None = None
 
@@ -60,7 +64,8 @@ class Leader:
         self._store.set(f"node/{self.node}", json.dumps([stamp, rows], separators=(",", ":")))
         board = Board.decode(self._store.get(BOARD).decode())
         if board.age > self._board.age:
-            self._board, self._stale = board, 0
+            self._board = board
+            self._stale = 0
         else:
             self._stale += beats
         if self._board.judge != self.node and self._stale >= LEADERLESS:
@@ -73,7 +78,8 @@ class Leader:
             # of them live.
             missed = LEADERLESS - 1 if self._board.age > (0, 0) else 0
             self._judge = _Judge(self._store, self._size, missed)
-        self._board, self._stale = self._judge.judge(self._board, beats, self._limit), 0
+        self._board = self._judge.judge(self._board, beats, self._limit)
+        self._stale = 0
         self._store.set(BOARD, self._board.encode())
         return self._board
 
@@ -81,7 +87,8 @@ class Leader:
         """The first leader that asks for the next term has it."""
         term = self._board.term + 1
         judge = int(self._store.compare_set(f"judge/{term}", "", str(self.node)))
-        self._board, self._stale = replace(self._board, term=term, judge=judge), 0
+        self._board = replace(self._board, term=term, judge=judge)
+        self._stale = 0
 
 
 class _Judge:
@@ -104,12 +111,18 @@ class _Judge:
             for rank, missed in self._missed.items()
             if missed >= LEADERLESS and not rows[rank].closed
         }
+        asking = [
+            rank
+            for rank, row in rows.items()
+            if row.asks and not row.closed and self._missed[rank] < LEADERLESS
+        ]
         return replace(
             board,
             beat=board.beat + 1,
             silent=silent,
             closed=frozenset(rank for rank, row in rows.items() if row.closed),
             said=any(row.said for row in rows.values()),
+            asks=min(asking, default=None),
             hang=hang_of(rows, limit),
         )
 
@@ -128,5 +141,7 @@ class _Judge:
             self._texts[node] = text
             for rank, (stated, *row) in json.loads(text)[1].items():
                 self._rows[int(rank)] = Row(*row)
-                missed[int(rank)] = stated + self._silence[node]
+                # Not the sum: while a node is without a leader, all its ranks would look older
+                # than they are, and as old as the dead leader.
+                missed[int(rank)] = max(stated, self._silence[node])
         self._missed = missed

@@ -8,6 +8,7 @@ import os
 import struct
 import uuid
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ class Row(NamedTuple):
         place: the main thread's line of code, once a phase has taken half of its time.
         waits: whether the main thread waits for other ranks there.
         closed: whether the rank has ended without an error.
+        asks: whether a collective failed on the rank, or the rank ends the job.
         said: whether the rank has printed why the job ends.
         cut: whether the rank leads its node and has lost the connection to the store's machine.
     """
@@ -47,12 +49,9 @@ class Row(NamedTuple):
     place: str = "an unknown place"
     waits: bool = False
     closed: bool = False
+    asks: bool = False
     said: bool = False
     cut: bool = False
-
-    @property
-    def where(self) -> str:
-        return f"{'after' if self.paused else 'in'} {self.phase}"
 
 
 class Memory:
@@ -78,18 +77,19 @@ class Memory:
         self._file = file
         self.rows = min(size, MOST)
         self._board = self.rows * ROOM
-        whole = self._board + 2 * ROOM + 256 * size  # a board may name each rank
+        self._whole = self._board + 4 * ROOM + 512 * size  # a board may name each rank
         if file is not None:
-            os.ftruncate(file, whole)
-        self._map = mmap.mmap(-1 if file is None else file, whole)
+            os.ftruncate(file, self._whole)
+        self._map = mmap.mmap(-1 if file is None else file, self._whole)
 
     @classmethod
     def create(cls, size: int) -> Memory:
         """Empty memory for the ranks of a node, in a run of ``size`` ranks."""
-        if not hasattr(os, "memfd_create"):  # not Linux
-            return cls(None, "", size)
         name = f"scalora-{uuid.uuid4().hex}"
-        file = os.memfd_create(name)
+        try:
+            file = os.memfd_create(name)
+        except (AttributeError, OSError):  # not Linux, or refused
+            return cls(None, "", size)
         return cls(file, f"/proc/{os.getpid()}/fd/{file} {name}", size)
 
     @classmethod
@@ -105,14 +105,14 @@ class Memory:
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), address, size)
 
     def write_row(self, number: int, text: str) -> None:
-        self._write(number * ROOM, text)
+        self._write(number * ROOM, text, ROOM)
 
     def read_row(self, number: int) -> str | None:
         """A rank's text, or None: it has written none yet, or writes one now."""
         return self._read(number * ROOM)
 
     def write_board(self, text: str) -> None:
-        self._write(self._board, text)
+        self._write(self._board, text, self._whole - self._board)
 
     def read_board(self) -> str | None:
         return self._read(self._board)
@@ -122,8 +122,10 @@ class Memory:
         if self._file is not None:
             os.close(self._file)
 
-    def _write(self, start: int, text: str) -> None:
+    def _write(self, start: int, text: str, room: int) -> None:
         data = text.encode()
+        if HEAD.size + len(data) > room:
+            raise ValueError(f"a text of {len(data)} bytes, for which {room} are too few")
         head = HEAD.pack(len(data), zlib.crc32(data))
         self._map[start : start + HEAD.size + len(data)] = head + data
 
@@ -144,7 +146,9 @@ class Node:
     """
 
     def __init__(self, number: int, rank: int, memory: Memory) -> None:
-        self.number, self.rank, self.memory = number, rank, memory
+        self.number = number
+        self.rank = rank
+        self.memory = memory
         self.rows: dict[int, Row] = {}
         self._beat = 0
         self._moved: dict[int, int] = {}  # this rank's beat when each row's beat changed
@@ -152,7 +156,7 @@ class Node:
         self.look(0)
 
     def write(self, row: Row) -> None:
-        self.memory.write_row(self.rank - self.number, json.dumps(row))
+        self.memory.write_row(self.rank - self.number, json.dumps(row, ensure_ascii=False))
 
     def look(self, beat: int) -> None:
         """Read all rows, at this rank's heartbeat number ``beat``."""
@@ -165,7 +169,8 @@ class Node:
             if rank not in rows or row.beat != rows[rank].beat:
                 self._moved[rank] = beat
             rows[rank] = row
-        self._beat, self.rows = beat, rows
+        self._beat = beat
+        self.rows = rows
 
     def missed(self, rank: int) -> int:
         """Number of heartbeats that a rank has missed."""
@@ -182,7 +187,14 @@ class Node:
         return rank == self.rank or (rank in self.rows and self.missed(rank) < LEADERLESS)
 
 
-def join_node(store: Store, rank: int, local_rank: int, size: int, patience: float) -> Node:
+def join_node(
+    store: Store,
+    rank: int,
+    local_rank: int,
+    size: int,
+    patience: float,
+    register: Callable[[Store, int], None],
+) -> Node:
     """Share memory with the other ranks of this node. Called on all ranks at about the same time.
 
     The first rank makes the memory, and tells its address over the store. A rank that cannot open
@@ -194,6 +206,8 @@ def join_node(store: Store, rank: int, local_rank: int, size: int, patience: flo
         local_rank: this rank's number on its node.
         size: number of ranks of the run.
         patience: seconds to wait for the first rank.
+        register: called with the store and the number of a new node, before a rank can join it:
+            its first rank may die at once.
     """
     if 0 < local_rank < MOST:
         key = f"memory/{rank - local_rank}"
@@ -203,5 +217,6 @@ def join_node(store: Store, rank: int, local_rank: int, size: int, patience: flo
             return Node(rank - local_rank, rank, memory)
     memory = Memory.create(size)
     node = Node(rank, rank, memory)  # with a row, so that this rank leads
+    register(store, rank)
     store.set(f"memory/{rank}", memory.address)
     return node

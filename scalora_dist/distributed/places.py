@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-LONGEST = 200  # characters of a place
+LONGEST = 200  # bytes of a place or a phase
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("<frozen", sysconfig.get_paths()["stdlib"])
 # Paths of code that waits for other ranks: in any frame of a stack (COLLECTIVES), or only in the
@@ -43,7 +43,13 @@ def place_of(thread: int) -> tuple[str, bool]:
         stacks = list(threads.values())
     here = next((call for call in stack if not _in_library(call)), stack[0])
     name = f"{Path(here.file).name}:{here.line} in {here.function}"
-    return name[:LONGEST], any(map(_waits, stacks))
+    return short(name), any(map(_waits, stacks))
+
+
+def short(text: str) -> str:
+    """A text without control characters, of at most ``LONGEST`` bytes."""
+    printable = "".join(c if c.isprintable() else "?" for c in text[:LONGEST])
+    return printable.encode()[:LONGEST].decode(errors="ignore")
 
 
 class _Call(NamedTuple):
@@ -58,8 +64,11 @@ def _stacks() -> dict[int, list[_Call]]:
     Uses faulthandler, which makes no frame objects. Walking the frames of another, running thread
     (``sys._current_frames``) has crashed CPython 3.11.
     """
-    in_memory = hasattr(os, "memfd_create")  # Linux; elsewhere a file, maybe on a full disk
-    with open(os.memfd_create("stacks"), "w+b") if in_memory else TemporaryFile() as file:
+    try:
+        memory = os.memfd_create("stacks")
+    except (AttributeError, OSError):  # not Linux, or refused: a file, maybe on a full disk
+        memory = None
+    with TemporaryFile() if memory is None else open(memory, "w+b") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         text = file.read().decode(errors="replace")

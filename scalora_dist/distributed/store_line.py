@@ -13,13 +13,19 @@ CONNECT = 2.0  # seconds for a connection
 KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
 
-def addresses(store: Store) -> list[tuple[str, int]]:
-    """Numeric addresses and port of a store's process; none if the store is no TCPStore."""
+def addresses(store: Store) -> list[tuple[str, int]] | None:
+    """Numeric addresses and port of a store's process, or None if the store is no TCPStore.
+
+    An empty list if no name server answers now.
+    """
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if not isinstance(store, TCPStore):
+        return None
+    try:
+        found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_STREAM)
+    except OSError:
         return []
-    found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_STREAM)
     return [(str(address[0]), int(address[1])) for *_, address in found]
 
 

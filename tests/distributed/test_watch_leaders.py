@@ -13,10 +13,12 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from scalora_dist.distributed.board import Board, Silence, names
+from scalora_dist.distributed.board import Board, Silence, hang_of, names
 from scalora_dist.distributed.leader import Leader, register
 from scalora_dist.distributed.node_beats import LEADERLESS, Memory, Node, Row, join_node
+from scalora_dist.distributed.places import LONGEST, short
 from scalora_dist.distributed.store_line import StoreLine, addresses
+from scalora_dist.distributed.watchdog import FEW
 from tests.support.ranks import forkserver, free_port
 from tests.support.workers import watched_loop
 
@@ -60,11 +62,10 @@ class Job:
         self.leaders = {}
         store = cast(dist.Store, self.store)
         for node in range(0, nodes * each, each):
-            join_node(store, node, 0, nodes * each, 1).memory.close()
+            join_node(store, node, 0, nodes * each, 1, register).memory.close()
             for _ in range(each - 1):  # what they ask of the store
                 store.wait([f"memory/{node}"])
                 store.get(f"memory/{node}")
-            register(store, node)
             self.leaders[node] = Leader(store, node, node, nodes * each, LIMIT)
         self.boards: dict[int, Board] = {}
 
@@ -117,14 +118,36 @@ def test_dead_nodes_are_on_the_board_also_if_one_of_them_judged() -> None:
         for node in dead:
             del job.leaders[node]
         beats = 0
-        while not _missed(job.boards[56], 4):
+        while not _missed(job.boards[56], FEW):
             job.tick()
             beats += 1
-        assert beats <= 6
+        assert beats <= 7
         board = job.boards[56]
         assert set(board.silent) == {rank for node in dead for rank in range(node, node + 8)}
         assert {silence.where for silence in board.silent.values()} == {"in step 3"}
         assert board.term == (0 in dead) and board.judge not in dead
+
+
+def test_living_ranks_of_a_dead_leader_are_not_named() -> None:
+    """Its node is silent until another rank leads: not one of them is as old as the dead one."""
+    assert FEW > LEADERLESS + 1
+    job = Job(2)
+    for _ in range(3):
+        job.tick()
+    judge, dead = job.leaders[0], job.leaders[8]
+    rows = {rank: (1, Row(3, 3, "step 3", 3, False)) for rank in range(8, 16)}
+    dead.exchange(rows, 1)  # its last text states that each has just missed a heartbeat
+    heir = Leader(cast(dist.Store, job.store), 8, 9, 16, LIMIT)
+    named: set[int] = set()
+    for beat in range(1, 10):
+        if beat > LEADERLESS + 2:
+            heir.exchange({**rows, 8: (beat, rows[8][1])}, 1)
+        board = judge.exchange({0: (0, Row(3 + beat))}, 1)
+        named = {rank for rank, silence in board.silent.items() if silence.missed >= FEW} - set(
+            range(8)
+        )
+        assert named <= {8}
+    assert named == {8}
 
 
 def test_a_judge_that_slept_does_not_take_its_place_back() -> None:
@@ -187,6 +210,33 @@ def _beat(address: str, beats: int) -> None:
     node.write(Row(beats, phase="step 2"))
 
 
+def test_texts_fit_in_their_room() -> None:
+    """Long and foreign phases, places that all differ, and a text that would not fit."""
+    size = 64
+    memory = Memory.create(size)
+    phase, place = short("\U0001f600" * LONGEST), short("\x00é\udc80" * LONGEST)
+    assert max(len(phase.encode()), len(place.encode())) <= LONGEST
+    row = Row(10**9, 0, phase, 10**9, False, place=place)
+    nodes = [Node(0, rank, memory) for rank in range(2)]
+    for node in (nodes[1], nodes[0]):
+        node.write(row)
+    nodes[0].look(1)
+    assert nodes[0].rows == {0: row, 1: row}
+    places = {rank: row._replace(place=f"{place[:-4]}{rank}") for rank in range(size)}
+    hang = hang_of(places, LIMIT)
+    assert hang.count(" at ") == 8 and hang.endswith(", others elsewhere")
+    silent = {rank: Silence(10**6 + rank, 10**9, phase, False, False) for rank in range(size)}
+    board = Board(silent=silent, hang=hang)
+    memory.write_board(board.encode())
+    assert Board.decode(memory.read_board() or "") == board
+    for write in (lambda text: memory.write_row(0, text), memory.write_board):
+        with pytest.raises(ValueError, match="too few"):
+            write("x" * 10**6)
+    nodes[0].look(2)
+    assert nodes[0].rows == {0: row, 1: row}
+    memory.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 def test_ranks_of_a_node_see_each_other() -> None:
     memory = Memory.create(4)
@@ -207,8 +257,8 @@ def test_ranks_of_a_node_see_each_other() -> None:
 def test_a_rank_that_does_not_see_the_memory_leads_itself() -> None:
     store = dist.HashStore()
     store.set("memory/0", f"/proc/{os.getpid()}/fd/0 scalora-elsewhere")
-    elsewhere = join_node(store, 1, 1, 4, 1)
-    alone = join_node(store, 3, 1, 4, 0.01)  # its first rank does not come
+    elsewhere = join_node(store, 1, 1, 4, 1, register)
+    alone = join_node(store, 3, 1, 4, 0.01, register)  # its first rank does not come
     assert (elsewhere.number, alone.number) == (1, 3)
     assert elsewhere.leader == 1 and alone.leader == 3
 
@@ -227,14 +277,14 @@ def test_a_stopped_store_is_slow_and_a_dead_one_is_cut(
     served: tuple[dist.Store, BaseProcess],
 ) -> None:
     store, process = served
-    line = StoreLine(addresses(dist.PrefixStore("x", store)))
+    line = StoreLine(addresses(dist.PrefixStore("x", store)) or [])
     os.kill(process.pid or 0, signal.SIGSTOP)
     assert not line.cut
-    stopped = StoreLine(addresses(store))
+    stopped = StoreLine(addresses(store) or [])
     assert not stopped.cut, "the kernel accepts for a busy process"
     process.kill()
     process.join()
-    assert line.cut and stopped.cut and StoreLine(addresses(store)).cut
+    assert line.cut and stopped.cut and StoreLine(addresses(store) or []).cut
     for each in (line, stopped):
         each.close()
 

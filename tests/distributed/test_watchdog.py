@@ -67,6 +67,7 @@ RUNS = {
     "kill 1": ("kill 1", 3, 3, False),
     "kill the first node": ("kill 0", 2, 1, False),
     "kill the judge": ("kill 0", 4, 2, True),
+    "kill a leader": ("kill 2", 4, 2, True),
     "read": ("read", 3, 2, False),
     "deadlock": ("deadlock", 2, 1, False),
     "fail": ("fail", 2, 2, False),
@@ -103,7 +104,13 @@ def test_a_stopped_rank(runs: dict[str, Run], run: str, unlucky: int, witness: i
 
 @pytest.mark.parametrize(
     ("run", "unlucky"),
-    [("kill 0", 0), ("kill 1", 1), ("kill the first node", 0), ("kill the judge", 0)],
+    [
+        ("kill 0", 0),
+        ("kill 1", 1),
+        ("kill the first node", 0),
+        ("kill the judge", 0),
+        ("kill a leader", 2),
+    ],
 )
 def test_a_killed_rank(runs: dict[str, Run], run: str, unlucky: int) -> None:
     """A collective fails, and the trainer asks who is to blame."""

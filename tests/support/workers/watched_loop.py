@@ -118,7 +118,7 @@ def slow_store(world: World) -> None:
         while there < world.size:
             guard.at("a step")
             time.sleep(watch.BEAT)
-            silence = guard._beat - guard._board_beat
+            silence = guard._beat - guard._view.board_beat
             there = world.sum(silence > 35 if silent else silence < 5)[0]
 
     time.sleep(watch.BEAT)
@@ -167,6 +167,7 @@ RUNS: dict[str, Callable[[World], None]] = {
     "stop 1": partial(steps, suffer(signal.SIGSTOP, 1)),
     "kill 0": partial(steps, suffer(signal.SIGKILL, 0)),
     "kill 1": partial(steps, suffer(signal.SIGKILL, 1)),
+    "kill 2": partial(steps, suffer(signal.SIGKILL, 2)),
     "read": partial(steps, read, timeout=4),
     "deadlock": partial(steps, deadlock, timeout=4),
     "fail": partial(steps, fail),
