@@ -140,7 +140,7 @@ def test_a_hung_rank(runs: dict[str, Run]) -> None:
     assert re.fullmatch(
         r"rank 1 hangs in step 3 at watched_loop\.py:\d+ in read"
         r" while ranks 0, 2 wait at world\.py:\d+ in _reduce"
-        r" \(--hang_timeout 4\): ending the job",
+        r" \(--hang_timeout 8\): ending the job",
         message,
     )
     assert run.errors(1, 1) == run.errors(2, 1) == []
@@ -168,7 +168,7 @@ def test_a_slow_run_and_a_slow_store_are_nobodys_death(runs: dict[str, Run], run
 
 def test_a_store_that_holds_up_the_ranks_for_the_time_out(runs: dict[str, Run]) -> None:
     (message,) = runs["stopped store"].errors(0, 1)
-    pattern = r"the launcher's store stopped answering after step 1; last heard 4 s ago .*"
+    pattern = r"the launcher's store stopped answering after step 1; last heard (8|9|1\d) s ago .*"
     assert re.fullmatch(pattern, message)
     assert runs["stopped store"].errors(1, 1) == []
 

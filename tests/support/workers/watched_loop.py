@@ -91,7 +91,7 @@ def fail(world: World) -> None:
     raise RuntimeError("out of luck")
 
 
-def slow(world: World, timeout: float = 3) -> None:
+def slow(world: World, timeout: float = 5) -> None:
     """A healthy run: many phases, one long pause, and ranks that leave one by one."""
     guard = Watchdog(world, timeout)
     for step in range(4):
@@ -132,7 +132,7 @@ def slow_store(world: World) -> None:
 
 def stopped_store(world: World) -> None:
     """The ranks wait for the store, which does not answer any more."""
-    guard = Watchdog(world, timeout=4)
+    guard = Watchdog(world, timeout=8)
     guard.at("step 1")
     time.sleep(2 * watch.BEAT)
     world.sum(1.0)
@@ -168,8 +168,8 @@ RUNS: dict[str, Callable[[World], None]] = {
     "kill 0": partial(steps, suffer(signal.SIGKILL, 0)),
     "kill 1": partial(steps, suffer(signal.SIGKILL, 1)),
     "kill 2": partial(steps, suffer(signal.SIGKILL, 2)),
-    "read": partial(steps, read, timeout=4),
-    "deadlock": partial(steps, deadlock, timeout=4),
+    "read": partial(steps, read, timeout=8),
+    "deadlock": partial(steps, deadlock, timeout=8),
     "fail": partial(steps, fail),
     "save": save,
     "slow": slow,
