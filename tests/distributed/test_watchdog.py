@@ -168,7 +168,7 @@ def test_a_slow_run_and_a_slow_store_are_nobodys_death(runs: dict[str, Run], run
 
 def test_a_store_that_holds_up_the_ranks_for_the_time_out(runs: dict[str, Run]) -> None:
     (message,) = runs["stopped store"].errors(0, 1)
-    pattern = r"the launcher's store stopped answering after step 1; last heard (8|9|1\d) s ago .*"
+    pattern = r"the launcher's store stopped answering after step 1; last heard (8|9|1\d) s ago.*"
     assert re.fullmatch(pattern, message)
     assert runs["stopped store"].errors(1, 1) == []
 
