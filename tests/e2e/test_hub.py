@@ -369,7 +369,7 @@ def test_a_revision_that_is_not_there(
     assert f"--model_name_or_path {task} is a folder: leave it out" in message
     case["model_name_or_path"] = "me/base"
     ((message, *_),) = ranks(1).run(refusal, environment, case)
-    assert message.startswith("--model_name_or_path me/base --model_revision v2 cannot be loaded: ")
+    assert message.startswith("--model_name_or_path me/base (revision v2) cannot be loaded: ")
     assert "\n" not in message and not (tmp_path / "run").exists()
 
 
@@ -430,4 +430,7 @@ def test_a_hub_that_closes_the_connection(
     stand_in.fails = lambda request: 0 if request.startswith("GET /me/base/resolve") else None
     case = options(task, tmp_path / "run") | {"model_name_or_path": "me/base"}
     ((message, *_),) = ranks(1).run(refusal, stand_in.environment(tmp_path), case)
-    assert message.startswith("--model_name_or_path me/base cannot be loaded: ")
+    commit = stand_in.repositories["me/base"].branches["main"]
+    assert message.startswith(
+        f"--model_name_or_path me/base (revision {commit}) cannot be loaded: "
+    )

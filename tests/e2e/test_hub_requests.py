@@ -137,13 +137,13 @@ def test_a_launched_rank_is_offline_from_its_start(
     for rank, each in enumerate(hubs):
         given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         given |= {"MASTER_PORT": port}
-        environment = launched.ENVIRONMENT | each.environment(tmp_path / "cache")
+        environment = os.environ | launched.ENVIRONMENT | each.environment(tmp_path / "cache")
+        del environment["HF_HUB_OFFLINE"]  # as a user's, who has not set it
         command = [sys.executable, "-m", "scalora_dist", "train", *runs.words(case)]
         processes.append(
             subprocess.Popen(
                 command,
-                env=os.environ
-                | environment
+                env=environment
                 | {"MASTER_ADDR": "127.0.0.1"}
                 | {name: str(value) for name, value in given.items()},
                 stderr=subprocess.PIPE,
