@@ -87,7 +87,7 @@ class Trainer:
         model, dtype = at_commit(options.model, world), options.train.dtype
         base = world.node_first(lambda: read_base_model(model, dtype, world.device))
         self.options = options = resolve(options, world.size, base)
-        reads = replace(options, model=model)
+        pinned = replace(options, model=model)
         self.world = world
         train, method = options.train, METHODS[options.method.name]
         make_engine = engine_factory(options, world, base)
@@ -106,14 +106,14 @@ class Trainer:
         if options.model.adapter_name_or_path and self.resumes_from is None:
             commit = commit_of(options.model.adapter_name_or_path, None, world)
             self.saved_adapter = world.node_first(lambda: SavedAdapter(options, commit))
-        self.feed = DataFeed(reads, world)
+        self.feed = DataFeed(pinned, world)
         data = self.feed.data.checksum
         if self.resumes_from is not None:
             world.main_only(partial(check_same_data, self.resumes_from, options, data))
             check_not_beyond(self.resumes_from, self.feed.steps)
         check_same_attention(base, world)
         self.engine = make_engine()
-        self.model = build_model(reads, base, method, self.engine, self.saved_adapter)
+        self.model = build_model(pinned, base, method, self.engine, self.saved_adapter)
         self.feed.fit(self.model)
         self.loss = TargetLoss(self.model)
         self.runner = MethodRunner(method, self.engine, options)
@@ -126,7 +126,7 @@ class Trainer:
         self.results = Results(self.runner, options, model, self.checkpoints, repository)
         self.scheduler = make_schedule(self.engine.optimizer, method, options, self.feed.steps)
         self.state = RunState(self.engine, self.runner, self.scheduler, options, data)
-        self.profile = self.runner.clock = make_profile(reads, self.runner, self.feed.steps)
+        self.profile = self.runner.clock = make_profile(pinned, self.runner, self.feed.steps)
         self.watchdog = Watchdog(world, train.hang_timeout)
         self.saves = SavePolicy(self.checkpoints, train, self.signals, self.watchdog)
         self.progress = Progress()
