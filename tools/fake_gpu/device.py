@@ -67,6 +67,9 @@ class FakeWorld(World):
     def json_from_rank_0(self, read: Callable[[], Any]) -> Any:
         return read()
 
+    def node_first(self, work: Callable[[], Any]) -> Any:
+        return work()
+
     def from_node_first(self, make: Callable[[], str], read: Callable[[str], Any]) -> Any:
         return read(make())
 
@@ -93,7 +96,7 @@ def fake_gpu(rank: int = 0, size: int = 1) -> Iterator[FakeWorld]:
         world = FakeWorld(
             rank=rank,
             size=size,
-            local_rank=rank % GPUS_PER_NODE,
+            local_rank=0,  # there is no other rank that it could wait for
             device=CUDA,
             store=dist.HashStore(),
             nodes=ceil_div(size, GPUS_PER_NODE),

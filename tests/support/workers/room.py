@@ -49,12 +49,14 @@ def started(
         patch.setattr(initialization, "MIB", unit)
         if free is not None:
             patch.setattr(initialization, "free_room", lambda rehearse, world: free)
-        patch.setattr(logger, "level", logging.INFO)
+        before = logger.level
+        logger.setLevel(logging.INFO)
         logger.addHandler(lines)
         try:
             added, _ = first_step.start(world, options)
         finally:
             logger.removeHandler(lines)
+            logger.setLevel(before)
     (line,) = lines.lines
     return Started(added, line)
 
