@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -36,12 +35,10 @@ from statistics import mean
 from typing import Any
 
 import psutil
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.loss_compare import byte_tokenizer
+from tools.loss_compare import save_odd_model, save_texts
 from tools.rehearse.nodes import Node, connected, until
 
 SAVED, STEPS = 6, 4  # the step that is saved, and the number of steps whose traffic is counted
@@ -56,22 +53,10 @@ ENVIRONMENT = {
 
 def make_task(folder: Path) -> None:
     """A Llama of 0.8 million parameters and texts for it."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    draw = random.Random(0)
-    texts = ["".join(draw.choices("abcdefgh ", k=60)) for _ in range(2000)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    save_odd_model(folder, "llama", **sizes, **heads)
+    save_texts(folder, "abcdefgh ", shortest=60, longest=61, count=2000)
 
 
 def words_of(
