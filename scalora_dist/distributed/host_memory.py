@@ -17,28 +17,34 @@ def available_bytes() -> int:
     A container with a limit on its memory (Docker's ``--memory``, Kubernetes' ``limits.memory``)
     sees all memory of its machine. A process that goes beyond the limit is killed.
     """
-    available = min(int(psutil.virtual_memory().available), _left_of_version_1())
-    for folder in cores.own_cgroups():
-        with suppress(OSError, ValueError):  # no such file, or "max": no limit
-            limit, used = (int((folder / f"memory.{x}").read_text()) for x in ("max", "current"))
-            available = min(available, limit - used + _file_cache(folder))
-    return max(0, available)
+    left = [int(psutil.virtual_memory().available)]
+    left += [_left(folder, "max", "current") for folder in cores.own_cgroups()]
+    left += [_left(folder, "limit_in_bytes", "usage_in_bytes") for folder in _version_1()]
+    return max(0, min(left))
 
 
-def _left_of_version_1() -> int:
-    """Bytes left of the limits of this process's memory cgroup (version 1), and of those above."""
-    left = sys.maxsize
+def _version_1() -> list[Path]:
+    """Folders of this process's memory cgroup (version 1) and of all above it."""
     with suppress(OSError, StopIteration):
         lines = (line.split(":", 2) for line in cores.OWN_GROUP.read_text().splitlines())
         group = Path(next(path for _, kinds, path in lines if "memory" in kinds.split(",")))
-        for folder in (group, *group.parents):
-            here = cores.CGROUPS / "memory" / folder.relative_to("/")
-            with suppress(OSError, ValueError):
-                limit, used = (
-                    int((here / f"memory.{x}_in_bytes").read_text()) for x in ("limit", "usage")
-                )
-                left = min(left, limit - used + _file_cache(here))
-    return left
+        return [
+            cores.CGROUPS / "memory" / folder.relative_to("/") for folder in (group, *group.parents)
+        ]
+    return []
+
+
+def _left(folder: Path, limit: str, used: str) -> int:
+    """Bytes left of a cgroup's limit; very many if it has none.
+
+    Args:
+        limit: end of the name of the file with the limit.
+        used: end of the name of the file with what is used.
+    """
+    with suppress(OSError, ValueError):  # no such file, or "max": no limit
+        most, now = (int((folder / f"memory.{name}").read_text()) for name in (limit, used))
+        return most - now + _file_cache(folder)
+    return sys.maxsize
 
 
 def _file_cache(folder: Path) -> int:

@@ -55,7 +55,7 @@ class Results:
             repository: as the attribute.
 
         Raises:
-            UserError: on every rank, where the initial weights must be read again and cannot be.
+            UserError: on every rank, where the exports must read the base model again and cannot.
         """
         self.runner = runner
         self.options = options
